@@ -1,0 +1,158 @@
+"""The command line. Only typer is imported here; torch is loaded by the command that needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train a language model from rewards, by comparing the completions that one prompt gets (GRPO).\n\n"
+    "Try: [bold]coterie train equations[/bold]",
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Change a setting: --set loss.clip_high=0.3. May be repeated.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe file, or the name of a bundled one.")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[str | None, typer.Option(help="Go on with this run, exactly from its newest checkpoint.")] = None,
+    out: Annotated[str | None, typer.Option(help="The run folder. Default: runs/NAME.")] = None,
+    stop_after: Annotated[
+        int | None, typer.Option(min=1, help="Stop after this many GRPO steps, saved, to be resumed later.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Train a recipe: checkpoints, metrics, every completion, a report and the model land in a run folder.
+
+    Example: [bold]coterie train equations --set seed=1[/bold]
+
+    Example: [bold]coterie train --resume runs/equations[/bold]
+    """
+    from coterie.errors import UserError
+
+    if (recipe is None) == (resume is None):
+        raise UserError(
+            "train: name a recipe, or with --resume a run to go on with, and not both: "
+            "coterie train equations, or coterie train --resume runs/equations"
+        )
+    from coterie.training.train import train as run_training
+
+    run = run_training(recipe, overrides=overrides or [], resume=resume, out=out, stop_after=stop_after)
+    if run.stop_signal is not None:
+        raise typer.Exit(128 + run.stop_signal)
+
+
+@app.command()
+def check(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a bundled one.")],
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Find what would fail, before it costs anything: settings, data, rewards, model, one sampled and scored group.
+
+    Example: [bold]coterie check mytask/recipe.yaml[/bold]
+    """
+    from coterie.commands import check_recipe
+
+    check_recipe(recipe, overrides or [])
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a hub id.")],
+    task: Annotated[str, typer.Option(help="A recipe, whose held-out prompts and rewards are used.")] = "equations",
+    samples: Annotated[int, typer.Option(min=1, help="Completions of each prompt.")] = 8,
+    prompts: Annotated[int, typer.Option(min=1, help="At most this many held-out prompts.")] = 512,
+    against: Annotated[str | None, typer.Option(help="Another model, compared prompt by prompt.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Measure a model on held-out prompts: accuracy, pass@k, rewards, each with its 95 % interval.
+
+    Example: [bold]coterie eval runs/equations --task equations --samples 8[/bold]
+    """
+    from coterie.commands import evaluate_model
+
+    evaluate_model(model, task, samples, prompts, against, seed, overrides or [])
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a hub id.")],
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many completions.")] = 4,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    task: Annotated[
+        str | None, typer.Option(help="A recipe whose rewards to show. Default: the run's own, if MODEL is a run.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    debug: Debug = False,
+) -> None:
+    """Show completions of a prompt, with their rewards where the task knows the prompt.
+
+    Example: [bold]coterie sample runs/equations "Solve 3x - 5 = 10"[/bold]
+    """
+    from coterie.commands import sample_model
+
+    sample_model(model, prompt, count, temperature, top_p, max_new_tokens, task, seed)
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="The folder to make.")],
+    debug: Debug = False,
+) -> None:
+    """Write a small working task of your own: a recipe, prompts, and a reward function to change.
+
+    Example: [bold]coterie init mytask[/bold], then [bold]coterie train mytask/recipe.yaml[/bold]
+    """
+    from coterie.tasks.starter import write_starter
+
+    write_starter(folder)
+
+
+def main() -> None:
+    """Run the command. A person's mistake is one paragraph and exit status 2; --debug shows the traceback too."""
+    from coterie.errors import UserError
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except UserError as error:
+        _fail(error, "error", 2, debug)
+    except KeyboardInterrupt:
+        print("interrupted; the newest checkpoint stands", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:  # the last line of defence: say what happened, and how to see more
+        _fail(error, f"failed: {type(error).__name__}", 1, debug)
+
+
+def _fail(error: Exception, kind: str, status: int, debug: bool) -> Any:
+    if debug:
+        raise error
+    hint = "" if status == 2 else "\nRun it again with --debug to see where."
+    print(f"{kind}: {error}{hint}", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""What `coterie check`, `coterie eval` and `coterie sample` do."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from coterie.algorithms.advantages import group_advantages, has_signal
+from coterie.errors import UserError
+from coterie.evals.evaluate import Evaluation, evaluate, heldout_prompts
+from coterie.evals.statistics import mean_interval, pass_at_k
+from coterie.models.codec import Codec
+from coterie.models.load import choose_device, load_policy, start_model
+from coterie.models.policy import Policy, quiet_transformers
+from coterie.recipe import Recipe, Sampling, load_recipe
+from coterie.rewards.load import load_rewards
+from coterie.rewards.score import Reward, score
+from coterie.rollouts.collect import collect
+from coterie.rollouts.native import make_engine
+from coterie.runs.console import Console
+from coterie.tasks.base import Task, draw
+from coterie.tasks.load import check_lengths, make_task, prepare
+from coterie.types import Group, Prompt
+
+
+def check_recipe(name: str, overrides: Sequence[str]) -> None:
+    """Print the resolved recipe, then try each part of a run on a little of the real thing."""
+    console = Console()
+    recipe = load_recipe(name, overrides)
+    console.say(recipe.to_yaml())
+    rewards, codec, task = prepare(recipe)
+    console.say(f"prompts: {len(task.train)} to train on, {len(task.heldout)} held out")
+    quiet_transformers()
+    model = start_model(recipe, codec, choose_device(recipe.device))
+    policy = _with_warnings(console, lambda: Policy.of(model))
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    console.say(
+        f"model: {type(model).__name__}, {num_parameters:,} parameters, prompts are shared: {policy.served == 'stream'}"
+    )
+    prompts = draw(task, 1, seed=recipe.seed, step=1)
+    groups = collect(
+        make_engine(policy),
+        prompts,
+        codec,
+        recipe.sampling,
+        num_completions=recipe.group_size,
+        noise=(recipe.seed, "check"),
+    )
+    scored = score(groups, rewards, max_failed_share=recipe.max_failed_rewards)
+    advantages = group_advantages(scored.rewards, scale=recipe.advantage.scale, epsilon=recipe.advantage.epsilon)
+    _print_group(
+        console, groups[0], {name: part[0].tolist() for name, part in scored.parts.items()}, advantages[0].tolist()
+    )
+    if not has_signal(scored.rewards).any():
+        console.say(
+            "all rewards of this group are equal: it would teach nothing. More such groups, and nothing is learned"
+        )
+    console.say("everything that can be checked without training works")
+
+
+def evaluate_model(
+    model: str, task_name: str, samples: int, num_prompts: int, against: str | None, seed: int, overrides: Sequence[str]
+) -> None:
+    """Print accuracy, pass@k and rewards with intervals; with `against`, the paired difference too."""
+    console = Console()
+    recipe = load_recipe(task_name, overrides)
+    rewards = load_rewards(recipe.rewards)
+    evaluations: list[Evaluation] = []
+    for source in (model, *([against] if against else [])):
+        policy, codec = _loaded(console, source, recipe)
+        task = make_task(recipe.task, codec)
+        check_lengths(task, recipe.sampling, policy.context_length)
+        prompts = heldout_prompts(task, num_prompts, seed=seed)
+        if not prompts:
+            raise UserError(f"--task {task_name}: holds out no prompts; set task.heldout above 0")
+        evaluations.append(
+            evaluate(
+                make_engine(policy), task, prompts, rewards, codec, recipe.sampling, num_samples=samples, seed=seed
+            )
+        )
+        rows = [
+            (
+                name if mode == "sampled" else f"{mode} {name}",
+                f"{e.value:.4f}",
+                f"[{e.low:.4f}, {e.high:.4f}]",
+                str(e.count),
+            )
+            for mode, estimates in evaluations[-1].estimates.items()
+            for name, e in estimates.items()
+        ]
+        rows += _pass_rows(evaluations[-1])
+        console.table(
+            f"{source}: {len(prompts)} held-out prompts, {samples} samples each", ("", "", "95 %", "of"), rows
+        )
+    if against:
+        _print_difference(console, model, against, evaluations)
+
+
+def _pass_rows(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
+    """pass@k for powers of two, averaged over prompts, with the interval of that mean."""
+    rows = []
+    size = evaluation.num_samples
+    outcomes = evaluation.judged.get("accuracy", [])
+    right = [sum(outcomes[i : i + size]) for i in range(0, len(outcomes), size)]
+    k = 1
+    while right and k <= size:
+        e = mean_interval([pass_at_k(n, size, k) for n in right])
+        rows.append((f"pass@{k}", f"{e.value:.4f}", f"[{e.low:.4f}, {e.high:.4f}]", str(e.count)))
+        k *= 2
+    return rows
+
+
+def _print_difference(console: Console, model: str, against: str, evaluations: Sequence[Evaluation]) -> None:
+    """Paired over prompts: each prompt's share of right samples, one model minus the other."""
+    size = evaluations[0].num_samples
+    shares = [
+        [sum(e.judged["accuracy"][i : i + size]) / size for i in range(0, len(e.judged["accuracy"]), size)]
+        for e in evaluations
+        if "accuracy" in e.judged
+    ]
+    if len(shares) < 2:
+        console.say("the task does not say what counts as correct (task.correct_above), so nothing is compared")
+        return
+    e = mean_interval([a - b for a, b in zip(*shares, strict=True)])
+    console.say(f"accuracy, {model} minus {against}, paired by prompt: {e.value:+.4f}  [{e.low:+.4f}, {e.high:+.4f}]")
+
+
+def sample_model(
+    model: str,
+    text: str,
+    count: int,
+    temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+    task_name: str | None,
+    seed: int,
+) -> None:
+    """Print completions of one prompt, with rewards where a task is at hand that knows the prompt."""
+    console = Console()
+    if not text.strip():
+        raise UserError("sample: the prompt is empty")
+    if top_p == 0:
+        raise UserError("--top-p 0: would keep no token; use more than 0, up to 1")
+    run_recipe = Path(model) / "recipe.yaml"
+    source = task_name or (str(run_recipe) if run_recipe.is_file() else None)
+    recipe = load_recipe(source) if source else None
+    policy, codec = _loaded(console, model, recipe)
+    content, tokens = codec.encode_user(text)
+    limit = policy.context_length
+    if limit and len(tokens) >= limit:
+        raise UserError(f"sample: the prompt has {len(tokens)} tokens, and the model's context is {limit}")
+    room = limit - len(tokens) if limit else max_new_tokens
+    sampling = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=min(max_new_tokens, room))
+    columns, rewards = _what_is_known(recipe, codec, text)
+    prompt = Prompt(0, content, tokens, columns)
+    groups = collect(make_engine(policy), [prompt], codec, sampling, num_completions=count, noise=(seed, "sample"))
+    parts = score(groups, rewards).parts if rewards else {}
+    _print_group(console, groups[0], {name: part[0].tolist() for name, part in parts.items()})
+
+
+def _what_is_known(recipe: Recipe | None, codec: Codec, text: str) -> tuple[Mapping[str, object], list[Reward]]:
+    """The columns that a recipe's task has for a prompt, and its rewards; nothing where it does not know the prompt."""
+    if recipe is None:
+        return {}, []
+    task: Task = make_task(recipe.task, codec)
+    columns = task.columns_of(text)
+    return (columns, load_rewards(recipe.rewards)) if columns is not None else ({}, [])
+
+
+def _loaded(console: Console, source: str, recipe: Recipe | None) -> tuple[Policy, Codec]:
+    """The model of a run folder, of a model folder, or from the hub."""
+    folder = Path(source)
+    if (folder / "run.db").is_file():
+        folder = folder / "model"
+        if not folder.is_dir():
+            raise UserError(f"{source}: this run has no model yet; it is written at the end of training")
+        source = str(folder)
+    device = choose_device(recipe.device if recipe else "auto")
+    quiet_transformers()
+    return _with_warnings(console, lambda: load_policy(source, device))
+
+
+def _with_warnings(console: Console, make):  # type: ignore[no-untyped-def]
+    """Call `make`, with what it warns of shown as one line each."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        made = make()
+    for warning in caught:
+        console.warn(str(warning.message))
+    return made
+
+
+def _print_group(
+    console: Console, group: Group, parts: Mapping[str, list[float]], advantages: list[float] | None = None
+) -> None:
+    for number, completion in enumerate(group.completions):
+        figures = [f"{name} {values[number]:.2f}" for name, values in parts.items()]
+        if advantages:
+            figures.append(f"advantage {advantages[number]:+.2f}")
+        ended = "" if completion.ended == "stop" else "  (cut at the length limit)"
+        console.say(f"--- {number + 1}  {'  '.join(figures)}{ended}")
+        console.say(
+            completion.text if completion.text.isprintable() or "\n" in completion.text else json.dumps(completion.text)
+        )

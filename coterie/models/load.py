@@ -1,0 +1,135 @@
+"""From a recipe to a tokenizer and a model: fresh from a configuration, from a folder, or from the hub."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from coterie.errors import UserError, nearest
+from coterie.models.codec import Codec
+from coterie.models.policy import Policy
+from coterie.noise import key
+from coterie.recipe import ModelShape, Recipe, is_local_path
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def choose_device(name: str) -> torch.device:
+    """The GPU where there is one, unless the recipe names a device."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda is asked for, and torch sees no GPU; use auto or cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def load_config(recipe: Recipe) -> PretrainedConfig:
+    """The model's configuration, checked before any weights are read."""
+    if isinstance(recipe.model, ModelShape):
+        return _fresh_config(recipe.model)
+    check_model_folder(recipe.model)
+    return _from_hub(AutoConfig, recipe.model)
+
+
+def check_model_folder(model: str) -> None:
+    """Raises UserError where a local model folder lacks what loading it needs. Hub ids pass."""
+    path = Path(model)
+    if not path.exists() and not is_local_path(model):
+        return
+    if not path.is_dir():
+        raise UserError(f"model: the folder {model} does not exist")
+    if not (path / "config.json").is_file():
+        raise UserError(f"model: {model} has no config.json, so it is no model in Hugging Face format")
+    if not list(path.glob("*.safetensors")):
+        raise UserError(f"model: {model} has no weights: a *.safetensors file is needed (pickled weights are refused)")
+
+
+def make_byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each of the 256 bytes of UTF-8, and an end token: any text, no vocabulary to learn."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: number for number, symbol in enumerate(("<end>", *alphabet))}
+    core = Tokenizer(models.BPE(vocabulary, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", pad_token="<end>")
+
+
+def codec_of(source: str) -> Codec:
+    """The tokenizer of a model folder or hub id, with the end tokens of its generation settings."""
+    from transformers import GenerationConfig
+
+    tokenizer = _from_hub(AutoTokenizer, source)
+    try:
+        generation = GenerationConfig.from_pretrained(source)
+    except OSError:  # a model need not have one
+        generation = None
+    return Codec.of(tokenizer, generation)
+
+
+def start_model(recipe: Recipe, codec: Codec, device: torch.device) -> PreTrainedModel:
+    """The model that training starts from. A fresh one depends on the recipe's seed alone."""
+    dtype = DTYPES[recipe.dtype]
+    if isinstance(recipe.model, str):
+        return load_model(recipe.model, device, dtype)
+    config = _fresh_config(recipe.model, vocab_size=len(codec.tokenizer))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(recipe.seed, "weights") % 2**63)
+        model = AutoModelForCausalLM.from_config(config)
+    model.generation_config.eos_token_id = list(codec.end_tokens)
+    model.generation_config.pad_token_id = codec.tokenizer.pad_token_id
+    return model.to(device=device, dtype=dtype)
+
+
+def load_model(source: str, device: torch.device, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model from a folder or the hub, from safetensors only."""
+    check_model_folder(source)
+    return _from_hub(AutoModelForCausalLM, source, dtype=dtype, use_safetensors=True).to(device)
+
+
+def load_policy(source: str, device: torch.device) -> tuple[Policy, Codec]:
+    """A model and its tokenizer, ready to sample."""
+    check_model_folder(source)
+    codec = codec_of(source)
+    return Policy.of(load_model(source, device)), codec
+
+
+def _fresh_config(shape: ModelShape, **more: Any) -> PretrainedConfig:
+    settings = dict(shape.model_extra or {})
+    try:
+        known = AutoConfig.for_model(shape.type)
+    except ValueError:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        raise UserError(
+            f"model.type: there is no {shape.type!r}; {nearest(shape.type, CONFIG_MAPPING.keys())}"
+        ) from None
+    allowed = {*known.to_dict(), *known.attribute_map}
+    for name in settings:
+        if name not in allowed:
+            raise UserError(f"model.{name}: {shape.type} has no such setting; {nearest(name, allowed)}")
+    without_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    try:
+        return AutoConfig.for_model(shape.type, **{**without_ids, **settings, **more})
+    except Exception as error:  # each configuration class checks its values in its own way
+        raise UserError(f"model: {shape.type} refuses these settings: {error}") from error
+
+
+def _from_hub(kind: Any, source: str, **options: Any) -> Any:
+    """`kind.from_pretrained`, with one paragraph instead of a traceback where it fails."""
+    try:
+        return kind.from_pretrained(source, **options)
+    except Exception as error:  # the hub's client raises its own, the network's and the file system's errors
+        logging.getLogger(__name__).debug("from_pretrained failed", exc_info=error)
+        where = "can't be loaded" if Path(source).exists() else "is no folder here, and can't be loaded from the hub"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"model: {source} {where}: {reason}") from error

@@ -1,0 +1,146 @@
+"""A language model as a policy: hidden states of a stream, and logits from them, whatever the architecture.
+
+Legend: T tokens of the stream, N completion tokens, B rows, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from coterie.models.attention import Layout, StreamLayout, UnservedModelError, stream_attention
+from coterie.types import Stream
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Any transformers causal language model. Dropout is off: with it, sampler and trainer would differ.
+
+    served: "stream" where the packed stream gives what the unmodified model gives; "padded" where it does not, and each
+    completion is run with a prompt of its own instead.
+    """
+
+    model: PreTrainedModel
+    served: Literal["stream", "padded"]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Policy:
+        """Wrap a model, after comparing the stream with the model's own forward pass on a few tokens."""
+        model.eval()
+        try:
+            difference = _stream_error(model)
+        except (UnservedModelError, TypeError, AttributeError) as error:
+            why = str(error)
+        else:
+            if difference <= (1e-3 if model.dtype == torch.float32 else 0.1):
+                return cls(model, "stream")
+            why = f"logits differ by {difference:.2g}"
+        warnings.warn(
+            f"{type(model).__name__} can't share prompts ({why}); it is sampled and trained padded, which is slower",
+            stacklevel=2,
+        )
+        return cls(model, "padded")
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def vocabulary_size(self) -> int:
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens that one sequence may have, or None where the model sets no limit."""
+        return context_length_of(self.model.config)
+
+    def hidden_states(self, stream: Stream) -> Tensor:
+        """What predicts each token that the policy wrote: [N, D]; of a padded policy its logits, [N, V]."""
+        if self.served == "padded":
+            return _padded_logits(self.model, stream)
+        layout = StreamLayout(stream.segments, self.device)
+        return self.run(stream.tokens, stream.positions, layout).index_select(0, stream.predictors)
+
+    def run(self, tokens: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+        """The model below its head on a stream: tokens [T], positions [T] -> [T, D]."""
+        with stream_attention(self.model):
+            output = self.model.base_model(
+                input_ids=tokens[None], position_ids=positions[None], layout=layout, use_cache=False
+            )
+        return output.last_hidden_state[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The model's head, with what some architectures do after it: [..., D] -> [..., V]."""
+        if self.served == "padded":
+            return hidden
+        config = self.model.config.get_text_config()
+        logits = self.model.get_output_embeddings()(hidden)
+        if (scale := getattr(config, "logits_scaling", None)) is not None:  # Granite
+            logits = logits / scale
+        if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+            logits = logits * scale
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' progress bars and advice out of a command's own output."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def context_length_of(config: PretrainedConfig) -> int | None:
+    """The most tokens that one sequence may have, or None where the configuration sets no limit."""
+    text = config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+
+
+@torch.no_grad()
+def _stream_error(model: PreTrainedModel) -> float:
+    """The largest difference, over two small groups, between the stream's logits and the unmodified model's."""
+    segments = [(5, [4, 7]), (3, [6, 2])]
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    tokens, positions = [], []
+    plain: list[Tensor | None] = []
+    for prompt_length, lengths in segments:
+        prompt = torch.randint(vocabulary, (prompt_length,), generator=generator)
+        tokens.append(prompt)
+        positions.append(torch.arange(prompt_length))
+        plain.append(None)
+        for length in lengths:
+            completion = torch.randint(vocabulary, (length,), generator=generator)
+            tokens.append(completion)
+            positions.append(torch.arange(prompt_length, prompt_length + length))
+            whole = torch.cat([prompt, completion])[None].to(model.device)
+            plain.append(model(input_ids=whole, use_cache=False).logits[0, prompt_length:].float())
+    policy = Policy(model, "stream")
+    layout = StreamLayout(segments, model.device)
+    hidden = policy.run(torch.cat(tokens).to(model.device), torch.cat(positions).to(model.device), layout)
+    logits = policy.logits(hidden).float().split([len(part) for part in tokens])
+    pairs = [(ours, theirs) for ours, theirs in zip(logits, plain, strict=True) if theirs is not None]
+    errors = [((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)).item() for ours, theirs in pairs]
+    return max(errors)
+
+
+def _padded_logits(model: PreTrainedModel, stream: Stream) -> Tensor:
+    """The slow, obvious way: every completion with its own copy of the prompt, padded on the right. [N, V]."""
+    rows, starts, at = [], [], 0
+    for prompt_length, lengths in stream.segments:
+        prompt = stream.tokens[at : at + prompt_length]
+        at += prompt_length
+        for length in lengths:
+            rows.append(torch.cat([prompt, stream.tokens[at : at + length]]))
+            starts.append(prompt_length - 1)
+            at += length
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [B, longest]
+    attended = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    logits = model(input_ids=padded, attention_mask=attended, use_cache=False).logits
+    return torch.cat([logits[b, start : len(row) - 1] for b, (row, start) in enumerate(zip(rows, starts, strict=True))])

@@ -1,0 +1,383 @@
+"""Recipes: what a run is, as a short YAML file, checked strictly before anything costs time.
+
+A recipe names a preset and says only what differs from it. Every setting and every default stands in this file, two levels
+deep. Nothing here imports torch, so a wrong recipe is refused at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from coterie.algorithms.presets import PRESETS
+from coterie.errors import UserError, nearest
+
+Share = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+class Settings(BaseModel):
+    """A frozen group of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelShape(Settings):
+    """A fresh model with random weights, from a transformers configuration."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+    type: str = Field(description="transformers' model_type: qwen3, llama, gpt2, ...")
+
+
+class DatasetTask(Settings):
+    """Prompts from the user's own file or hub data set."""
+
+    data: str = Field(description="a .jsonl or .parquet file, or a hub data set id")
+    prompt: str = Field("prompt", description="the column that holds the prompt: text, or a list of chat messages")
+    split: str = Field("train", description="which split of a hub data set")
+    heldout: Share = Field(0.1, description="share of the rows kept for evaluation, chosen by content")
+    correct_above: Finite | None = Field(None, description="total reward above which a completion counts as correct")
+
+
+class RewardSpec(Settings):
+    """One reward function and its weight in the sum."""
+
+    function: str = Field(description="module:function or file.py:function")
+    weight: Finite = 1.0
+    name: str = Field("", description="how it is called in metrics; the function's name if empty")
+
+
+class ColdStart(Settings):
+    """Supervised fine-tuning on the task's demonstrations before reinforcement learning."""
+
+    steps: PositiveInt = 600
+    rows_per_step: PositiveInt = 64
+    learning_rate: Positive = 1e-3
+    warmup_steps: int = Field(20, ge=0)
+    schedule: Schedule = "cosine"
+
+
+class Sampling(Settings):
+    """How completions are drawn. Temperature 0 is greedy, for evaluation only."""
+
+    max_new_tokens: PositiveInt = 256
+    temperature: NonNegative = 1.0
+    top_k: int = Field(0, ge=0, description="keep the k likeliest tokens; 0 keeps all")
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_rows: PositiveInt = Field(256, description="completions decoded at the same time")
+
+
+class Advantage(Settings):
+    """How rewards become advantages inside a group."""
+
+    scale: Literal["sample", "population", "none", "batch"] = "sample"
+    epsilon: Positive = 1e-6
+
+
+class Loss(Settings):
+    """The clipped objective and what holds it near the reference."""
+
+    ratio: Literal["token", "sequence", "sequence_mean"] = "token"
+    clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
+    clip_high: Positive = 0.2
+    aggregation: Literal["sequence_mean", "sequence_sum", "token_mean", "fixed_length"] = "sequence_mean"
+    kl_weight: NonNegative = 0.0
+
+
+class KL(Settings):
+    """Which estimate of the KL divergence to the reference is used."""
+
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+
+
+class Optimiser(Settings):
+    """AdamW, its learning-rate schedule, and how a batch is cut to fit."""
+
+    learning_rate: Positive = 1e-6
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Schedule = "constant"
+    final_share: Share = Field(0.0, description="share of the learning rate left at the end of the schedule")
+    weight_decay: NonNegative = 0.0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    max_grad_norm: Positive = 1.0
+    updates_per_batch: PositiveInt = Field(1, description="optimiser steps on each batch of samples")
+    micro_batch_tokens: PositiveInt = Field(16384, description="stream tokens per forward and backward pass")
+
+
+class Evaluation(Settings):
+    """Held-out evaluation before, during and after training."""
+
+    prompts: PositiveInt = Field(512, description="held-out prompts used before and after; all if there are fewer")
+    samples: PositiveInt = Field(2, description="sampled completions of each")
+    every: int = Field(0, ge=0, description="steps between evaluations on the way; 0 for none")
+
+
+class Checkpoint(Settings):
+    """When the run is saved, and how many of the saves are kept."""
+
+    every: PositiveInt = 50
+    keep_last: PositiveInt = 2
+
+
+class Record(Settings):
+    """What run.db keeps of each step."""
+
+    max_megabytes_per_step: Positive = 4.0
+
+
+class Recipe(Settings):
+    """Everything a run is. `load_recipe` is the way to make one."""
+
+    preset: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    model: str | ModelShape
+    tokenizer: str | None = Field(None, description="path or hub id; default: the task's own, or the model's")
+    task: Literal["equations"] | DatasetTask
+    rewards: tuple[RewardSpec, ...] = ()
+    max_failed_rewards: Share = Field(0.1, description="share of a step's rewards that may fail before the run stops")
+    steps: PositiveInt = 100
+    prompts_per_step: PositiveInt = 8
+    group_size: Annotated[int, Field(ge=2)] = 8
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    cold_start: ColdStart | None = None
+    sampling: Sampling = Sampling()
+    advantage: Advantage = Advantage()
+    loss: Loss = Loss()
+    kl: KL = KL()
+    optimiser: Optimiser = Optimiser()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    record: Record = Record()
+    made_with: dict[str, Any] | None = Field(None, description="written into a run's copy: versions and commit")
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> Recipe:
+        if self.sampling.temperature == 0:
+            raise ValueError("sampling.temperature: 0 is greedy, and equal completions teach nothing; use more than 0")
+        if self.loss.kl_weight == 0 and "kl" in self.model_fields_set:
+            raise ValueError("kl.estimator: has no effect while loss.kl_weight is 0; set the weight or leave it out")
+        if self.cold_start is not None and not isinstance(self.task, str):
+            raise ValueError("cold_start: a data set has no demonstrations to start from; only bundled tasks do")
+        if not self.rewards:
+            raise ValueError("rewards: at least one is needed, as module:function or file.py:function")
+        names = [spec.name for spec in self.rewards]
+        if len(set(names)) < len(names):
+            raise ValueError(f"rewards: two have the same name among {', '.join(names)}; give each a `name`")
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved recipe: every setting that acts, and nothing that does not."""
+        values = self.model_dump(mode="json", exclude_none=True)
+        if self.loss.kl_weight == 0:
+            del values["kl"]
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without its silent habit of letting a later key replace an earlier equal one."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key in seen:
+                raise UserError(f"line {key_node.start_mark.line + 1}: the key {key!r} stands twice")
+            seen.add(key if isinstance(key, str) else str(key))
+        return super().construct_mapping(node, deep=deep)
+
+
+def find_recipe(name: str) -> Path:
+    """The file behind a path or the name of a bundled recipe. Raises UserError where there is none."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    package = Path(__file__).resolve().parent
+    bundled = {
+        file.stem: file for home in (package / "recipes", package.parent / "recipes") for file in home.glob("*.yaml")
+    }
+    stem = path.name.removesuffix(".yaml")
+    is_bundled_name = path.parent == Path(".") or path.parent == Path("recipes")
+    if is_bundled_name and stem in bundled:
+        return bundled[stem]
+    if path.is_dir():
+        raise UserError(f"recipe {name!r} is a folder; give a .yaml file or one of: {', '.join(sorted(bundled))}")
+    raise UserError(f"recipe {name!r} was not found as a file or among the bundled ones; {nearest(stem, bundled)}")
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override (`section.key=value`), fill in from the preset, and check. Raises UserError that names the key."""
+    path = find_recipe(name)
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a mapping of settings, not {type(values).__name__}")
+    for override in overrides:
+        _override(values, override)
+    return make_recipe(values, source=str(path), folder=path.resolve().parent)
+
+
+def make_recipe(values: Mapping[str, Any], *, source: str = "recipe", folder: Path | None = None) -> Recipe:
+    """A checked recipe from plain values; `folder` is what its relative paths start from."""
+    folder = folder or Path.cwd()
+    merged = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    preset = merged.get("preset", "grpo")
+    if isinstance(preset, str) and preset not in PRESETS:
+        raise UserError(f"{source}: preset: there is no {preset!r}; {nearest(preset, PRESETS)}")
+    for section, settings in PRESETS.get(preset, {}).items() if isinstance(preset, str) else ():
+        given = merged.get(section, {})
+        if isinstance(given, dict):
+            merged[section] = {**settings, **given}
+    _plain_rewards(merged, folder)
+    _absolute_paths(merged, folder)
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise UserError(_explain(error, source)) from None
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(f"--set {override!r}: write section.key=value, as in --set loss.clip_high=0.3")
+    try:
+        value = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override!r}: {text!r} is not a YAML value; quote it if it is text") from None
+    here = values
+    for part in parts[:-1]:
+        inner = here.get(part)
+        if inner is None:
+            inner = {}
+        elif not isinstance(inner, dict):
+            raise UserError(f"--set {override!r}: {part} is {inner!r} in the recipe, which has no settings inside")
+        here[part] = dict(inner)
+        here = here[part]
+    here[parts[-1]] = value
+
+
+def _plain_rewards(values: dict[str, Any], folder: Path) -> None:
+    """Let a reward be written as a bare string, resolve its file, and name it after its function."""
+    rewards = values.get("rewards")
+    if isinstance(rewards, str | dict):
+        rewards = [rewards]
+    if not isinstance(rewards, list | tuple):
+        return
+    specs = []
+    for reward in rewards:
+        spec = {"function": reward} if isinstance(reward, str) else reward
+        if isinstance(spec, dict) and isinstance(spec.get("function"), str):
+            home, _, function = spec["function"].rpartition(":")
+            if home.endswith(".py"):
+                home = _resolved(home, folder)
+            spec = {**spec, "function": f"{home}:{function}", "name": spec.get("name") or function}
+        specs.append(spec)
+    values["rewards"] = specs
+
+
+def _absolute_paths(values: dict[str, Any], folder: Path) -> None:
+    """Make local files absolute, so that a run can be resumed from anywhere. Hub ids stay as they are."""
+    task = values.get("task")
+    if isinstance(task, dict) and isinstance(task.get("data"), str):
+        values["task"] = {**task, "data": _resolved(task["data"], folder)}
+    for key in ("model", "tokenizer"):
+        if isinstance(values.get(key), str):
+            values[key] = _resolved(values[key], folder)
+
+
+def _resolved(name: str, folder: Path) -> str:
+    """The absolute path if there is such a file beside the recipe or here, else the name unchanged."""
+    for candidate in (folder / Path(name).expanduser(), Path(name).expanduser()):
+        if candidate.exists():
+            return str(candidate.resolve())
+    return name
+
+
+def is_local_path(name: str) -> bool:
+    """Whether a name is meant as a file or folder here, and not as a hub id such as `Qwen/Qwen3-0.6B`."""
+    looks_local = name.startswith((".", "/", "~")) or name.endswith((".jsonl", ".json", ".parquet", ".py", ".yaml"))
+    return looks_local or name.count("/") > 1 or Path(name).exists()
+
+
+_KINDS = {"int_type": "a whole number", "int_parsing": "a whole number", "int_from_float": "a whole number",
+          "float_type": "a number", "float_parsing": "a number", "string_type": "text", "finite_number": "a finite number",
+          "bool_parsing": "true or false", "tuple_type": "a list", "model_type": "a group of settings",
+          "model_attributes_type": "a group of settings", "dict_type": "a group of settings"}  # fmt: skip
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    """One sentence for each wrong setting: its key, what was given, and what is allowed."""
+    lines: list[str] = []
+    for problem in error.errors():
+        place = [str(part) for part in problem["loc"] if str(part) not in _UNION_TAGS]
+        key, kind, given = ".".join(place), problem["type"], problem.get("input")
+        if kind == "extra_forbidden":
+            owner = _settings_at(place[:-1])
+            allowed = {name for name in owner.model_fields if name != "made_with"}
+            line = f"{key}: there is no such setting; {_nearest_setting(key, place[-1], owner, allowed)}"
+        elif kind == "value_error":
+            line = str(problem["ctx"]["error"])
+        elif kind == "missing":
+            line = f"{key}: is missing, and has no default"
+        elif kind == "literal_error":
+            choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+            line = f"{key}: {given!r} is not allowed; {nearest(str(given), choices)}"
+        elif kind in _KINDS:
+            line = f"{key}: {given!r} is not {_KINDS[kind]}"
+        else:
+            line = f"{key}: {given!r} is not allowed; {problem['msg'][0].lower() + problem['msg'][1:]}"
+        if line not in lines:
+            lines.append(line)
+    return f"{source}: " + "\n".join(_without_union_noise(lines))
+
+
+_UNION_TAGS = {"ModelShape", "DatasetTask", "str", "literal['equations']"}
+
+
+def _without_union_noise(lines: list[str]) -> list[str]:
+    """A setting of several kinds reports one error a kind; the most specific key tells the reader enough."""
+    keys = [line.partition(":")[0] for line in lines]
+    return [
+        line for line, key in zip(lines, keys, strict=True) if not any(other.startswith(key + ".") for other in keys)
+    ]
+
+
+def _settings_at(place: list[str]) -> type[Settings]:
+    """The class of settings that stands at a key."""
+    homes: dict[str, type[Settings]] = {
+        "task": DatasetTask, "rewards": RewardSpec, "cold_start": ColdStart, "sampling": Sampling, "advantage": Advantage,
+        "loss": Loss, "kl": KL, "optimiser": Optimiser, "evaluation": Evaluation, "checkpoint": Checkpoint, "record": Record,
+    }  # fmt: skip
+    return homes.get(place[0], Recipe) if place else Recipe
+
+
+def _nearest_setting(key: str, name: str, owner: type[Settings], allowed: set[str]) -> str:
+    """The nearest name at the same place, or the same name where it stands in another section."""
+    elsewhere = [
+        f"{section}.{name}"
+        for section, field in Recipe.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings)
+        and field.annotation is not owner and name in field.annotation.model_fields
+    ]  # fmt: skip
+    if name in Recipe.model_fields and owner is not Recipe:
+        elsewhere.append(name)
+    return f"did you mean {elsewhere[0]!r}?" if elsewhere else nearest(name, allowed)

@@ -1,0 +1,42 @@
+"""From prompts to groups of completions: keyed noise in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from coterie.noise import key, mix
+from coterie.recipe import Sampling
+from coterie.rollouts.engine import Engine
+from coterie.types import Completion, Group, Prompt
+
+if TYPE_CHECKING:
+    from coterie.models.codec import Codec
+
+
+def collect(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    codec: Codec,
+    sampling: Sampling,
+    *,
+    num_completions: int,
+    noise: tuple[int | str, ...],
+) -> list[Group]:
+    """Sample a group for each prompt. The noise of a token depends on `noise` (seed, purpose, step), the prompt's key, the
+    completion's number and the token's, and on nothing else."""
+    of_prompt = mix(torch.tensor(key(*noise)), torch.tensor([prompt.key for prompt in prompts]))
+    keys = mix(of_prompt[:, None], torch.arange(num_completions))  # [P, G]
+    completions = engine.generate([prompt.tokens for prompt in prompts], keys, sampling, codec.end_tokens)
+    return [
+        Group(prompt, [_with_text(completion, codec) for completion in of_group])
+        for prompt, of_group in zip(prompts, completions, strict=True)
+    ]
+
+
+def _with_text(completion: Completion, codec: Codec) -> Completion:
+    body = completion.tokens[:-1] if completion.ended == "stop" else completion.tokens
+    return replace(completion, text=codec.decode(body))

@@ -1,0 +1,83 @@
+"""What an engine is: it turns prompts into completions, with the log-probabilities of the distribution it sampled.
+
+Legend: P prompts, G completions per prompt, R rows that are being decoded, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from coterie.models.policy import Policy
+from coterie.noise import mix, uniform
+from coterie.recipe import Sampling
+from coterie.types import Completion
+
+
+class Engine(Protocol):
+    """Samples completions. `keys` [P, G] int64 seed the noise: equal keys, prompt and weights give equal tokens."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], keys: Tensor, sampling: Sampling, end_tokens: Sequence[int]
+    ) -> list[list[Completion]]: ...
+
+    def load_weights(self, policy: Policy, version: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One token for each of R rows: tokens [R], and what `Completion` keeps of it."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    entropies: Tensor
+    support: list[Tensor] | None
+
+
+def sample_tokens(logits: Tensor, keys: Tensor, positions: Tensor, sampling: Sampling) -> Sampled:
+    """Draw one token a row: logits [R, V], keys [R], positions [R] (the token's number in its completion).
+
+    Temperature 0 takes the likeliest token and reports the log-probability it has at temperature 1.
+    """
+    greedy = sampling.temperature == 0
+    logits = logits.float() / (1.0 if greedy else sampling.temperature)
+    truncated = not greedy and (sampling.top_k > 0 or sampling.top_p < 1)
+    if truncated:
+        kept = _kept(logits, sampling.top_k, sampling.top_p)
+        logits = logits.masked_fill(~kept, -torch.inf)
+    normaliser = logits.logsumexp(1)  # [R]
+    logprobs = logits - normaliser[:, None]
+    probabilities = logprobs.exp()
+    if greedy:
+        tokens = logits.argmax(1)
+    else:
+        cumulative = probabilities.cumsum(1, dtype=torch.float64)
+        thresholds = uniform(mix(keys, positions)) * cumulative[:, -1]
+        tokens = torch.searchsorted(cumulative, thresholds[:, None], right=True).squeeze(1)
+        tokens = torch.minimum(tokens, _last_possible(probabilities))  # rounding may put a threshold at the very end
+    return Sampled(
+        tokens=tokens,
+        logprobs=logits.gather(1, tokens[:, None]).squeeze(1) - normaliser,
+        entropies=-(probabilities * logprobs.masked_fill(probabilities == 0, 0.0)).sum(1),
+        support=[row.nonzero().squeeze(1).cpu() for row in kept] if truncated else None,
+    )
+
+
+def _kept(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Which tokens truncation keeps: bool [R, V]. Top-p keeps the fewest likeliest tokens whose mass reaches p."""
+    order = torch.argsort(logits, dim=1, descending=True, stable=True)
+    rank = torch.arange(logits.shape[1], device=logits.device)
+    by_rank = rank.expand_as(order) < (top_k or logits.shape[1])
+    if top_p < 1:
+        probabilities = logits.gather(1, order).masked_fill(~by_rank, -torch.inf).softmax(1)
+        by_rank = by_rank & (probabilities.cumsum(1) - probabilities < top_p)
+    return torch.zeros_like(by_rank).scatter(1, order, by_rank)
+
+
+def _last_possible(probabilities: Tensor) -> Tensor:
+    """The highest token id with a probability: [R, V] -> [R]."""
+    return probabilities.shape[1] - 1 - (probabilities > 0).flip(1).int().argmax(1)

@@ -1,0 +1,72 @@
+"""What a person sees while a run goes on: bars and colours in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console as RichConsole
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+
+class Console:
+    """Prints messages, a line of metrics a step, a progress bar, and tables."""
+
+    def __init__(self) -> None:
+        self._rich = RichConsole(highlight=False)
+        self._live = self._rich.is_terminal and sys.stdout.isatty()
+        self._progress: Progress | None = None
+        self._bar: TaskID | None = None
+
+    def say(self, text: str = "") -> None:
+        if self._live:
+            self._rich.print(text, markup=False)
+        else:
+            print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        if self._live:
+            self._rich.print(text, style="yellow", markup=False)
+        else:
+            print(f"warning: {text}", flush=True)
+
+    @contextmanager
+    def progress(self, title: str, done: int, total: int) -> Iterator[None]:
+        """A bar with the time left, while the block runs. Nothing where the output is no terminal."""
+        if not self._live:
+            yield
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                   TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+        with Progress(*columns, console=self._rich, transient=True) as self._progress:
+            self._bar = self._progress.add_task(title, total=total, completed=done)
+            try:
+                yield
+            finally:
+                self._progress = None
+
+    def step_done(self, step: int) -> None:
+        if self._progress is not None and self._bar is not None:
+            self._progress.update(self._bar, completed=step)
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        if self._live:
+            table = Table(*header, title=title, title_justify="left")
+            for row in rows:
+                table.add_row(*row)
+            self._rich.print(table)
+            return
+        widths = [max(len(str(row[i])) for row in (header, *rows)) for i in range(len(header))]
+        self.say(title)
+        for row in (header, *rows):
+            self.say("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,0 +1,266 @@
+"""`report.html`: one page that tells how a run went, and opens with no network. It only reads `run.db` and `summary.json`."""
+
+from __future__ import annotations
+
+import html
+import json
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from coterie.recipe import load_recipe
+from coterie.runs.store import Store
+
+_COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2")
+_GROUPS_PER_STEP = 2
+_SMOOTHED_FROM = 60  # steps from which a running mean is drawn over the single values
+
+
+def write_report(folder: Path) -> Path:
+    """Write the report of a run and return its path. Raises FileNotFoundError where there is no run."""
+    recipe = load_recipe(str(folder / "recipe.yaml"))
+    store = Store(folder / "run.db", read_only=True)
+    try:
+        parts = [
+            _head(folder.name),
+            _results(folder, recipe.preset),
+            "<h2>Curves</h2>",
+            _charts(store),
+            _groups(store),
+            _events(store),
+            f"<h2>Recipe</h2><pre class='recipe'>{html.escape((folder / 'recipe.yaml').read_text('utf-8'))}</pre>",
+            "</main></body></html>",
+        ]
+    finally:
+        store.close()
+    path = folder / "report.html"
+    path.write_text("\n".join(parts), encoding="utf-8")
+    return path
+
+
+def _head(name: str) -> str:
+    title = html.escape(name)
+    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title} · coterie</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body><main>
+<h1>{title}</h1>"""
+
+
+def _results(folder: Path, preset: str) -> str:
+    """The figures before and after, and the answers to the examples."""
+    path = folder / "summary.json"
+    if not path.is_file():
+        return f"<p class='note'>preset {html.escape(preset)}; the run is not finished</p>"
+    summary = json.loads(path.read_text("utf-8"))
+    names = [name for name in summary["after"] if not name.endswith("_interval")]
+    rows = [
+        f"<tr><th>{html.escape(name.replace('_', ' '))}</th>"
+        + "".join(f"<td>{_figure(summary[when], name)}</td>" for when in ("before", "after"))
+        + "</tr>"
+        for name in names
+    ]
+    note = f"preset {preset} · seed {summary['seed']} · {summary['seconds']:.0f} seconds"
+    table = (
+        "<table><thead><tr><th>held out</th><th>before</th><th>after</th></tr></thead><tbody>"
+        + "".join(rows)
+        + "</tbody></table><p class='note'>with 95 % intervals; Wilson's for shares</p>"
+        if rows
+        else "<p class='note'>no prompts were held out</p>"
+    )
+    examples = "".join(
+        f"<section class='example'><h3>{html.escape(example['prompt'])}</h3><div class='pair'>"
+        f"<figure><figcaption>before</figcaption><pre>{html.escape(example['before'])}</pre></figure>"
+        f"<figure><figcaption>after</figcaption><pre>{html.escape(example['after'])}</pre></figure></div></section>"
+        for example in summary["examples"]
+    )
+    return f"<p class='note'>{html.escape(note)}</p><h2>Results</h2>{table}<div class='examples'>{examples}</div>"
+
+
+def _figure(figures: dict[str, Any], name: str) -> str:
+    if name not in figures:
+        return "–"
+    low, high = figures[f"{name}_interval"]
+    return f"<b>{figures[name]:.3f}</b> <span class='note'>{low:.3f} to {high:.3f}</span>"
+
+
+def _charts(store: Store) -> str:
+    """Learning curves; entropy, KL and clipping; length; signal; the optimiser; time."""
+    import plotly.graph_objects as go
+    from plotly.offline import get_plotlyjs
+    from plotly.subplots import make_subplots
+
+    rewards = [
+        name for name in _names(store) if name.startswith("reward/") and "num_" not in name and name != "reward/std"
+    ]
+    panels: list[tuple[str, list[str]]] = [
+        ("Reward", rewards),
+        ("Held-out, sampled", []),
+        ("Entropy (nats per token)", ["policy/entropy"]),
+        ("KL to the reference (nats per token)", ["policy/kl"]),
+        ("Share of tokens clipped", ["policy/clip_low_share", "policy/clip_high_share"]),
+        ("Completion length (tokens)", ["completion/tokens_mean", "completion/tokens_max"]),
+        ("Share of completions cut, of groups without signal", ["completion/truncated_share", "group/no_signal_share"]),
+        ("Gradient norm", ["optimiser/grad_norm"]),
+        ("Learning rate", ["optimiser/learning_rate"]),
+        ("Seconds per step", ["time/sample_seconds", "time/score_seconds", "time/train_seconds"]),
+    ]
+    num_rows = (len(panels) + 1) // 2
+    figure = make_subplots(num_rows, 2, subplot_titles=[title for title, _ in panels], vertical_spacing=0.06)
+    for number, (_, names) in enumerate(panels):
+        place = {"row": number // 2 + 1, "col": number % 2 + 1}
+        for colour, name in zip(_COLOURS * 3, names, strict=False):
+            steps, values = _series(store, name)
+            label = name.partition("/")[2].replace("_", " ")
+            faint = len(steps) >= _SMOOTHED_FROM
+            line = {"color": colour, "width": 1 if faint else 2}
+            figure.add_trace(
+                go.Scatter(x=steps, y=values, name=label, line=line, opacity=0.3 if faint else 1, showlegend=not faint,
+                           legendgroup=name), **place)  # fmt: skip
+            if faint:
+                figure.add_trace(
+                    go.Scatter(x=steps, y=_running_mean(values), name=label, line={"color": colour, "width": 2},
+                               legendgroup=name), **place)  # fmt: skip
+    _add_evaluations(figure, store, go)
+    figure.update_layout(
+        height=300 * num_rows,
+        template="plotly_white",
+        font={"family": "system-ui, sans-serif", "size": 12},
+        margin={"l": 40, "r": 20, "t": 40, "b": 30},
+        legend={"orientation": "h", "y": -0.03},
+    )
+    body = figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
+    return f"<script>{get_plotlyjs()}</script>{body}"
+
+
+def _add_evaluations(figure: Any, store: Store, go: Any) -> None:
+    """Held-out shares with their intervals, in the second panel; the mean reward where there are no shares."""
+    rows = store.read("SELECT * FROM evaluations WHERE mode = 'sampled' ORDER BY step")
+    shares = sorted({row["name"] for row in rows} - {"reward", "tokens"}) or ["reward"]
+    for colour, name in zip(_COLOURS, shares, strict=False):
+        points = [row for row in rows if row["name"] == name]
+        value = [row["value"] for row in points]
+        spread = {
+            "type": "data",
+            "symmetric": False,
+            "array": [row["high"] - row["value"] for row in points],
+            "arrayminus": [row["value"] - row["low"] for row in points],
+            "thickness": 1,
+        }
+        figure.add_trace(
+            go.Scatter(x=[row["step"] for row in points], y=value, error_y=spread, name=f"held-out {name.replace('_', ' ')}",
+                       mode="lines+markers", line={"color": colour}), row=1, col=2)  # fmt: skip
+
+
+def _groups(store: Store) -> str:
+    """Groups at the start, in the middle and at the end, with every token coloured."""
+    steps = [
+        row["step"] for row in store.read("SELECT DISTINCT step FROM completions WHERE stage = 'grpo' ORDER BY step")
+    ]
+    if not steps:
+        return ""
+    chosen = list(dict.fromkeys((steps[0], steps[len(steps) // 2], steps[-1])))
+    parts = [
+        "<h2>Groups</h2><p class='note'>Every completion that a prompt got, best first. Hover a token for its figures.</p>"
+        "<p><label><input type='radio' name='by' checked onchange='document.body.dataset.by=\"logprob\"'> "
+        "by log-probability <span class='key surprise'>surprising</span></label> "
+        "<label><input type='radio' name='by' onchange='document.body.dataset.by=\"advantage\"'> by advantage "
+        "<span class='key better'>better than the group</span> <span class='key worse'>worse</span></label></p>"
+    ]
+    for step in chosen:
+        prompts = store.read(
+            "SELECT prompt_number, MAX(advantage) - MIN(advantage) AS spread FROM completions WHERE stage = 'grpo' AND "
+            "step = ? GROUP BY prompt_number ORDER BY spread = 0, prompt_number LIMIT ?",
+            step,
+            _GROUPS_PER_STEP,
+        )
+        parts.append(f"<h3>Step {step}</h3>")
+        for row in prompts:
+            completions = store.read(
+                "SELECT * FROM completions WHERE stage = 'grpo' AND step = ? AND prompt_number = ? "
+                "ORDER BY reward DESC, completion_number",
+                step,
+                row["prompt_number"],
+            )
+            cards = "".join(_card(completion) for completion in completions)
+            prompt = html.escape(completions[0]["prompt"])
+            parts.append(f"<div class='group'><p class='prompt'>{prompt}</p><div class='cards'>{cards}</div></div>")
+    return "\n".join(parts)
+
+
+def _card(row: sqlite3.Row) -> str:
+    """One completion: its reward and parts, why it ended, and its tokens."""
+    advantage = row["advantage"]
+    tokens = []
+    for piece, logprob in zip(json.loads(row["pieces"]), json.loads(row["sampler_logprobs"]), strict=True):
+        shown = html.escape(piece).replace("\n", "⏎\n")
+        surprise = min(1.0, -logprob / 3)
+        tokens.append(
+            f"<span style='--s:{surprise:.2f}' title='log-probability {logprob:.3f}, advantage {advantage:+.3f}'>{shown}</span>"
+        )
+    strength = min(1.0, abs(advantage) / 2)
+    side = "better" if advantage > 0 else "worse"
+    given = " · ".join(
+        f"{html.escape(name.replace('_', ' '))} {'–' if value is None else f'{value:.2f}'}"
+        for name, value in json.loads(row["reward_parts"]).items()
+    )
+    reward = "abstains" if row["reward"] is None else f"reward {row['reward']:.2f}"
+    failure = f"<p class='failure'>{html.escape(row['failure'])}</p>" if row["failure"] else ""
+    return (
+        f"<div class='card {side}' style='--a:{strength:.2f}'><p><b>{reward}</b> advantage {advantage:+.2f}</p>"
+        f"<p class='note'>{given} · ended by {'the length limit' if row['ended'] == 'length' else 'itself'}</p>"
+        f"<pre>{''.join(tokens)}</pre>{failure}</div>"
+    )
+
+
+def _events(store: Store) -> str:
+    rows = store.read("SELECT stage, step, kind, message FROM events ORDER BY time LIMIT 200")
+    if not rows:
+        return ""
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(value))}</td>" for value in row) + "</tr>" for row in rows)
+    return (
+        "<h2>Events</h2><table><thead><tr><th>stage</th><th>step</th><th>kind</th><th>what</th></tr></thead>"
+        f"<tbody>{body}</tbody></table>"
+    )
+
+
+def _names(store: Store) -> list[str]:
+    return [row["name"] for row in store.read("SELECT DISTINCT name FROM metrics WHERE stage = 'grpo' ORDER BY name")]
+
+
+def _series(store: Store, name: str) -> tuple[list[int], list[float]]:
+    rows = store.read("SELECT step, value FROM metrics WHERE stage = 'grpo' AND name = ? ORDER BY step", name)
+    return [row["step"] for row in rows], [row["value"] for row in rows]
+
+
+def _running_mean(values: Sequence[float | None], width: int = 15) -> list[float | None]:
+    means: list[float | None] = []
+    for end in range(1, len(values) + 1):
+        window = [value for value in values[max(0, end - width) : end] if value is not None]
+        means.append(sum(window) / len(window) if window else None)
+    return means
+
+
+_STYLE = """
+:root { --ink: #1f2937; --soft: #6b7280; --edge: #e5e7eb; --paper: #ffffff; --tint: #f9fafb; }
+body { margin: 0; background: var(--tint); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+main { max-width: 1120px; margin: 0 auto; padding: 2rem 1.5rem 4rem; }
+h1 { margin: 0; font-size: 1.8rem; } h2 { margin: 2.2rem 0 .6rem; font-size: 1.25rem; } h3 { margin: 1.2rem 0 .4rem; font-size: 1rem; }
+.note { color: var(--soft); font-size: .85rem; margin: .1rem 0; }
+table { border-collapse: collapse; background: var(--paper); border: 1px solid var(--edge); border-radius: 8px; }
+th, td { text-align: left; padding: .35rem .9rem; border-bottom: 1px solid var(--edge); font-weight: normal; }
+thead th { color: var(--soft); font-size: .85rem; }
+pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.55 ui-monospace, monospace; }
+.examples { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 1rem; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: .6rem; }
+figure, .card, .recipe { margin: 0; background: var(--paper); border: 1px solid var(--edge); border-radius: 8px; padding: .6rem .8rem; }
+figcaption { color: var(--soft); font-size: .8rem; }
+.group { margin: 0 0 1.2rem; } .prompt { font-weight: 600; margin: .2rem 0 .4rem; white-space: pre-wrap; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: .6rem; }
+.card p { margin: 0 0 .2rem; } .failure { color: #b91c1c; font-size: .85rem; }
+.card span, .key { border-radius: 3px; }
+.card span { background: rgba(217, 119, 6, calc(var(--s) * .75)); }
+.better { --tone: 5, 150, 105; } .worse { --tone: 220, 38, 38; }
+[data-by=advantage] .card span { background: rgba(var(--tone), calc(var(--a) * .45)); }
+.key { padding: 0 .4rem; font-size: .8rem; } .key.surprise { background: rgba(217, 119, 6, .6); }
+.key.better, .key.worse { background: rgba(var(--tone), .4); } label { margin-right: 1.2rem; }
+"""

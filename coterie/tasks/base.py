@@ -1,0 +1,57 @@
+"""What a task is: prompts to train on, held-out prompts, and perhaps demonstrations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from coterie.noise import permutation
+from coterie.types import Completion, Group, Prompt, Scored
+
+Demonstration = tuple[list[int], list[int]]
+
+
+class Task(Protocol):
+    """Prompts are drawn by step, so that a resumed run goes on where it was."""
+
+    @property
+    def train(self) -> Sequence[Prompt]: ...
+
+    @property
+    def heldout(self) -> Sequence[Prompt]: ...
+
+    @property
+    def examples(self) -> Sequence[Prompt]: ...
+
+    def demonstrations(self, count: int, *, seed: int, step: int) -> list[Demonstration]:
+        """Prompt and answer tokens for supervised fine-tuning."""
+        ...
+
+    def columns_of(self, text: str) -> Mapping[str, Any] | None:
+        """What rewards may look at for a prompt that a person typed, or None where the task does not know it."""
+        ...
+
+    def judge(self, scored: Scored) -> Mapping[str, list[bool]]:
+        """What is counted in an evaluation, by name, for each completion [P * G]; "accuracy" among them if it has one."""
+        ...
+
+
+def draw(task: Task, count: int, *, seed: int, step: int) -> list[Prompt]:
+    """The prompts of a step (numbered from 1): every prompt once an epoch, in an order that each epoch shuffles anew."""
+    size = len(task.train)
+    prompts = []
+    orders: dict[int, list[int]] = {}
+    for number in range((step - 1) * count, step * count):
+        epoch, place = divmod(number, size)
+        if epoch not in orders:
+            orders[epoch] = permutation(size, seed, "draw", epoch)
+        prompt = task.train[orders[epoch][place]]
+        key = epoch * size + prompt.key  # a prompt drawn twice in a step, across epochs, gets noise of its own
+        prompts.append(replace(prompt, key=key))
+    return prompts
+
+
+def completions_of(groups: Sequence[Group]) -> list[tuple[Prompt, Completion]]:
+    """Every completion with its prompt, in order."""
+    return [(group.prompt, completion) for group in groups for completion in group.completions]

@@ -1,0 +1,148 @@
+"""The user's own prompts: JSONL, Parquet or a hub data set, as text or as chat messages (R30)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coterie.errors import UserError, nearest
+from coterie.models.codec import Codec
+from coterie.noise import key, mix
+from coterie.recipe import DatasetTask, is_local_path
+from coterie.tasks.base import Demonstration
+from coterie.types import Prompt, Scored
+
+Row = tuple[str, Mapping[str, Any]]  # where it stands, and its columns
+
+
+class Dataset:
+    """The task. Which rows are held out depends on their prompts alone, so equal prompts are on the same side."""
+
+    def __init__(self, settings: DatasetTask, codec: Codec) -> None:
+        self._settings = settings
+        rows = list(read_rows(settings))
+        contents = [_prompt_of(row, origin, settings.prompt) for origin, row in rows]
+        prompts = []
+        for number, ((origin, columns), content) in enumerate(zip(rows, contents, strict=True)):
+            others = {name: value for name, value in columns.items() if name != settings.prompt}
+            tokens = codec.encode_prompt(content)
+            if not tokens:
+                raise UserError(f"{origin}: the prompt in column {settings.prompt!r} is empty")
+            prompts.append(Prompt(number, content, tokens, others, origin))
+        places = [int(mix(torch.tensor(key("heldout")), torch.tensor(key(json.dumps(c))))) for c in contents]
+        ordered = sorted(set(places))
+        num_heldout = math.ceil(settings.heldout * len(ordered)) if len(ordered) > 1 else 0
+        heldout = set(ordered[: min(num_heldout, len(ordered) - 1)])
+        self.train = [prompt for prompt, place in zip(prompts, places, strict=True) if place not in heldout]
+        self.heldout = [prompt for prompt, place in zip(prompts, places, strict=True) if place in heldout]
+        self.examples = (self.heldout or self.train)[:2]
+
+    def demonstrations(self, count: int, *, seed: int, step: int) -> list[Demonstration]:
+        raise AssertionError("recipes refuse a cold start on a data set")
+
+    def columns_of(self, text: str) -> Mapping[str, Any] | None:
+        """Those of the first row with this prompt."""
+        return next((prompt.columns for prompt in (*self.train, *self.heldout) if prompt.text == text), None)
+
+    def judge(self, scored: Scored) -> Mapping[str, list[bool]]:
+        """Whether the total reward is above `correct_above`, where the recipe says what that is."""
+        bound = self._settings.correct_above
+        return {} if bound is None else {"accuracy": (scored.rewards > bound).flatten().tolist()}
+
+
+def read_rows(settings: DatasetTask) -> Iterator[Row]:
+    """Every row with where it stands (file:line). Raises UserError for a missing file and for a broken row."""
+    path = Path(settings.data)
+    if not path.exists() and not is_local_path(settings.data):
+        yield from _hub_rows(settings)
+    elif not path.is_file():
+        raise UserError(f"task.data: the file {settings.data} does not exist")
+    elif path.suffix == ".parquet":
+        yield from _parquet_rows(path)
+    elif path.suffix in (".jsonl", ".json", ".ndjson"):
+        yield from _jsonl_rows(path)
+    else:
+        raise UserError(f"task.data: {settings.data} is neither .jsonl nor .parquet")
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    num_rows = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            origin = f"{path}:{number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                raise UserError(f"{origin}: is not UTF-8: {error.reason} at byte {error.start + 1}") from None
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise UserError(f"{origin}: is not valid JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{origin}: is a {type(row).__name__}; each line must be an object with columns")
+            num_rows += 1
+            yield origin, row
+    if not num_rows:
+        raise UserError(f"{path}: has no rows")
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path}: reading Parquet needs the extra: pip install 'coterie[data]'") from None
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is not a readable Parquet file: {error}") from None
+    if not table.num_rows:
+        raise UserError(f"{path}: has no rows")
+    for number, row in enumerate(table.to_pylist(), start=1):
+        yield f"{path}:{number}", row
+
+
+def _hub_rows(settings: DatasetTask) -> Iterator[Row]:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"task.data: {settings.data} is no file here, so it is taken for a hub data set, which needs the extra: "
+            "pip install 'coterie[data]'"
+        ) from None
+    try:
+        rows = datasets.load_dataset(settings.data, split=settings.split)
+    except Exception as error:  # the hub's client raises its own, the network's and the file system's errors
+        raise UserError(
+            f"task.data: {settings.data} is no file here, and as a hub data set it can't be loaded: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
+    for number, row in enumerate(rows, start=1):
+        yield f"{settings.data}[{settings.split}]:{number}", row
+
+
+def _prompt_of(row: Mapping[str, Any], origin: str, column: str) -> Any:
+    """The prompt of a row: text, or a list of messages."""
+    if column not in row:
+        raise UserError(f"{origin}: has no column {column!r}; {nearest(column, map(str, row))}")
+    content = row[column]
+    if isinstance(content, str):
+        if not content.strip():
+            raise UserError(f"{origin}: the prompt in column {column!r} is empty")
+        return content
+    if not isinstance(content, list):
+        raise UserError(
+            f"{origin}: column {column!r} holds {content!r:.60}, {type(content).__name__}; text or chat messages are allowed"
+        )
+    for message in content:
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise UserError(
+                f"{origin}: column {column!r} holds the message {message!r:.60}; each needs a role and a content, as text"
+            )
+    if not content:
+        raise UserError(f"{origin}: column {column!r} holds no messages")
+    return content

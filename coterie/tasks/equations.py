@@ -1,0 +1,181 @@
+"""Linear equations in English and Chinese, to be solved with every step written (R27).
+
+`ax + b = c` with a in 2..9, b in -9..9 without 0, and x in 1..9. Whether an equation is held out depends on its numbers
+alone, so both languages of one are on the same side; the two that the documentation shows are always held out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from coterie.models.codec import Codec
+from coterie.noise import key, mix, uniform
+from coterie.rewards.steps import all_steps, check, parse_equation
+from coterie.tasks.base import Demonstration, completions_of
+from coterie.types import Prompt, Scored
+
+HELDOUT_SHARE = 0.2
+EXAMPLES = ("2x + 3 = 7", "3x - 5 = 10")
+QUALITIES = {"guess": 0.45, "terse": 0.30, "complete": 0.25}
+RIGHT_GUESSES = 0.2  # share of the bare answers that are right
+
+_WORDS = ("Solve ", "Add ", "Subtract ", "Divide ", "by ", "解方程 ", "加 ", "减 ", "除以 ")
+_END = "<end>"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One equation and its solution."""
+
+    factor: int
+    offset: int
+    solution: int
+
+    @property
+    def result(self) -> int:
+        return self.factor * self.solution + self.offset
+
+    @property
+    def equation(self) -> str:
+        return f"{self.factor}x {_signed(self.offset)} = {self.result}"
+
+    def prompt(self, language: str) -> str:
+        return f"{'Solve' if language == 'en' else '解方程'} {self.equation}"
+
+    def solution_text(self, language: str, quality: str, guess: int) -> str:
+        """A demonstration: a bare answer (`guess`), the main step and the answer, or every step."""
+        if quality == "guess":
+            return f"x = {guess}"
+        product = self.factor * self.solution
+        if quality == "terse":
+            return f"{self.factor}x = {product}\nx = {self.solution}"
+        colon = ": " if language == "en" else "："
+        undo, divide = ("Subtract" if self.offset > 0 else "Add"), "Divide by"
+        if language == "zh":
+            undo, divide = ("减" if self.offset > 0 else "加"), "除以"
+        return (
+            f"{undo} {abs(self.offset)}{colon}{self.factor}x = {self.result} {_signed(-self.offset)}\n"
+            f"{self.factor}x = {product}\n"
+            f"{divide} {self.factor}{colon}x = {product} / {self.factor}\n"
+            f"x = {self.solution}"
+        )
+
+
+def _signed(number: int) -> str:
+    return f"{'-' if number < 0 else '+'} {abs(number)}"
+
+
+PROBLEMS = [
+    Problem(factor, offset, solution)
+    for factor in range(2, 10)
+    for offset in range(-9, 10)
+    if offset != 0
+    for solution in range(1, 10)
+]
+
+
+def is_heldout(problem: Problem) -> bool:
+    """Decided by the numbers of the equation, the same in every run and language."""
+    chance = uniform(
+        mix(_tensor(key("equations")), _tensor(key(problem.factor, problem.offset, problem.solution)))
+    ).item()
+    return problem.equation in EXAMPLES or chance < HELDOUT_SHARE
+
+
+class Equations:
+    """The task. `train`, `heldout` and `examples` are prompts in both languages."""
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+        heldout = [problem for problem in PROBLEMS if is_heldout(problem)]
+        self._train_problems = [problem for problem in PROBLEMS if not is_heldout(problem)]
+        self.train = self._prompts(self._train_problems)
+        self.heldout = self._prompts(heldout)
+        self.examples = [prompt for prompt in self.heldout if prompt.columns["equation"] == EXAMPLES[1]]
+
+    def _prompts(self, problems: list[Problem]) -> list[Prompt]:
+        prompts: list[Prompt] = []
+        for problem in problems:
+            for language in ("en", "zh"):
+                content = [{"role": "user", "content": problem.prompt(language)}]
+                columns = {"equation": problem.equation, "language": language}
+                prompts.append(Prompt(len(prompts), content, self._codec.encode_prompt(content), columns))
+        return prompts
+
+    def demonstrations(self, count: int, *, seed: int, step: int) -> list[Demonstration]:
+        """Worked solutions of mixed quality: many bare guesses, mostly wrong; some terse; some complete."""
+        chances = (
+            uniform(mix(_tensor(key(seed, "demonstrations", step)), _tensor(range(count * 4)))).view(count, 4).tolist()
+        )
+        made = []
+        for which, quality_chance, right_chance, guess_chance in chances:
+            prompt = self.train[int(which * len(self.train))]
+            problem = self._train_problems[prompt.key // 2]
+            quality = _chosen(quality_chance)
+            guess = problem.solution if right_chance < RIGHT_GUESSES else 1 + int(guess_chance * 9)
+            answer = problem.solution_text(prompt.columns["language"], quality, guess)
+            made.append((prompt.tokens, self._codec.encode_answer(answer)))
+        return made
+
+    def columns_of(self, text: str) -> Mapping[str, Any] | None:
+        """Any linear equation after a word or two."""
+        found = re.search(r"[-+\dx].*=.*", text)
+        equation = parse_equation(found.group()) if found else None
+        if found is None or equation is None or equation.solution is None:
+            return None
+        return {"equation": found.group(), "language": "en" if text.isascii() else "zh"}
+
+    def judge(self, scored: Scored) -> Mapping[str, list[bool]]:
+        """Whether the answer is right, and whether every step is written."""
+        reports = [check(p.columns["equation"], c.text) for p, c in completions_of(scored.groups)]
+        return {"accuracy": [r.right for r in reports], "all_steps": [all_steps(r) for r in reports]}
+
+
+def _chosen(chance: float) -> str:
+    for quality, share in QUALITIES.items():
+        if chance < share:
+            return quality
+        chance -= share
+    return "complete"
+
+
+def _tensor(numbers: int | Iterable[int]) -> Tensor:
+    return torch.tensor(numbers if isinstance(numbers, int) else list(numbers))
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """The task's own tokenizer: its words, single characters, and an end token.
+
+    The chat template is what makes `coterie sample` and `apply_chat_template` write the prompt as training did.
+    """
+    characters = sorted(set("".join(_WORDS)) | {chr(c) for c in range(32, 127)} | set("：。，答案所以"))
+    vocabulary = ["<pad>", "<unknown>", _END, "\n", *characters]
+    vocabulary += [word for word in (*_WORDS, "= ", ": ", "+ ", "- ", "/ ", "x ") if word not in vocabulary]
+    pattern = "|".join(sorted((_escaped(word) for word in vocabulary[3:] if len(word) > 1), key=len, reverse=True))
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unknown>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(f"{pattern}|[\\s\\S]"), "isolated")
+    core.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        unk_token="<unknown>",
+        eos_token=_END,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['content'] }}"
+        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
+    )
+    return tokenizer
+
+
+def _escaped(word: str) -> str:
+    return "".join("\\" + character if character in "+-/:" else character for character in word)

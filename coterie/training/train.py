@@ -1,0 +1,193 @@
+"""`coterie.train`: a whole run, from the recipe to the report."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from coterie.errors import UserError
+from coterie.evals.evaluate import Evaluation, answer_examples, evaluate, heldout_prompts
+from coterie.models.codec import Codec
+from coterie.models.load import choose_device, start_model
+from coterie.models.policy import Policy, quiet_transformers
+from coterie.recipe import Recipe, find_recipe, load_recipe
+from coterie.rewards.score import Reward
+from coterie.rollouts.native import make_engine
+from coterie.runs.console import Console
+from coterie.runs.report import write_report
+from coterie.tasks.base import Task
+from coterie.tasks.load import prepare
+from coterie.training.checkpoint import Position, load_checkpoint
+from coterie.training.grpo import train_grpo
+from coterie.training.optimise import make_optimiser
+from coterie.training.run import Run
+from coterie.training.sft import train_sft
+
+
+def train(
+    recipe: str | Recipe | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    resume: str | None = None,
+    out: str | None = None,
+    stop_after: int | None = None,
+) -> Run:
+    """Train a recipe, or go on with an earlier run exactly where its newest checkpoint is.
+
+    recipe: a file, the name of a bundled recipe, or a Recipe. overrides: `section.key=value`. out: the run folder; the
+    default is runs/NAME. stop_after: end after this many GRPO steps, saved, to be resumed later. Returns the closed run.
+    Raises UserError for what the user can mend, before the model is loaded where that is possible.
+    """
+    console = Console()
+    quiet_transformers()
+    if resume is not None:
+        run = Run.reopen(resume, list(overrides), console, stop_after=stop_after)
+    elif recipe is None:
+        raise UserError(
+            "train: name a recipe, or a run to go on with: coterie train equations, coterie train --resume RUN"
+        )
+    else:
+        name = find_recipe(recipe).stem if isinstance(recipe, str) else "run"
+        loaded = load_recipe(recipe, overrides) if isinstance(recipe, str) else recipe
+        parts = prepare(loaded)  # what is wrong with the recipe shows before there is a folder
+        run = Run.create(loaded, name, out, console, stop_after=stop_after)
+    try:
+        with run.stoppable():
+            _train(run, *(prepare(run.recipe) if resume is not None else parts))
+    finally:
+        run.close()
+    return run
+
+
+def _train(run: Run, rewards: list[Reward], codec: Codec, task: Task) -> None:
+    recipe, console = run.recipe, run.console
+    if (run.folder / "summary.json").is_file() and run.position and run.position.step >= recipe.steps:
+        console.say(f"{run.folder} is finished; its report is {run.folder / 'report.html'}")
+        return
+    device = choose_device(recipe.device)
+    model = start_model(recipe, codec, device)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        policy = Policy.of(model)
+    for warning in caught:
+        console.warn(str(warning.message))
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    console.say(f"run {run.folder}: {type(model).__name__}, {num_parameters:,} parameters, {recipe.preset}, {device}")
+    engine = make_engine(policy)
+    in_grpo = run.position is not None and run.position.stage == "grpo"
+    if not in_grpo:
+        if recipe.cold_start is not None:
+            train_sft(run, recipe, task, policy, make_optimiser(policy, recipe.optimiser))
+            if run.stopped:
+                return _say_how_to_resume(run)
+        _evaluate_and_record(run, 0, "before", task, rewards, codec, policy)
+        run.checkpoint("grpo", 0, policy, make_optimiser(policy, recipe.optimiser), last=True)
+    start = run.folder / "checkpoints" / Position("grpo", 0).name
+    reference = Policy(copy.deepcopy(model).requires_grad_(False), policy.served)
+    load_checkpoint(start, reference)
+    train_grpo(run, recipe, task, rewards, codec, policy, reference, engine, make_optimiser(policy, recipe.optimiser))
+    if run.stopped:
+        return _say_how_to_resume(run)
+    _evaluate_and_record(run, recipe.steps, "after", task, rewards, codec, policy)
+    _save_model(run.folder / "model", policy, codec)
+    summary = write_summary(run)
+    write_report(run.folder)
+    _say_results(run, summary)
+    return None
+
+
+def _evaluate_and_record(
+    run: Run, step: int, when: str, task: Task, rewards: list[Reward], codec: Codec, policy: Policy
+) -> Evaluation | None:
+    """The whole held-out evaluation, and the answers to the task's examples."""
+    recipe = run.recipe
+    engine = make_engine(policy)
+    prompts = heldout_prompts(task, recipe.evaluation.prompts, seed=recipe.seed)
+    examples = answer_examples(engine, task.examples, codec, recipe.sampling)
+    if not prompts:
+        return None
+    run.console.say(f"evaluating {when} training: {len(prompts)} held-out prompts")
+    evaluation = evaluate(
+        engine,
+        task,
+        prompts,
+        rewards,
+        codec,
+        recipe.sampling,
+        num_samples=recipe.evaluation.samples,
+        seed=recipe.seed,
+    )
+    run.record_evaluation("grpo", step, evaluation, examples)
+    return evaluation
+
+
+def _save_model(folder: Path, policy: Policy, codec: Codec) -> None:
+    """The trained model and its tokenizer, in Hugging Face format."""
+    aside = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    policy.model.save_pretrained(aside)
+    codec.tokenizer.save_pretrained(aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+
+
+def write_summary(run: Run) -> dict[str, Any]:
+    """summary.json, from what run.db holds: the figures before and after, the examples, the seconds and the seed."""
+    summary: dict[str, Any] = {}
+    for when, step in (("before", 0), ("after", run.recipe.steps)):
+        rows = run.store.read("SELECT * FROM evaluations WHERE stage = 'grpo' AND step = ?", step)
+        entry = summary[when] = {}
+        for row in rows:
+            name = row["name"] if row["mode"] == "sampled" else f"{row['mode']}_{row['name']}"
+            entry[name] = row["value"]
+            entry[f"{name}_interval"] = [row["low"], row["high"]]
+    query = (
+        "SELECT a.prompt AS prompt, a.text AS before, b.text AS after FROM examples a JOIN examples b "
+        "ON a.number = b.number AND a.stage = b.stage WHERE a.step = 0 AND b.step = ? ORDER BY a.number"
+    )
+    summary["examples"] = [dict(row) for row in run.store.read(query, run.recipe.steps)]
+    summary["seconds"] = run.seconds
+    summary["seed"] = run.recipe.seed
+    (run.folder / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return summary
+
+
+def _say_how_to_resume(run: Run) -> None:
+    run.console.say(f"stopped and saved; go on exactly from here with: coterie train --resume {run.folder}")
+
+
+def _say_results(run: Run, summary: dict[str, Any]) -> None:
+    """The table at the end."""
+    names = [name for name in summary["after"] if not name.endswith("_interval")]
+    rows = [
+        (
+            name.replace("_", " "),
+            *(
+                _estimate(summary[when].get(name), summary[when].get(f"{name}_interval"))
+                for when in ("before", "after")
+            ),
+        )
+        for name in names
+    ]
+    run.console.say()
+    if rows:
+        run.console.table("Held-out results (95 % intervals)", ("", "before", "after"), rows)
+    for example in summary["examples"]:
+        run.console.say(f"\n{example['prompt']}")
+        run.console.table("", ("before", "after"), _side_by_side(example["before"], example["after"]))
+    run.console.say(f"\n{run.seconds:.0f} seconds. Report: {run.folder / 'report.html'}  Model: {run.folder / 'model'}")
+
+
+def _estimate(value: float | None, interval: Sequence[float] | None) -> str:
+    return "-" if value is None or interval is None else f"{value:.3f}  [{interval[0]:.3f}, {interval[1]:.3f}]"
+
+
+def _side_by_side(left: str, right: str) -> list[tuple[str, str]]:
+    lefts, rights = left.splitlines() or [""], right.splitlines() or [""]
+    size = max(len(lefts), len(rights))
+    return list(zip(lefts + [""] * (size - len(lefts)), rights + [""] * (size - len(rights)), strict=True))

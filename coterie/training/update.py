@@ -1,0 +1,153 @@
+"""`coterie.update`: one policy update, for people with a loop of their own (R8)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from coterie.algorithms.advantages import group_advantages, has_signal
+from coterie.algorithms.kl import k3
+from coterie.errors import UserError
+from coterie.models.logprobs import token_logprobs
+from coterie.models.policy import Policy
+from coterie.recipe import Recipe, make_recipe
+from coterie.rollouts.pack import Row, make_stream, split_by_tokens
+from coterie.training.metrics import Tally
+from coterie.training.optimise import UpdateSettings, optimise, reference_logprobs_of
+from coterie.types import BatchTotals, Stream
+
+
+def update(
+    policy: Policy | PreTrainedModel,
+    optimiser: torch.optim.Optimizer,
+    *,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[Sequence[int]]],
+    rewards: Sequence[Sequence[float | None]] | Tensor,
+    sampler_logprobs: Sequence[Sequence[Sequence[float] | Tensor]] | None = None,
+    reference: Policy | PreTrainedModel | None = None,
+    preset: str = "grpo",
+    settings: dict[str, dict[str, object]] | None = None,
+    temperature: float = 1.0,
+) -> dict[str, float]:
+    """Take one GRPO update on one batch, and return its metrics.
+
+    prompts: P lists of token ids. completions: for each prompt G lists of token ids, the end token included.
+    rewards [P, G]: None or NaN abstains. sampler_logprobs: for each completion the log-probability of each of its tokens
+    when it was sampled; without them the policy's own are taken, which is right if it has not changed since.
+    reference: what the KL is held to; needed where the preset or `settings` give the KL a weight.
+    settings: sections of a recipe that override the preset, as {"loss": {"clip_high": 0.3}}; optimiser.max_grad_norm,
+    optimiser.updates_per_batch and optimiser.micro_batch_tokens act here too, the learning rate is the optimiser's own.
+
+    Raises UserError for shapes that do not agree, empty prompts or completions, and rewards or settings out of range.
+    """
+    recipe = _recipe(preset, settings or {})
+    rewards = _rewards(rewards)
+    _check_shapes(prompts, completions, rewards, sampler_logprobs)
+    if recipe.loss.kl_weight and reference is None:
+        raise UserError(f"update: loss.kl_weight is {recipe.loss.kl_weight:g}, which needs a reference policy")
+    policy = policy if isinstance(policy, Policy) else Policy.of(policy)
+    reference = Policy.of(reference) if isinstance(reference, PreTrainedModel) else reference
+
+    advantages = group_advantages(rewards, scale=recipe.advantage.scale, epsilon=recipe.advantage.epsilon)  # [P, G]
+    streams, totals = _pack(recipe, prompts, completions, sampler_logprobs, rewards, advantages)
+    if sampler_logprobs is None:
+        streams = [_with_own_logprobs(policy, stream, temperature) for stream in streams]
+    held = reference_logprobs_of(reference, streams, temperature=temperature) if reference is not None else None
+    chosen = UpdateSettings.of(recipe.loss, recipe.kl, temperature, recipe.optimiser)
+    tally = optimise(policy, optimiser, streams, totals, chosen, reference_logprobs=held)
+    for stream, logprobs in zip(streams, held or (), strict=False):
+        tally.add_values("policy/kl", k3(logprobs.cpu() - stream.sampler_logprobs))
+    return {**tally.values(), **_batch_metrics(rewards).values()}
+
+
+def _recipe(preset: str, settings: dict[str, dict[str, object]]) -> Recipe:
+    """The settings of an update, checked as a recipe's are. What an update does not need is filled in."""
+    unused = {"model": "given", "task": {"data": "given"}, "rewards": ["given:given"]}
+    return make_recipe({**unused, **settings, "preset": preset}, source="update")
+
+
+def _rewards(rewards: Sequence[Sequence[float | None]] | Tensor) -> Tensor:
+    """[P, G] float64, NaN for None."""
+    if isinstance(rewards, Tensor):
+        values = rewards.detach().cpu().double()
+    else:
+        if len({len(group) for group in rewards}) != 1:
+            raise UserError("update: rewards need the same number of completions for every prompt")
+        values = torch.tensor(
+            [[float("nan") if r is None else float(r) for r in group] for group in rewards], dtype=torch.float64
+        )
+    if values.ndim != 2 or values.isinf().any():
+        raise UserError("update: rewards are finite numbers of the shape [prompts, completions]")
+    return values
+
+
+def _check_shapes(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[Sequence[int]]],
+    rewards: Tensor,
+    sampler_logprobs: Sequence[Sequence[Sequence[float] | Tensor]] | None,
+) -> None:
+    if not len(prompts) == len(completions) == len(rewards):
+        raise UserError(
+            f"update: {len(prompts)} prompts, {len(completions)} groups of completions and {len(rewards)} of rewards; "
+            "there must be as many of each"
+        )
+    for p, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
+        if not len(prompt):
+            raise UserError(f"update: prompt {p} is empty")
+        if len(group) != rewards.shape[1]:
+            raise UserError(f"update: prompt {p} has {len(group)} completions and {rewards.shape[1]} rewards")
+        for c, completion in enumerate(group):
+            if not len(completion):
+                raise UserError(
+                    f"update: completion {c} of prompt {p} is empty; the end token alone makes one of length 1"
+                )
+            if sampler_logprobs is not None and len(sampler_logprobs[p][c]) != len(completion):
+                raise UserError(
+                    f"update: completion {c} of prompt {p} has {len(completion)} tokens and "
+                    f"{len(sampler_logprobs[p][c])} sampler log-probabilities"
+                )
+
+
+def _pack(
+    recipe: Recipe,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[Sequence[int]]],
+    sampler_logprobs: Sequence[Sequence[Sequence[float] | Tensor]] | None,
+    rewards: Tensor,
+    advantages: Tensor,
+) -> tuple[list[Stream], BatchTotals]:
+    """The rows with a reward as streams, and the denominators of the step."""
+    groups = []
+    for p, prompt in enumerate(prompts):
+        rows = []
+        for c in (~rewards[p].isnan()).nonzero().flatten().tolist():
+            tokens = list(completions[p][c])
+            given = sampler_logprobs[p][c] if sampler_logprobs is not None else [0.0] * len(tokens)
+            rows.append(Row(tokens, torch.as_tensor(given, dtype=torch.float32).cpu(), advantages[p, c].item()))
+        groups.append((list(prompt), rows))
+    lengths = [len(row.tokens) for _, rows in groups for row in rows]
+    if not lengths:
+        raise UserError("update: every completion abstains, so there is nothing to learn from")
+    totals = BatchTotals(len(lengths), sum(lengths), max(lengths))
+    return [make_stream(part) for part in split_by_tokens(groups, recipe.optimiser.micro_batch_tokens)], totals
+
+
+@torch.no_grad()
+def _with_own_logprobs(policy: Policy, stream: Stream, temperature: float) -> Stream:
+    own = token_logprobs(policy, stream.to(policy.device), temperature=temperature)
+    return replace(stream, sampler_logprobs=own.cpu())
+
+
+def _batch_metrics(rewards: Tensor) -> Tally:
+    tally = Tally()
+    valid = ~rewards.isnan()
+    tally.add_values("reward/mean", rewards[valid])
+    tally.add("reward/num_abstained", (~valid).sum())
+    tally.add_values("group/no_signal_share", ~has_signal(rewards))
+    return tally
