@@ -49,6 +49,10 @@ def train(
             "train: name a recipe, or with --resume a run to go on with, and not both: "
             "coterie train equations, or coterie train --resume runs/equations"
         )
+    from coterie.recipe import load_recipe
+
+    if recipe is not None:
+        load_recipe(recipe, overrides or [])  # a wrong recipe is refused before torch is imported, which takes seconds
     from coterie.training.train import train as run_training
 
     run = run_training(recipe, overrides=overrides or [], resume=resume, out=out, stop_after=stop_after)
@@ -66,6 +70,9 @@ def check(
 
     Example: [bold]coterie check mytask/recipe.yaml[/bold]
     """
+    from coterie.recipe import load_recipe
+
+    load_recipe(recipe, overrides or [])
     from coterie.commands import check_recipe
 
     check_recipe(recipe, overrides or [])

@@ -238,7 +238,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 def make_recipe(values: Mapping[str, Any], *, source: str = "recipe", folder: Path | None = None) -> Recipe:
     """A checked recipe from plain values; `folder` is what its relative paths start from."""
     folder = folder or Path.cwd()
-    merged = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    given_values = {key: value for key, value in values.items() if value is not None}  # an empty section is no section
+    merged = {key: dict(value) if isinstance(value, dict) else value for key, value in given_values.items()}
     preset = merged.get("preset", "grpo")
     if isinstance(preset, str) and preset not in PRESETS:
         raise UserError(f"{source}: preset: there is no {preset!r}; {nearest(preset, PRESETS)}")

@@ -51,9 +51,9 @@ def check_lengths(task: Task, sampling: Sampling, context_length: int | None) ->
     """Raises UserError where a prompt and the longest completion do not fit the model's context."""
     if context_length is None:
         return
-    for prompt in (*task.train, *task.heldout):
+    for prompt in sorted((*task.train, *task.heldout), key=lambda prompt: prompt.key):
         if len(prompt.tokens) + sampling.max_new_tokens > context_length:
             raise UserError(
-                f"{prompt.origin or prompt.text!r}: the prompt has {len(prompt.tokens)} tokens, and with "
+                f"{prompt.origin or repr(prompt.text)}: the prompt has {len(prompt.tokens)} tokens, and with "
                 f"sampling.max_new_tokens={sampling.max_new_tokens} that is more than the model's context of {context_length}"
             )

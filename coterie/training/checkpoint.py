@@ -74,9 +74,7 @@ def load_checkpoint(path: Path, policy: Policy, optimiser: torch.optim.Optimizer
     for name, parameter in policy.model.named_parameters():
         slots = {key.rpartition("/")[2]: value for key, value in state.items() if key.rpartition("/")[0] == name}
         if slots:  # a checkpoint of the very start has none
-            optimiser.state[parameter] = {
-                slot: value.clone() if slot == "step" else value.to(parameter.device) for slot, value in slots.items()
-            }
+            optimiser.state[parameter] = {slot: value.to(parameter.device) for slot, value in slots.items()}
 
 
 def find_checkpoint(folder: Path, report: Callable[[str], None]) -> Position:

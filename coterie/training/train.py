@@ -52,7 +52,7 @@ def train(
             "train: name a recipe, or a run to go on with: coterie train equations, coterie train --resume RUN"
         )
     else:
-        name = find_recipe(recipe).stem if isinstance(recipe, str) else "run"
+        name = run_name(find_recipe(recipe)) if isinstance(recipe, str) else "run"
         loaded = load_recipe(recipe, overrides) if isinstance(recipe, str) else recipe
         parts = prepare(loaded)  # what is wrong with the recipe shows before there is a folder
         run = Run.create(loaded, name, out, console, stop_after=stop_after)
@@ -62,6 +62,11 @@ def train(
     finally:
         run.close()
     return run
+
+
+def run_name(recipe: Path) -> str:
+    """A run is called like its recipe's file, or like the folder of a file that is just called recipe."""
+    return recipe.resolve().parent.name if recipe.stem == "recipe" else recipe.stem
 
 
 def _train(run: Run, rewards: list[Reward], codec: Codec, task: Task) -> None:

@@ -1,0 +1,72 @@
+"""Small real models and recipes that the tests share."""
+
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+SHAPES = {
+    "qwen3": {**SMALL, "head_dim": 8},
+    "qwen2": SMALL,
+    "llama": SMALL,
+    "gpt2": {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": None,
+             "eos_token_id": None},
+    "mistral": {**SMALL, "sliding_window": 5},
+    "gemma2": {**SMALL, "head_dim": 8, "sliding_window": 5, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 6.0},
+    "gemma3_text": {**SMALL, "head_dim": 8, "sliding_window": 5},
+    "phi3": {**SMALL, "pad_token_id": 0},
+    "olmo2": SMALL,
+    "gpt_neox": {key: value for key, value in SMALL.items() if key != "num_key_value_heads"},
+    "granite": {**SMALL, "logits_scaling": 3.0},
+    "gpt_oss": {**SMALL, "head_dim": 8, "sliding_window": 5, "num_local_experts": 2, "num_experts_per_tok": 1},
+    "bloom": {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+}  # fmt: skip
+
+
+@pytest.fixture
+def make_model():
+    """Build a small model of an architecture, with weights large enough that a mistake shows."""
+
+    def build(architecture: str, **settings):
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(architecture, **{**SHAPES[architecture], **settings})
+        )
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        return model.eval()
+
+    return build
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path):
+    """The equations recipe, made so small that it runs in seconds: overrides for `load_recipe` and `train`."""
+    return [
+        "model={type: qwen3, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 2, "
+        "num_key_value_heads: 1, head_dim: 16, max_position_embeddings: 128, tie_word_embeddings: true}",
+        "cold_start={steps: 6, rows_per_step: 16, learning_rate: 3.0e-3, warmup_steps: 2}",
+        "steps=6",
+        "prompts_per_step=3",
+        "group_size=4",
+        "sampling.max_new_tokens=12",
+        "evaluation={prompts: 8, samples: 1, every: 3}",
+        "checkpoint={every: 2, keep_last: 3}",
+    ]

@@ -1,0 +1,125 @@
+"""The packed stream with shared prompts gives what the plain model gives, run on each row by itself."""
+
+import pytest
+import torch
+from conftest import SHAPES
+
+from coterie.models.logprobs import chunked_logprobs, token_logprobs
+from coterie.models.policy import Policy
+from coterie.rollouts.pack import Row, make_stream
+
+SERVED = [name for name in SHAPES if name not in ("gpt_oss", "bloom")]
+
+
+def random_groups(seed=0, vocabulary=61):
+    """Prompts and completions of very different lengths, a group of one among them."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda n: torch.randint(vocabulary, (n,), generator=generator).tolist()  # noqa: E731
+    shapes = [(5, (4, 17, 1)), (11, (2, 3)), (3, (9,)), (1, (6, 30, 8, 2)), (23, (5, 5))]
+    return [(draw(p), [draw(c) for c in cs]) for p, cs in shapes]
+
+
+def stream_of(groups):
+    return make_stream([(p, [Row(c, torch.zeros(len(c))) for c in cs]) for p, cs in groups])
+
+
+def plain_logprobs(model, groups, temperature=1.0):
+    """Row by row through the unmodified model: no packing, no sharing, no padding."""
+    parts = []
+    for prompt, completions in groups:
+        for completion in completions:
+            logits = model(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0].float()
+            logprobs = (logits / temperature).log_softmax(-1)[len(prompt) - 1 : -1]
+            parts.append(logprobs[torch.arange(len(completion)), torch.tensor(completion)])
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("architecture", SERVED)
+def test_logprobs_loss_and_every_gradient_equal_the_plain_run(make_model, architecture):
+    model, groups = make_model(architecture), random_groups()
+    policy = Policy.of(model)
+    assert policy.served == "stream"
+    weights = torch.randn(stream_of(groups).targets.shape, generator=torch.Generator().manual_seed(2))
+
+    plain = plain_logprobs(model, groups, temperature=0.8)
+    (plain * weights).mean().backward()
+    expected = {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+    model.zero_grad()
+    packed = token_logprobs(policy, stream_of(groups), temperature=0.8)
+    (packed * weights).mean().backward()
+
+    torch.testing.assert_close(packed, plain, rtol=0, atol=1e-5)
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("architecture", ["gpt_oss", "bloom"])
+def test_a_model_that_cannot_be_served_is_named_and_run_padded(make_model, architecture):
+    model, groups = make_model(architecture), random_groups()
+    with pytest.warns(UserWarning, match=type(model).__name__):
+        policy = Policy.of(model)
+    assert policy.served == "padded"
+    with torch.no_grad():
+        packed = token_logprobs(policy, stream_of(groups))
+        torch.testing.assert_close(packed, plain_logprobs(model, groups), rtol=0, atol=1e-5)
+
+
+def test_a_window_that_is_ignored_would_be_noticed(make_model):
+    """The windows of the shapes above are narrower than the rows: without them the log-probabilities differ widely."""
+    groups = random_groups()
+    windowed, wide = make_model("mistral"), make_model("mistral", sliding_window=None)
+    wide.load_state_dict(windowed.state_dict())
+    with torch.no_grad():
+        assert (plain_logprobs(windowed, groups) - plain_logprobs(wide, groups)).abs().max() > 0.05
+
+
+def test_a_completion_does_not_see_its_siblings(make_model):
+    policy, groups = Policy.of(make_model("qwen3")), random_groups()
+    prompt, completions = groups[0]
+    changed = [(prompt, [completions[0], [7] * 17, completions[2]]), *groups[1:]]
+    with torch.no_grad():
+        before, after = (token_logprobs(policy, stream_of(g)) for g in (groups, changed))
+    assert torch.equal(before[:4], after[:4])
+    assert torch.equal(before[21:], after[21:])
+    assert not torch.equal(before[4:21], after[4:21])
+
+
+def test_the_model_is_its_plain_self_afterwards(make_model):
+    model = make_model("llama")
+    tokens = torch.randint(61, (2, 9))
+    before = model(tokens).logits
+    token_logprobs(Policy.of(model), stream_of(random_groups()))
+    assert torch.equal(model(tokens).logits, before)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_chunked_logprobs_and_gradients_equal_whole_ones(make_model, temperature):
+    policy = Policy.of(make_model("gemma2"))
+    hidden = torch.randn(37, 32, requires_grad=True)
+    targets = torch.randint(61, (37,))
+    support = [torch.cat([target[None], torch.randperm(61)[:9]]).unique() for target in targets]
+    results = []
+    for chunk_logits in (10**9, 61 * 5):
+        hidden.grad = None
+        logprobs = chunked_logprobs(
+            policy, hidden, targets, temperature=temperature, support=support, chunk_logits=chunk_logits
+        )
+        logprobs.sin().sum().backward()
+        results.append((logprobs.detach(), hidden.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-6)
+
+
+def test_truncated_logprobs_are_those_of_the_tokens_that_were_kept(make_model):
+    policy = Policy.of(make_model("qwen3"))
+    hidden, targets = torch.randn(3, 32), torch.tensor([4, 9, 60])
+    support = [torch.tensor([4]), torch.tensor([1, 9]), torch.arange(61)]
+    with torch.no_grad():
+        got = chunked_logprobs(policy, hidden, targets, temperature=1.0, support=support)
+        logits = policy.logits(hidden)
+    assert got[0] == 0
+    torch.testing.assert_close(got[1], logits[1, 9] - logits[1, [1, 9]].logsumexp(0))
+    torch.testing.assert_close(got[2], logits[2].log_softmax(0)[60])

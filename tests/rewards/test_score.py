@@ -1,0 +1,278 @@
+"""Rewards over groups (R18, R23, R30, R33): the user's function, its failures, abstentions, weights and columns."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from coterie.errors import UserError
+from coterie.rewards.score import Reward, completion_text, score
+from coterie.types import Completion, Group, Prompt
+
+NAN = math.nan
+
+
+def completion(text, tokens=(1, 2)):
+    zeros = torch.zeros(len(tokens))
+    return Completion(list(tokens), zeros, zeros, "stop", text)
+
+
+def group(content, *texts, **columns):
+    return Group(Prompt(0, content, [1], columns), [completion(text, (1, *range(len(text)))) for text in texts])
+
+
+GROUPS = [group("p", "a", "bb", letter="a"), group("q", "ccc", "", letter="c")]
+
+
+def length(completions, **columns):
+    return [float(len(text)) for text in completions]
+
+
+def scored(function, groups=GROUPS, **options):
+    return score(groups, [Reward("mine", function)], **options)
+
+
+def same(got, wanted):
+    torch.testing.assert_close(got, torch.tensor(wanted, dtype=got.dtype), equal_nan=True, atol=0, rtol=0)
+
+
+def reasons(result):
+    return {(f.group, f.completion): f.reason for f in result.failures}
+
+
+def test_r33_every_completion_gets_its_own_reward_in_its_own_place():
+    result = scored(length)
+    same(result.rewards, [[1, 2], [3, 0]])
+    same(result.parts["mine"], [[1, 2], [3, 0]])
+    assert result.failures == []
+    assert result.valid.all()
+
+
+def test_r23_several_rewards_are_weighed_and_summed_and_kept_apart():
+    """2 * length - 1 * ends with b."""
+    last_b = Reward("last_b", lambda completions: [text.endswith("b") for text in completions], -1.0)
+    result = score(GROUPS, [Reward("length", length, 2.0), last_b])
+    same(result.rewards, [[2, 3], [6, 0]])
+    same(result.parts["length"], [[1, 2], [3, 0]])
+    same(result.parts["last_b"], [[0, 1], [0, 0]])
+
+
+def test_r23_an_abstaining_part_is_left_out_of_the_sum():
+    """None abstains: the other part alone counts. Where every part abstains the completion does."""
+    some = Reward("some", lambda completions: [None if text in ("a", "") else 10.0 for text in completions])
+    other = Reward("other", lambda completions: [None if text == "" else 1.0 for text in completions])
+    result = score(GROUPS, [some, other])
+    same(result.rewards, [[1, 11], [11, NAN]])
+    same(result.parts["some"], [[NAN, 10], [10, NAN]])
+    assert result.failures == []
+    assert result.valid.tolist() == [[True, True], [True, False]]
+
+
+def test_r33_zero_is_a_reward_and_not_an_abstention():
+    same(scored(lambda completions: [0, 0.0, -0.0, False]).rewards, [[0, 0], [0, 0]])
+
+
+def raises_for_bb(completions):
+    if "bb" in completions:
+        raise ValueError("no bb please")
+    return [1.0] * len(completions)
+
+
+def test_r33_a_reward_that_raises_for_one_completion_fails_for_that_one_only():
+    result = scored(raises_for_bb)
+    same(result.rewards, [[1, NAN], [1, 1]])
+    assert reasons(result) == {(0, 1): "raised ValueError: no bb please"}
+    assert result.failures[0].reward == "mine"
+
+
+@pytest.mark.parametrize(
+    ("answer", "word"),
+    [
+        (NAN, "nan"),
+        (math.inf, "inf"),
+        (-math.inf, "inf"),
+        ("1.0", "text '1.0'"),
+        (b"1", "text b'1'"),
+        ([1.0, 2.0], "not a number"),
+        ({}, "not a number"),
+        (1j, "not a number"),
+        (10**400, "not a number"),
+        (np.float32("nan"), "nan"),
+        (torch.tensor([1.0, 2.0]), "not a number"),
+    ],
+    ids=str,
+)
+def test_r33_what_is_no_finite_number_is_a_failure_and_never_a_zero(answer, word):
+    result = scored(lambda completions: [1.0, answer, 2.0, 3.0])
+    same(result.rewards, [[1, NAN], [2, 3]])
+    same(result.parts["mine"], [[1, NAN], [2, 3]])
+    assert list(reasons(result)) == [(0, 1)]
+    assert word in reasons(result)[0, 1]
+
+
+def test_r33_a_failed_part_makes_the_whole_completion_abstain():
+    """Else a reward that fails on bad completions would pay less for good ones."""
+    result = score(GROUPS, [Reward("length", length), Reward("fragile", raises_for_bb)])
+    same(result.rewards, [[2, NAN], [4, 1]])
+    same(result.parts["length"], [[1, 2], [3, 0]])
+    same(result.parts["fragile"], [[1, NAN], [1, 1]])
+
+
+def test_r33_every_failure_is_listed():
+    broken = Reward("broken", lambda completions: [NAN] * 4)
+    result = score(GROUPS, [broken, Reward("text", lambda completions: ["1"] * 4), Reward("length", length)])
+    assert [(f.reward, f.group, f.completion) for f in result.failures] == [
+        (name, p, g) for name in ("broken", "text") for p in range(2) for g in range(2)
+    ]
+    assert result.rewards.isnan().all()
+
+
+def test_r33_a_reward_that_always_raises_makes_everything_abstain():
+    def broken(completions):
+        raise KeyError("answer")
+
+    result = scored(broken)
+    assert result.rewards.isnan().all()
+    assert set(reasons(result).values()) == {"raised KeyError: 'answer'"}
+
+
+@pytest.mark.parametrize(
+    ("answers", "given"),
+    [
+        ([1.0, 2.0, 3.0], "3 values for 4"),
+        ([1.0] * 5, "5 values for 4"),
+        ([], "0 values for 4"),
+        ("1234", "'1234'"),
+        (b"1234", "b'1234'"),
+        (None, "None"),
+        (1.0, "1.0"),
+        ((value for value in (1.0, 2.0, 3.0, 4.0)), "generator"),
+        ({"a": 1.0, "bb": 2.0, "ccc": 3.0, "": 4.0}, "{'a': 1.0"),
+        ({0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0}, "{0: 1.0"),
+        ({4.0, 1.0, 3.0, 2.0}, "{1.0"),
+    ],
+    ids=[
+        "few",
+        "many",
+        "none at all",
+        "text",
+        "bytes",
+        "None",
+        "number",
+        "generator",
+        "dict",
+        "dict of numbers",
+        "set",
+    ],
+)
+def test_r30_an_answer_that_cannot_be_matched_to_the_completions_stops_with_its_name(answers, given):
+    """A dict or a set has the right length and no order that could be meant."""
+    with pytest.raises(UserError) as error:
+        scored(lambda completions: answers)
+    assert "reward mine" in str(error.value)
+    assert given in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [tuple, np.array, torch.tensor, lambda values: [np.float32(v) for v in values]])
+def test_r30_any_sequence_of_numbers_is_an_answer(kind):
+    same(scored(lambda completions: kind([1.0, 2.0, 3.0, 0.5])).rewards, [[1, 2], [3, 0.5]])
+
+
+def test_r33_the_threshold_counts_completions_and_names_the_first_failure():
+    """One failed of four: 25 %, however many of its parts failed."""
+    rewards = [Reward("one", raises_for_bb), Reward("two", raises_for_bb)]
+    assert score(GROUPS, rewards, max_failed_share=0.25).valid.sum() == 3
+    with pytest.raises(UserError, match="1 of 4 completions") as error:
+        score(GROUPS, rewards, max_failed_share=0.24)
+    assert "one: raised ValueError: no bb please" in str(error.value)
+
+
+def test_r33_no_failure_is_no_error_at_a_threshold_of_zero_and_abstaining_is_no_failure():
+    result = scored(lambda completions: [None] * 4, max_failed_share=0.0)
+    assert result.rewards.isnan().all()
+
+
+def test_r30_columns_are_handed_over_by_name_one_entry_a_completion():
+    def wanted(letter, completions):
+        return [float(text.startswith(one)) for text, one in zip(completions, letter, strict=True)]
+
+    same(scored(wanted).rewards, [[1, 0], [1, 0]])
+
+
+def test_r30_a_function_that_takes_everything_gets_what_trl_gives():
+    seen = {}
+
+    def everything(prompts, completions, **columns):
+        seen.update(columns, prompts=prompts, completions=completions)
+        return [0.0] * len(completions)
+
+    scored(everything)
+    assert seen == {
+        "prompts": ["p", "p", "q", "q"],
+        "completions": ["a", "bb", "ccc", ""],
+        "completion_ids": [[1, 0], [1, 0, 1], [1, 0, 1, 2], [1]],
+        "letter": ["a", "a", "c", "c"],
+    }
+
+
+def test_r30_a_column_that_a_row_lacks_is_none_there():
+    groups = [group("p", "a", "b", answer=7), group("q", "c", "d")]
+    seen = []
+
+    def look(completions, answer):
+        seen.extend(answer)
+        return [0.0] * 4
+
+    scored(look, groups)
+    assert seen == [7, 7, None, None]
+
+
+def test_r30_a_default_stands_in_for_a_column_that_the_data_lacks():
+    same(scored(lambda completions, weight=(2.0,) * 4: list(weight)).rewards, [[2, 2], [2, 2]])
+
+
+def test_r30_a_column_that_the_data_lacks_is_named_with_those_there_are():
+    with pytest.raises(UserError, match="mine.*answer") as error:
+        scored(lambda completions, answer: [0.0] * 4)
+    assert "letter" in str(error.value)
+
+
+def test_r30_a_column_cannot_take_the_place_of_the_completions():
+    groups = [group("p", "a", "bb", completions="ten letters", prompts="other")]
+    same(scored(length, groups).rewards, [[1, 2]])
+
+
+def test_r30_a_chat_is_handed_over_as_message_lists():
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    seen = {}
+
+    def look(prompts, completions):
+        seen.update(prompts=prompts, completions=completions)
+        return [float(len(completion_text(message))) for message in completions]
+
+    same(scored(look, [group(chat, "yes", "no")]).rewards, [[3, 2]])
+    assert seen["prompts"] == [chat, chat]
+    assert seen["completions"] == [[{"role": "assistant", "content": "yes"}], [{"role": "assistant", "content": "no"}]]
+
+
+def test_r30_a_reward_may_be_an_object_that_can_be_called():
+    class Counts:
+        def __call__(self, completions, letter):
+            return [text.count(one) for text, one in zip(completions, letter, strict=True)]
+
+    same(scored(Counts()).rewards, [[1, 0], [3, 0]])
+
+
+def test_r33_a_reward_that_changes_its_arguments_does_not_change_what_the_next_one_sees():
+    def reverses(completions, **columns):
+        completions.reverse()
+        return [0.0] * len(completions)
+
+    same(score(GROUPS, [Reward("reverses", reverses), Reward("length", length)]).rewards, [[1, 2], [3, 0]])
+
+
+def test_r33_the_same_groups_are_scored_the_same_twice():
+    first, second = scored(length), scored(length)
+    assert torch.equal(first.rewards, second.rewards)
+    assert first.groups == GROUPS

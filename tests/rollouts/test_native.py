@@ -1,0 +1,123 @@
+"""The native engine samples what a plain loop samples, whatever shares its batch (R1, R31)."""
+
+import pytest
+import torch
+from conftest import SHAPES
+
+from coterie.models.logprobs import token_logprobs
+from coterie.models.policy import Policy
+from coterie.noise import key, mix, uniform
+from coterie.recipe import Sampling
+from coterie.rollouts.native import NativeEngine, make_engine
+from coterie.rollouts.pack import Row, make_stream
+
+ENDS = (1, 2)
+SAMPLINGS = {
+    "plain": Sampling(max_new_tokens=24),
+    "truncated": Sampling(max_new_tokens=24, temperature=0.7, top_p=0.9),
+    "top_k": Sampling(max_new_tokens=24, top_k=5),
+    "few_rows": Sampling(max_new_tokens=24, max_rows=8),
+}
+
+
+def some_prompts(count=6):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(61, (3 + 4 * i,), generator=generator).tolist() for i in range(count)]
+
+
+def some_keys(num_prompts, num_completions):
+    return mix(mix(torch.tensor(key("test")), torch.arange(num_prompts))[:, None], torch.arange(num_completions))
+
+
+@torch.no_grad()
+def plain_completion(model, prompt, noise_key, sampling):
+    """One row, the whole sequence run again for every token: (tokens, log-probabilities)."""
+    tokens, logprobs = [], []
+    while len(tokens) < sampling.max_new_tokens and not (tokens and tokens[-1] in ENDS):
+        logits = model(torch.tensor([prompt + tokens]), use_cache=False).logits[0, -1].double() / sampling.temperature
+        probabilities = logits.softmax(0)
+        ranked = sorted(range(len(logits)), key=lambda i: -probabilities[i].item())
+        kept, mass = [], 0.0
+        for token in ranked[: sampling.top_k or None]:
+            if mass < sampling.top_p:
+                kept.append(token)
+            mass += probabilities[token].item() / (
+                sum(probabilities[t].item() for t in ranked[: sampling.top_k or None]) if sampling.top_k else 1.0
+            )
+        total = sum(probabilities[token].item() for token in kept)
+        threshold = uniform(mix(noise_key, torch.tensor(len(tokens)))).item() * total
+        below = 0.0
+        for token in sorted(kept):
+            below += probabilities[token].item()
+            if below > threshold:
+                break
+        tokens.append(token)
+        logprobs.append((probabilities[token] / total).log().item())
+    return tokens, logprobs
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt2", "mistral", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+@pytest.mark.filterwarnings("ignore:.*share prompts")
+def test_equals_a_plain_loop_token_for_token(make_model, architecture, sampling):
+    model, prompts, keys = make_model(architecture), some_prompts(3), some_keys(3, 3)
+    groups = make_engine(Policy.of(model)).generate(prompts, keys, sampling, ENDS)
+    for prompt, group, of_group in zip(prompts, groups, keys, strict=True):
+        for completion, noise_key in zip(group, of_group, strict=True):
+            tokens, logprobs = plain_completion(model, prompt, noise_key, sampling)
+            assert completion.tokens == tokens
+            torch.testing.assert_close(completion.logprobs, torch.tensor(logprobs), rtol=0, atol=2e-5)
+            assert completion.ended == ("stop" if tokens[-1] in ENDS else "length")
+
+
+@pytest.mark.parametrize("architecture", [name for name in SHAPES if name not in ("gpt_oss", "bloom")])
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+def test_one_prompt_alone_and_in_a_batch_get_the_same_tokens(make_model, architecture, sampling):
+    engine, prompts, keys = NativeEngine(Policy.of(make_model(architecture))), some_prompts(), some_keys(6, 4)
+    together = engine.generate(prompts, keys, sampling, ENDS)
+    for i, prompt in enumerate(prompts):
+        alone = engine.generate([prompt], keys[i : i + 1], sampling, ENDS)[0]
+        assert [c.tokens for c in alone] == [c.tokens for c in together[i]]
+
+
+def test_rows_come_and_go_without_changing_any(make_model):
+    """With room for 8 rows, 40 completions are decoded in turns; the tokens are those of one large batch."""
+    engine, prompts, keys = NativeEngine(Policy.of(make_model("qwen3"))), some_prompts(10), some_keys(10, 4)
+    few, many = (engine.generate(prompts, keys, Sampling(max_new_tokens=40, max_rows=rows), ENDS) for rows in (8, 1000))
+    lengths = {len(c.tokens) for group in many for c in group}
+    assert len(lengths) > 5, "the rows should end at different times for this to mean anything"
+    assert [[c.tokens for c in g] for g in few] == [[c.tokens for c in g] for g in many]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+def test_sampler_and_trainer_agree_on_the_logprobs(make_model, sampling):
+    policy, prompts = Policy.of(make_model("qwen3")), some_prompts()
+    groups = NativeEngine(policy).generate(prompts, some_keys(6, 4), sampling, ENDS)
+    rows = [(p, [Row(c.tokens, c.logprobs, 0.0, c.support) for c in g]) for p, g in zip(prompts, groups, strict=True)]
+    stream = make_stream(rows)
+    with torch.no_grad():
+        trainer = token_logprobs(policy, stream, temperature=sampling.temperature)
+    torch.testing.assert_close(trainer, stream.sampler_logprobs, rtol=0, atol=1e-5)
+
+
+def test_samples_follow_the_distribution(make_model):
+    """4000 first tokens against the model's own probabilities, by a chi-square that 1 run in a million would exceed."""
+    model = make_model("qwen3")
+    prompt = [5, 6, 7]
+    groups = NativeEngine(Policy.of(model)).generate(
+        [prompt], some_keys(1, 4000), Sampling(max_new_tokens=1, max_rows=4000), ENDS
+    )
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt])).logits[0, -1].softmax(0) * 4000
+    seen = torch.bincount(torch.tensor([c.tokens[0] for c in groups[0]]), minlength=61)
+    often = expected > 5
+    chi_square = ((seen - expected).square() / expected)[often].sum().item()
+    assert chi_square < 61 + 5 * (2 * 61) ** 0.5
+
+
+def test_greedy_takes_the_likeliest_and_needs_no_noise(make_model):
+    engine = NativeEngine(Policy.of(make_model("llama")))
+    greedy = Sampling(max_new_tokens=12, temperature=0.0)
+    first, second = (engine.generate(some_prompts(2), some_keys(2, 2) + shift, greedy, ENDS) for shift in (0, 99))
+    assert [[c.tokens for c in g] for g in first] == [[c.tokens for c in g] for g in second]
+    assert first[0][0].tokens == first[0][1].tokens

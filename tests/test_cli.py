@@ -1,0 +1,289 @@
+"""The command as a user meets it: help, errors in one paragraph with status 2, and the path from init to sample."""
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from coterie.cli import main
+
+COTERIE = str(Path(sys.executable).parent / "coterie")
+
+
+@dataclass
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*arguments, cwd):
+    """The command in this process, which saves importing torch again each time."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with (
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.MonkeyPatch.context() as patched,
+    ):
+        patched.setattr(sys, "argv", ["coterie", *arguments])
+        try:
+            main()
+        except SystemExit as stop:
+            status = stop.code or 0
+        except Exception:  # only --debug lets one through
+            traceback.print_exc()
+            status = 1
+    return Result(status, out.getvalue(), err.getvalue())
+
+
+def run_apart(*arguments, cwd):
+    """The command as a user starts it."""
+    return subprocess.run([COTERIE, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def own_task(tmp_path_factory):
+    """What `coterie init` writes, trained for a few steps."""
+    home = tmp_path_factory.mktemp("own")
+    assert run("init", "mytask", cwd=home).returncode == 0
+    trained = run_apart("train", "mytask/recipe.yaml", "--set", "steps=3", "--set", "evaluation.every=0", cwd=home)
+    assert trained.returncode == 0, trained.stderr
+    return home, trained.stdout
+
+
+def test_help_comes_at_once_and_shows_examples(tmp_path):
+    """The best of five, so that a busy machine does not fail it."""
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        shown = run_apart("--help", cwd=tmp_path)
+        seconds.append(time.perf_counter() - started)
+    assert shown.returncode == 0
+    assert min(seconds) < 0.5
+    for command in ("train", "check", "eval", "sample", "init"):
+        assert command in shown.stdout
+        assert "Example: coterie " + command in run(command, "--help", cwd=tmp_path).stdout
+
+
+def test_plain_lines_where_there_is_no_terminal(own_task):
+    _, printed = own_task
+    assert "\x1b[" not in printed
+    assert [line.split()[1] for line in printed.splitlines() if line.startswith("grpo ")] == ["1/3", "2/3", "3/3"]
+    assert "Held-out results" in printed
+
+
+def test_r30_own_model_data_and_reward_from_init_to_sample(own_task):
+    home, _ = own_task
+    folder = home / "runs" / "mytask"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["after"]["reward"] >= 0
+    sampled = run("sample", "runs/mytask", "Write the letter a: ", "-n", "2", "--max-new-tokens", "5", cwd=home)
+    assert sampled.returncode == 0, sampled.stderr
+    assert sampled.stdout.count("letters") == 2
+    assert sampled.stdout.count("wanted_letter") == 2
+    measured = run("eval", "runs/mytask", "--task", "mytask/recipe.yaml", "--samples", "2", cwd=home)
+    assert measured.returncode == 0, measured.stderr
+    assert "reward" in measured.stdout
+    checked = run("check", "mytask/recipe.yaml", cwd=home)
+    assert checked.returncode == 0, checked.stderr
+    assert "everything that can be checked" in checked.stdout
+    again = run("train", "--resume", "runs/mytask", cwd=home)
+    assert again.returncode == 0
+    assert "is finished" in again.stdout
+
+
+def test_the_trained_model_is_a_model_to_start_from(own_task):
+    """A folder in Hugging Face format, with chat messages as prompts and TRL's signature for the reward."""
+    home, _ = own_task
+    task = home / "chat"
+    task.mkdir()
+    rows = [{"messages": [{"role": "user", "content": f"Say {n}"}], "wanted": str(n)} for n in range(6)]
+    (task / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (task / "reward.py").write_text(
+        "def reward(prompts, completions, completion_ids, wanted, **kwargs):\n"
+        "    assert all(p[0]['role'] == 'user' for p in prompts)\n"
+        "    return [float(len(c[0]['content']) + len(w) + len(i)) for c, w, i in zip(completions, wanted, completion_ids)]\n"
+    )
+    model = home / "with_template"
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(home / "runs" / "mytask" / "model").save_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(home / "runs" / "mytask" / "model")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+    tokenizer.save_pretrained(model)
+    (task / "recipe.yaml").write_text(
+        f"model: {model}\ntask: {{data: data.jsonl, prompt: messages}}\nrewards: reward.py:reward\nsteps: 2\n"
+        "prompts_per_step: 2\ngroup_size: 2\nsampling: {max_new_tokens: 4}\n"
+    )
+    trained = run("train", "chat/recipe.yaml", cwd=home)
+    assert trained.returncode == 0, trained.stderr
+    assert (home / "runs" / "chat" / "model" / "model.safetensors").exists()
+
+
+def write(folder, name, text):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text)
+
+
+GOOD_ROWS = "".join(json.dumps({"prompt": f"number {i}"}) + "\n" for i in range(4))
+OWN = {
+    "preset": "grpo",
+    "loss": {"kl_weight": 0},
+    "model": {"type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32},
+    "tokenizer": "bytes",
+    "task": {"data": "data.jsonl"},
+    "rewards": ["reward.py:reward"],
+    "steps": 1,
+    "prompts_per_step": 2,
+    "group_size": 2,
+    "sampling": {"max_new_tokens": 4},
+}
+GOOD_REWARD = "def reward(completions, **columns):\n    return [float(len(c)) for c in completions]\n"
+
+
+def own(tmp_path, *, rows=GOOD_ROWS, reward=GOOD_REWARD, **changes):
+    write(tmp_path, "recipe.yaml", json.dumps({**OWN, **changes}))
+    if rows is not None:
+        write(tmp_path, "data.jsonl", rows)
+    if reward is not None:
+        write(tmp_path, "reward.py", reward)
+    return run("train", "recipe.yaml", cwd=tmp_path)
+
+
+def assert_refused(result, *words):
+    assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
+    assert "Traceback" not in result.stderr + result.stdout
+    for word in words:
+        assert word in result.stderr, result.stderr
+
+
+def test_the_good_one_works(tmp_path):
+    assert own(tmp_path).returncode == 0
+
+
+BAD_RECIPES = {
+    "unknown key": ({"stpes": 3}, ("stpes", "did you mean 'steps'")),
+    "mistyped inner key": ({"loss": {"kl_weight": 0, "clip_hgih": 1}}, ("loss.clip_hgih", "'clip_high'")),
+    "wrong type": ({"steps": "many"}, ("steps", "'many'", "whole number")),
+    "out of range": ({"group_size": 1}, ("group_size", "greater than or equal to 2")),
+    "greedy sampling": ({"sampling": {"temperature": 0}}, ("sampling.temperature", "greedy")),
+    "missing data file": ({"task": {"data": "nowhere.jsonl"}}, ("nowhere.jsonl", "does not exist")),
+    "unknown model type": ({"model": {"type": "qwen33"}}, ("qwen33", "did you mean 'qwen3'")),
+    "unknown model setting": ({"model": {"type": "gpt2", "n_embed": 4}}, ("model.n_embed", "'n_embd'")),
+    "missing model folder": ({"model": "./nowhere"}, ("./nowhere", "does not exist")),
+    "missing reward file": ({"rewards": ["other.py:reward"]}, ("other.py", "does not exist")),
+    "missing reward function": ({"rewards": ["reward.py:rewrd"]}, ("rewrd", "did you mean 'reward'")),
+    "reward without function": ({"rewards": ["reward.py"]}, ("reward.py", "function")),
+    "missing column": ({"task": {"data": "data.jsonl", "prompt": "promt"}}, ("data.jsonl:1", "'promt'", "'prompt'")),
+    "prompt over the context": ({"sampling": {"max_new_tokens": 30}}, ("data.jsonl:1", "32")),
+    "no GPU": ({"device": "cuda"}, ("device", "cuda")),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RECIPES)
+def test_bad_recipes_are_refused_before_a_model_is_loaded(tmp_path, case):
+    import torch
+
+    if case == "no GPU" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    changes, words = BAD_RECIPES[case]
+    assert_refused(own(tmp_path, **changes), *words)
+    assert not (tmp_path / "runs").exists()
+
+
+BAD_ROWS = {
+    "broken": (GOOD_ROWS + '{"prompt": "x"\n', ("data.jsonl:5", "JSON")),
+    "no object": (GOOD_ROWS + "[1]\n", ("data.jsonl:5", "list")),
+    "wrong type": (GOOD_ROWS + '{"prompt": 3}\n', ("data.jsonl:5", "int")),
+    "empty prompt": ('{"prompt": ""}\n', ("data.jsonl:1", "empty")),
+    "empty file": ("", ("data.jsonl", "no rows")),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_bad_rows_are_named_by_file_and_line(tmp_path, case):
+    rows, words = BAD_ROWS[case]
+    assert_refused(own(tmp_path, rows=rows), *words)
+
+
+BAD_REWARDS = {
+    "raises": ("def reward(completions, **c):\n    raise ValueError('my mistake')\n", ("ValueError", "my mistake")),
+    "too few": ("def reward(completions, **c):\n    return [1.0]\n", ("1 values for 2",)),
+    "NaN": ("def reward(completions, **c):\n    return [float('nan')] * len(completions)\n", ("nan",)),
+    "infinite": ("def reward(completions, **c):\n    return [float('inf')] * len(completions)\n", ("inf",)),
+    "text": ("def reward(completions, **c):\n    return ['good'] * len(completions)\n", ("good",)),
+    "one text": ("def reward(completions, **c):\n    return 'good'\n", ("good",)),
+    "unknown column": ("def reward(completions, answer):\n    return completions\n", ("answer", "no column")),
+    "broken file": ("def reward(:\n", ("SyntaxError",)),
+}
+
+
+@pytest.mark.parametrize("case", BAD_REWARDS)
+def test_a_reward_that_fails_ends_the_run_with_its_first_error(tmp_path, case):
+    reward, words = BAD_REWARDS[case]
+    assert_refused(own(tmp_path, reward=reward), "reward", *words)
+
+
+def test_a_model_folder_without_weights(tmp_path):
+    write(tmp_path, "empty/config.json", '{"model_type": "gpt2"}')
+    assert_refused(own(tmp_path, model="./empty", tokenizer="bytes"), "empty", "safetensors")
+
+
+def test_an_output_folder_in_use(tmp_path):
+    write(tmp_path, "taken/file", "")
+    own(tmp_path)
+    assert_refused(run("train", "recipe.yaml", "--out", "taken", cwd=tmp_path), "taken", "in use")
+
+
+def test_a_mistake_in_a_shell_is_one_paragraph_and_status_2(tmp_path):
+    shown = run_apart("train", "equatoins", cwd=tmp_path)
+    assert_refused(shown, "equatoins", "did you mean 'equations'")
+    assert len(shown.stderr.splitlines()) == 1
+    assert shown.stdout == ""
+
+
+def test_other_mistakes(tmp_path):
+    assert_refused(run("train", "equatoins", cwd=tmp_path), "equatoins", "did you mean 'equations'")
+    assert_refused(run("train", cwd=tmp_path), "name a recipe")
+    assert_refused(run("train", "equations", "--set", "loss.clip_high", cwd=tmp_path), "section.key=value")
+    assert_refused(run("train", "--resume", "nowhere", cwd=tmp_path), "nowhere")
+    assert_refused(run("sample", "./nowhere", "hello", cwd=tmp_path), "nowhere")
+    assert_refused(run("eval", "./nowhere", cwd=tmp_path), "nowhere")
+    write(tmp_path, "full/file", "")
+    assert_refused(run("init", "full", cwd=tmp_path), "full", "in use")
+    write(tmp_path, "bad.yaml", "steps: [1\n")
+    assert_refused(run("check", "bad.yaml", cwd=tmp_path), "bad.yaml:", "YAML")
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    shown = run("train", "equatoins", "--debug", cwd=tmp_path)
+    assert "Traceback" in shown.stderr
+
+
+def test_ctrl_c_saves_and_the_run_goes_on_from_there(tmp_path):
+    import signal
+
+    write(tmp_path, "recipe.yaml", json.dumps({**OWN, "steps": 40}))
+    write(tmp_path, "data.jsonl", GOOD_ROWS)
+    slow = GOOD_REWARD.replace("    return", "    import time; time.sleep(0.1)\n    return")
+    write(tmp_path, "reward.py", slow)
+    process = subprocess.Popen([COTERIE, "train", "recipe.yaml"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("grpo 3/"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in rest
+    resumed = run("train", "--resume", next(iter((tmp_path / "runs").iterdir())).name, cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "grpo 1/40" not in resumed.stdout
+    assert "grpo 40/40" in resumed.stdout

@@ -1,0 +1,414 @@
+"""Recipes (R8, R30, R35): strict, explained, and the same after a round trip."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import yaml
+
+from coterie.algorithms.advantages import SCALES
+from coterie.algorithms.aggregate import AGGREGATIONS
+from coterie.algorithms.kl import ESTIMATORS
+from coterie.algorithms.presets import PRESETS
+from coterie.algorithms.ratios import RATIOS
+from coterie.errors import UserError
+from coterie.recipe import KL, Advantage, Loss, Recipe, find_recipe, load_recipe, make_recipe
+from coterie.rewards.load import load_rewards
+
+BUNDLED = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+LEAST = {"model": {"type": "qwen3"}, "task": "equations", "rewards": ["coterie.rewards.steps:right_answer"]}
+
+
+def made(**settings) -> Recipe:
+    return make_recipe({**LEAST, **settings})
+
+
+def refusal(**settings) -> str:
+    with pytest.raises(UserError) as error:
+        made(**settings)
+    return str(error.value)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A recipe file with this text; what is needed at least stands before it."""
+
+    def file(text: str, least: bool = True) -> str:
+        path = tmp_path / "mine.yaml"
+        path.write_text((yaml.safe_dump(LEAST) if least else "") + text, encoding="utf-8")
+        return str(path)
+
+    return file
+
+
+def refused_file(path: str, *overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        load_recipe(path, overrides)
+    return str(error.value)
+
+
+# The bundled ones
+
+
+def test_there_are_bundled_recipes():
+    assert "equations" in [path.stem for path in BUNDLED]
+
+
+@pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.stem)
+def test_every_bundled_recipe_loads_by_path_and_by_name_and_its_rewards_exist(path, monkeypatch, tmp_path):
+    by_path = load_recipe(str(path))
+    assert by_path.rewards
+    load_rewards(by_path.rewards)
+    monkeypatch.chdir(tmp_path)
+    for name in (path.stem, path.name, f"recipes/{path.name}"):
+        assert load_recipe(name) == by_path
+
+
+@pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.stem)
+def test_every_bundled_recipe_is_the_same_after_a_round_trip(path, tmp_path):
+    recipe = load_recipe(str(path))
+    resolved = tmp_path / "recipe.yaml"
+    resolved.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe(str(resolved)) == recipe
+    assert load_recipe(str(resolved)).to_yaml() == recipe.to_yaml()
+
+
+def test_r27_the_quick_start_is_equations_with_six_and_three_points():
+    recipe = load_recipe("equations")
+    assert (recipe.task, [spec.weight for spec in recipe.rewards]) == ("equations", [6, 3])
+
+
+@pytest.mark.parametrize("name", ["equation", "equations.yml", "nowhere/equations.yaml", "recipes"])
+def test_a_recipe_that_is_not_there_is_named_with_those_that_are(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    if name == "recipes":
+        (tmp_path / "recipes").mkdir()
+    with pytest.raises(UserError, match="equations") as error:
+        find_recipe(name)
+    assert repr(name) in str(error.value)
+
+
+def test_loading_a_recipe_does_not_import_torch():
+    code = (
+        "import sys; from coterie.recipe import load_recipe; load_recipe('equations').to_yaml(); "
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# Choices
+
+
+@pytest.mark.parametrize(
+    ("section", "setting", "choices"),
+    [
+        (Advantage, "scale", SCALES),
+        (Loss, "ratio", RATIOS),
+        (Loss, "aggregation", AGGREGATIONS),
+        (KL, "estimator", ESTIMATORS),
+        (Recipe, "preset", PRESETS),
+    ],
+)
+def test_the_choices_of_a_recipe_are_those_of_the_algorithms(section, setting, choices):
+    assert get_args(section.model_fields[setting].annotation) == tuple(choices)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_gives_its_values_and_the_recipe_has_the_last_word(preset):
+    recipe = made(preset=preset)
+    for section, settings in PRESETS[preset].items():
+        for setting, value in settings.items():
+            assert getattr(getattr(recipe, section), setting) == value
+    changed = made(preset=preset, loss={"clip_high": 0.7})
+    assert changed.loss == recipe.loss.model_copy(update={"clip_high": 0.7})
+    assert changed.advantage == recipe.advantage
+
+
+def test_presets_are_what_their_papers_say():
+    """DAPO: two bounds, all tokens, no KL. Dr. GRPO: no std, a fixed length, no KL. GRPO: one bound, a KL of 0.04."""
+    grpo, dr_grpo, dapo = (made(preset=name) for name in ("grpo", "dr_grpo", "dapo"))
+    assert (dapo.loss.clip_low, dapo.loss.clip_high, dapo.loss.aggregation, dapo.loss.kl_weight) == (
+        0.2,
+        0.28,
+        "token_mean",
+        0,
+    )
+    assert (dr_grpo.advantage.scale, dr_grpo.loss.aggregation, dr_grpo.loss.kl_weight) == ("none", "fixed_length", 0)
+    assert (grpo.advantage.scale, grpo.loss.aggregation, grpo.loss.kl_weight) == ("sample", "sequence_mean", 0.04)
+    assert grpo.loss.clip_low == grpo.loss.clip_high == 0.2
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "hint"),
+    [
+        ({"stpes": 3}, "stpes", "did you mean 'steps'"),
+        ({"loss": {"clip_hihg": 0.3}}, "loss.clip_hihg", "did you mean 'clip_high'"),
+        ({"loss": {"temperature": 0.3}}, "loss.temperature", "did you mean 'sampling.temperature'"),
+        ({"learning_rate": 0.3}, "learning_rate", "did you mean"),
+        ({"optimizer": {"learning_rate": 0.3}}, "optimizer", "did you mean 'optimiser'"),
+        ({"task": {"data": "x.jsonl", "promt": "q"}}, "task.promt", "did you mean 'prompt'"),
+        ({"rewards": [{"function": "m:f", "wieght": 2}]}, "rewards.0.wieght", "did you mean 'weight'"),
+        ({"cold_start": {"rows": 2}}, "cold_start.rows", "rows_per_step"),
+        ({"preset": "grop"}, "preset", "did you mean 'grpo'"),
+        ({"task": "equation"}, "task", "did you mean 'equations'"),
+        ({"loss": {"ratio": "tokens"}}, "loss.ratio", "did you mean 'token'"),
+        ({"kl": {"estimator": "k4"}}, "kl.estimator", "k1, k2, k3"),
+        ({"advantage": {"scale": "std"}}, "advantage.scale", "population"),
+    ],
+)
+def test_a_wrong_name_is_answered_with_the_nearest(settings, key, hint):
+    message = refusal(**settings)
+    assert f"{key}:" in message
+    assert hint in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "given"),
+    [
+        ({"steps": "many"}, "steps", "'many'"),
+        ({"steps": 2.5}, "steps", "2.5"),
+        ({"steps": True}, "steps", "True"),
+        ({"loss": {"clip_high": True}}, "loss.clip_high", "True"),
+        ({"steps": [3]}, "steps", "[3]"),
+        ({"steps": None}, "steps", "None"),
+        ({"loss": 3}, "loss", "3"),
+        ({"loss": ["clip_low"]}, "loss", "clip_low"),
+        ({"loss": {"clip_low": "low"}}, "loss.clip_low", "'low'"),
+        ({"model": 5}, "model", "5"),
+        ({"rewards": 5}, "rewards", "5"),
+        ({"rewards": [{"function": 5}]}, "rewards.0.function", "5"),
+        ({"preset": ["grpo"]}, "preset", "grpo"),
+        ({"seed": {}}, "seed", "{}"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named_with_what_was_given(settings, key, given):
+    message = refusal(**settings)
+    assert f"{key}:" in message
+    assert given in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**31}, "seed"),
+        ({"group_size": 1}, "group_size"),
+        ({"loss": {"clip_low": 1.5}}, "loss.clip_low"),
+        ({"loss": {"clip_low": 0}}, "loss.clip_low"),
+        ({"loss": {"clip_high": float("inf")}}, "loss.clip_high"),
+        ({"loss": {"kl_weight": -0.1}}, "loss.kl_weight"),
+        ({"loss": {"kl_weight": float("nan")}}, "loss.kl_weight"),
+        ({"sampling": {"top_p": 0}}, "sampling.top_p"),
+        ({"sampling": {"top_p": float("nan")}}, "sampling.top_p"),
+        ({"sampling": {"top_k": -1}}, "sampling.top_k"),
+        ({"sampling": {"temperature": -1}}, "sampling.temperature"),
+        ({"max_failed_rewards": 1.1}, "max_failed_rewards"),
+        ({"optimiser": {"learning_rate": 0}}, "optimiser.learning_rate"),
+        ({"optimiser": {"beta1": 1}}, "optimiser.beta1"),
+        ({"checkpoint": {"every": 0}}, "checkpoint.every"),
+        ({"rewards": [{"function": "m:f", "weight": float("nan")}]}, "rewards.0.weight"),
+        ({"task": {"data": "x.jsonl", "heldout": 1.01}}, "task.heldout"),
+    ],
+)
+def test_a_value_out_of_range_is_named(settings, key):
+    assert f"{key}:" in refusal(**settings)
+
+
+@pytest.mark.parametrize("missing", ["model", "task", "rewards"])
+def test_what_is_needed_is_asked_for(missing):
+    with pytest.raises(UserError, match=f"{missing}:"):
+        make_recipe({key: value for key, value in LEAST.items() if key != missing})
+
+
+def test_every_mistake_is_told_at_once():
+    message = refusal(stpes=3, seed=-1, loss={"clip_low": "low"})
+    assert all(f"{key}:" in message for key in ("stpes", "seed", "loss.clip_low"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "word"),
+    [
+        ({"kl": {"estimator": "k1"}, "loss": {"kl_weight": 0}}, "kl.estimator", "no effect"),
+        ({"preset": "dapo", "kl": {"estimator": "k3"}}, "kl.estimator", "no effect"),
+        ({"sampling": {"temperature": 0}}, "sampling.temperature", "greedy"),
+        ({"task": {"data": "x.jsonl"}, "cold_start": {}}, "cold_start", "demonstrations"),
+        ({"rewards": []}, "rewards", "at least one"),
+        ({"rewards": ["a:f", "b:f"]}, "rewards", "same name"),
+        ({"preset": "dr_grpo", "advantage": {"epsilon": 1e-3}}, "advantage.epsilon", "no effect"),
+        ({"optimiser": {"schedule": "constant", "final_share": 0.1}}, "optimiser.final_share", "no effect"),
+    ],
+)
+def test_a_contradiction_and_a_setting_without_effect_are_refused(settings, key, word):
+    message = refusal(**settings)
+    assert key in message
+    assert word in message
+
+
+def test_two_rewards_of_the_same_function_need_names():
+    recipe = made(rewards=[{"function": "a:f", "name": "one"}, {"function": "a:f", "name": "two"}])
+    assert [spec.name for spec in recipe.rewards] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key"),
+    [("steps: 3\nseed: 1\nsteps: 4\n", 3, "steps"), ("loss:\n  clip_low: 0.1\n  clip_low: 0.2\n", 3, "clip_low")],
+)
+def test_a_key_that_stands_twice_is_named_with_its_line(text, line, key, write):
+    path = write(text, least=False)
+    message = refused_file(path)
+    assert path in message
+    assert f"line {line}" in message
+    assert repr(key) in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "- a\n", "words\n", "a: [\n", "? [a]\n: 3\n", "1: 2\n", "a: !!python/object/apply:os.getcwd []\n", "\x00", "a: &x [*x]\n",
+     "steps: 1e999\n", "[" * 5000],
+    ids=["empty", "list", "text", "open", "list key", "number key", "python", "nul", "loop", "infinite", "deep"],
+)  # fmt: skip
+def test_hostile_yaml_is_refused_in_one_paragraph_that_names_the_file(text, write):
+    path = write(text, least=False)
+    assert path in refused_file(path)
+
+
+def test_broken_yaml_is_named_with_its_line(write):
+    path = write("steps: 3\nloss: {clip_low: 0.1\nseed: 1\n", least=False)
+    assert f"{path}:3" in refused_file(path)
+
+
+def test_a_recipe_that_is_not_utf8_is_named(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"seed: \xff\xfe\n")
+    assert str(path) in refused_file(str(path))
+
+
+# --set
+
+
+def test_set_changes_what_the_file_says(write):
+    path = write("loss: {clip_low: 0.1}\n")
+    recipe = load_recipe(path, ["loss.clip_high=0.5", "steps=7", "optimiser.learning_rate=1e-5", "kl.estimator=k1"])
+    assert (recipe.loss.clip_low, recipe.loss.clip_high, recipe.steps) == (0.1, 0.5, 7)
+    assert (recipe.optimiser.learning_rate, recipe.kl.estimator) == (1e-5, "k1")
+
+
+def test_set_later_wins_and_may_hold_a_whole_section_or_an_equals_sign(write):
+    recipe = load_recipe(write(""), ["seed=1", "seed=2", "loss={clip_low: 0.3, clip_high: 0.4}", "tokenizer=a=b"])
+    assert (recipe.seed, recipe.loss.clip_low, recipe.loss.clip_high, recipe.tokenizer) == (2, 0.3, 0.4, "a=b")
+
+
+def test_set_can_choose_another_preset(write):
+    assert load_recipe(write("preset: grpo\n"), ["preset=dapo"]).loss.clip_high == 0.28
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["steps", "=3", "loss.=3", ".clip_low=3", "loss..clip_low=3", "", "seed=[1", "seed.inner=3", "seed={a: 1, a: 2}"],
+)
+def test_set_refuses_what_it_cannot_read_and_shows_it(override, write):
+    message = refused_file(write("seed: 4\n"), override)
+    assert override in message
+    assert "--set" in message
+
+
+def test_set_of_an_unknown_key_names_the_nearest(write):
+    assert "did you mean 'clip_high'" in refused_file(write(""), "loss.clip_hig=0.3")
+
+
+# The resolved recipe
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"preset": "dapo"},
+        {"preset": "dr_grpo", "loss": {"kl_weight": 0.02}, "kl": {"estimator": "k1"}},
+        {
+            "task": {"data": "none.jsonl", "prompt": "问题", "correct_above": -0.5},
+            "tokenizer": "bytes",
+            "max_failed_rewards": 0,
+        },
+        {
+            "rewards": [{"function": "a:f", "weight": -2.5}, {"function": "b:f", "name": "g"}],
+            "cold_start": {"steps": 3},
+        },
+        {"optimiser": {"learning_rate": 1e-7, "schedule": "cosine", "final_share": 0.1}},
+        {
+            "model": {"type": "llama", "hidden_size": 64, "rope_theta": 1e6},
+            "made_with": {"torch": "2.13", "commit": None},
+        },
+    ],
+)
+def test_a_resolved_recipe_says_everything_and_comes_back_the_same(settings):
+    recipe = made(**settings)
+    again = make_recipe(yaml.safe_load(recipe.to_yaml()))
+    assert again == recipe
+    assert again.to_yaml() == recipe.to_yaml()
+
+
+def test_a_resolved_recipe_does_not_lean_on_its_preset():
+    values = yaml.safe_load(made(preset="dapo").to_yaml())
+    for section, settings in PRESETS["dapo"].items():
+        assert settings.items() <= values[section].items()
+
+
+@pytest.mark.parametrize(
+    ("settings", "section", "setting"),
+    [
+        ({"preset": "dapo"}, "kl", "estimator"),
+        ({"preset": "dr_grpo"}, "advantage", "epsilon"),
+        ({"optimiser": {"schedule": "constant"}}, "optimiser", "final_share"),
+    ],
+)
+def test_a_resolved_recipe_holds_nothing_that_does_not_act(settings, section, setting):
+    assert setting not in yaml.safe_load(made(**settings).to_yaml()).get(section, {})
+
+
+def test_files_beside_a_recipe_are_found_from_anywhere(tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "rows.jsonl").write_text('{"prompt": "a"}\n', encoding="utf-8")
+    (home / "mine.py").write_text(
+        "def good(completions, **_):\n    return [1.0] * len(completions)\n", encoding="utf-8"
+    )
+    values = {
+        "model": {"type": "qwen3"},
+        "task": {"data": "rows.jsonl"},
+        "rewards": "mine.py:good",
+        "tokenizer": "bytes",
+    }
+    (home / "recipe.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("home/recipe.yaml")
+    assert recipe.task.data == str(home / "rows.jsonl")
+    assert recipe.rewards[0].name == "good"
+    (reward,) = load_rewards(recipe.rewards)
+    assert reward.function(completions=["a"]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("function", "word"),
+    [
+        ("coterie.rewards.steps:right_anwser", "did you mean 'right_answer'"),
+        ("coterie.rewards.nothing:f", "can't be imported"),
+        ("nothing.py:f", "does not exist"),
+        ("right_answer", "names no function"),
+    ],
+)
+def test_r30_a_reward_that_is_not_there_is_named(function, word):
+    with pytest.raises(UserError, match=word):
+        load_rewards(made(rewards=[function]).rewards)
+
+
+def test_a_recipe_cannot_be_changed_once_made():
+    with pytest.raises(ValueError, match="frozen"):
+        made().steps = 3

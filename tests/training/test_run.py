@@ -1,0 +1,212 @@
+"""A run, its folder, and its exact resume (R1, R24, R36)."""
+
+import hashlib
+import json
+import sqlite3
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import coterie
+from coterie.errors import UserError
+from coterie.training.checkpoint import find_checkpoint
+
+
+def trained(tiny_recipe, folder, *more, **options):
+    return coterie.train("equations", overrides=[*tiny_recipe, *more], out=str(folder), **options).folder
+
+
+def digests(folder):
+    """sha256 of every tensor of the final model."""
+    tensors = load_file(folder / "model" / "model.safetensors")
+    return {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
+
+
+def recorded(folder):
+    """Everything in run.db that does not depend on the clock."""
+    with sqlite3.connect(folder / "run.db") as db:
+        tables = {
+            "metrics": "SELECT * FROM metrics WHERE name NOT LIKE 'time/%' ORDER BY stage, step, name",
+            "completions": "SELECT * FROM completions ORDER BY stage, step, prompt_number, completion_number",
+            "evaluations": "SELECT * FROM evaluations ORDER BY stage, step, mode, name",
+            "examples": "SELECT * FROM examples ORDER BY stage, step, number",
+        }
+        return {name: db.execute(query).fetchall() for name, query in tables.items()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    from conftest import tiny_recipe as fixture
+
+    overrides = fixture.__wrapped__(None) if hasattr(fixture, "__wrapped__") else fixture.__pytest_wrapped__.obj(None)
+    return trained(overrides, tmp_path_factory.mktemp("runs") / "whole")
+
+
+def test_the_run_folder_holds_what_it_promises(finished):
+    for name in (
+        "recipe.yaml",
+        "run.db",
+        "report.html",
+        "summary.json",
+        "checkpoints/step_000006",
+        "model/config.json",
+    ):
+        assert (finished / name).exists(), name
+    summary = json.loads((finished / "summary.json").read_text())
+    for when in ("before", "after"):
+        assert 0 <= summary[when]["accuracy"] <= 1
+        assert 0 <= summary[when]["all_steps"] <= 1
+        low, high = summary[when]["accuracy_interval"]
+        assert low <= summary[when]["accuracy"] <= high
+    assert summary["seed"] == 0
+    assert summary["seconds"] > 0
+    assert [e["prompt"] for e in summary["examples"]] == ["Solve 3x - 5 = 10", "解方程 3x - 5 = 10"]
+    assert all(e.keys() == {"prompt", "before", "after"} for e in summary["examples"])
+
+
+def test_r36_every_step_has_its_metrics_and_every_completion_its_record(finished):
+    with sqlite3.connect(finished / "run.db") as db:
+        for step in range(1, 7):
+            names = {
+                name for (name,) in db.execute("SELECT name FROM metrics WHERE stage = 'grpo' AND step = ?", (step,))
+            }
+            assert names >= {
+                "reward/mean", "reward/right_answer", "reward/written_steps", "policy/entropy", "policy/kl",
+                "policy/clip_low_share", "policy/clip_high_share", "completion/tokens_mean", "completion/truncated_share",
+                "group/no_signal_share", "policy/ratio_max", "optimiser/learning_rate", "optimiser/grad_norm", "loss/total",
+            }  # fmt: skip
+        rows = db.execute(
+            "SELECT tokens, pieces, sampler_logprobs, advantage, reward, reward_parts, ended, text FROM completions"
+        ).fetchall()
+    assert len(rows) == 6 * 3 * 4
+    for tokens, pieces, logprobs, advantage, reward, parts, ended, text in rows:
+        tokens, pieces, logprobs, parts = (json.loads(value) for value in (tokens, pieces, logprobs, parts))
+        assert len(tokens) == len(pieces) == len(logprobs) > 0
+        assert all(value <= 0 for value in logprobs)
+        assert reward == pytest.approx(6 * parts["right_answer"] + 3 * parts["written_steps"])
+        assert ended in ("stop", "length")
+        assert "".join(pieces).replace("<pad>", "").replace("<unknown>", "").removesuffix("<end>") == text.replace(
+            "<end>", ""
+        )
+        assert isinstance(advantage, float)
+
+
+def test_the_model_loads_in_transformers_and_gives_the_same_logits(finished):
+    model = AutoModelForCausalLM.from_pretrained(finished / "model")
+    tokenizer = AutoTokenizer.from_pretrained(finished / "model")
+    trained_weights = load_file(finished / "checkpoints" / "step_000006" / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, trained_weights[name]), name
+    messages = [{"role": "user", "content": "Solve 3x - 5 = 10"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert tokenizer.decode(ids) == "Solve 3x - 5 = 10\n"
+    with sqlite3.connect(finished / "run.db") as db:
+        (text,) = db.execute("SELECT text FROM examples WHERE step = 6 AND number = 0").fetchone()
+    answer = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :]
+    assert tokenizer.decode(answer, skip_special_tokens=True) == text
+
+
+def test_the_report_opens_offline(finished):
+    page = (finished / "report.html").read_text()
+    assert "Plotly.newPlot" in page
+    assert "<script src=" not in page
+    assert '<link rel="stylesheet"' not in page
+    assert "Step 1" in page
+    assert "Step 6" in page
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 5])
+def test_stopped_and_resumed_ends_with_the_same_bits(finished, tiny_recipe, tmp_path, stop_after):
+    folder = trained(tiny_recipe, tmp_path / "run", stop_after=stop_after)
+    assert not (folder / "model").exists()
+    coterie.train(resume=str(folder))
+    assert digests(folder) == digests(finished)
+    assert recorded(folder) == recorded(finished)
+
+
+def test_a_run_that_died_between_checkpoints_repeats_the_lost_steps(finished, tiny_recipe, tmp_path, monkeypatch):
+    """It dies in step 4 of the GRPO stage, after a save at step 2 and records of step 3; then in the cold start too."""
+    from coterie.training import grpo, sft
+
+    class DiedError(Exception):
+        pass
+
+    def dying(real, count):
+        calls = iter(range(count))
+
+        def call(*args, **kwargs):
+            if next(calls, None) is None:
+                raise DiedError
+            return real(*args, **kwargs)
+
+        return call
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(sft, "fit", dying(sft.fit, 4))
+        with pytest.raises(DiedError):
+            trained(tiny_recipe, folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(grpo, "optimise", dying(grpo.optimise, 3))
+        with pytest.raises(DiedError):
+            coterie.train(resume=str(folder))
+    coterie.train(resume=str(folder))
+    assert digests(folder) == digests(finished)
+    assert recorded(folder) == recorded(finished)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(finished, tiny_recipe, tmp_path, capsys):
+    folder = trained(tiny_recipe, tmp_path / "run", stop_after=5)
+    weights = folder / "checkpoints" / "step_000005" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    weights.write_bytes(content)
+    coterie.train(resume=str(folder))
+    printed = capsys.readouterr().out
+    assert "step_000005" in printed
+    assert "model.safetensors was changed" in printed
+    assert digests(folder) == digests(finished)
+    assert recorded(folder) == recorded(finished)
+
+
+@pytest.mark.parametrize("victim", ["model.safetensors", "optimiser.safetensors", "position.json", "manifest.json"])
+@pytest.mark.parametrize("harm", ["remove", "truncate", "zero"])
+def test_every_damage_is_found(finished, tmp_path, victim, harm):
+    import shutil
+
+    shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
+    newest = tmp_path / "checkpoints" / "step_000006" / victim
+    size = newest.stat().st_size
+    if harm == "remove":
+        newest.unlink()
+    else:
+        newest.write_bytes(newest.read_bytes()[: size // 2] if harm == "truncate" else bytes(size))
+    reports = []
+    assert find_checkpoint(tmp_path / "checkpoints", reports.append).step < 6
+    assert victim in reports[0]
+
+
+def test_all_damaged_is_a_refusal_that_names_them(finished, tmp_path):
+    import shutil
+
+    shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
+    for path in (tmp_path / "checkpoints").iterdir():
+        (path / "optimiser.safetensors").unlink()
+    with pytest.raises(UserError, match=r"(?s)no checkpoint is whole.*step_000006.*step_000000"):
+        find_checkpoint(tmp_path / "checkpoints", lambda _: None)
+
+
+def test_a_folder_in_use_is_refused(finished, tiny_recipe):
+    with pytest.raises(UserError, match="is in use"):
+        trained(tiny_recipe, finished)
+
+
+def test_r24_a_fresh_model_trains_with_no_cold_start(tiny_recipe, tmp_path):
+    folder = trained(tiny_recipe, tmp_path / "zero", "cold_start=null", "steps=2", "preset=dapo")
+    assert (folder / "model" / "model.safetensors").exists()
+
+
+def test_seeds_differ(finished, tiny_recipe, tmp_path):
+    assert digests(trained(tiny_recipe, tmp_path / "other", "seed=1")) != digests(finished)
