@@ -183,6 +183,14 @@ class Recipe(Settings):
             del values["kl"]
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
+    def in_short(self) -> str:
+        """The resolved objective on one line; recipe.yaml in the run folder has everything."""
+        sections = {"advantage": self.advantage, "loss": self.loss, **({"kl": self.kl} if self.loss.kl_weight else {})}
+        values = [
+            f"{name}.{key}={value}" for name, group in sections.items() for key, value in group.model_dump().items()
+        ]
+        return f"preset {self.preset}, seed {self.seed}: {' '.join(values)}"
+
 
 class _StrictLoader(yaml.SafeLoader):
     """YAML without its silent habit of letting a later key replace an earlier equal one."""

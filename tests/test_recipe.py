@@ -176,7 +176,7 @@ def test_a_wrong_name_is_answered_with_the_nearest(settings, key, hint):
         ({"steps": True}, "steps", "True"),
         ({"loss": {"clip_high": True}}, "loss.clip_high", "True"),
         ({"steps": [3]}, "steps", "[3]"),
-        ({"steps": None}, "steps", "None"),
+        ({"loss": {"clip_low": None}}, "loss.clip_low", "None"),
         ({"loss": 3}, "loss", "3"),
         ({"loss": ["clip_low"]}, "loss", "clip_low"),
         ({"loss": {"clip_low": "low"}}, "loss.clip_low", "'low'"),
@@ -225,6 +225,10 @@ def test_a_value_out_of_range_is_named(settings, key):
 def test_what_is_needed_is_asked_for(missing):
     with pytest.raises(UserError, match=f"{missing}:"):
         make_recipe({key: value for key, value in LEAST.items() if key != missing})
+
+
+def test_an_empty_section_is_no_section():
+    assert made(loss=None, kl=None, preset="dapo") == made(preset="dapo")
 
 
 def test_every_mistake_is_told_at_once():

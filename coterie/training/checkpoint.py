@@ -6,6 +6,7 @@ that is not whole is named, and the one before it is used.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -63,7 +64,10 @@ def save_checkpoint(folder: Path, position: Position, policy: Policy, optimiser:
 
 
 def load_checkpoint(path: Path, policy: Policy, optimiser: torch.optim.Optimizer | None = None) -> None:
-    """Put a checkpoint's weights, and its optimiser state if one is given, in place. `find_checkpoint` has checked it."""
+    """Put a checkpoint's weights, and its optimiser state if one is given, in place. UserError where it is damaged."""
+    wrong = _damage(path)
+    if wrong is not None:
+        raise UserError(f"{path}: {wrong}")
     tensors = load_file(path / "model.safetensors")
     with torch.no_grad():
         for name, parameter in policy.model.named_parameters():
@@ -102,10 +106,15 @@ def find_checkpoint(folder: Path, report: Callable[[str], None]) -> Position:
 
 def prune_checkpoints(folder: Path, keep_last: int) -> None:
     """Delete all but the newest `keep_last`, and the start of reinforcement learning, which the reference is read from."""
-    paths = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    kept = sorted(paths, key=lambda path: _position(path).order)[-keep_last:]
-    for path in paths:
-        if path not in kept and path.name != Position("grpo", 0).name:
+    whole = {}
+    for path in folder.iterdir():
+        if path.name.startswith("."):  # left by a save that was interrupted
+            shutil.rmtree(path, ignore_errors=True)
+            continue
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # a damaged one is kept, to be looked at
+            whole[path] = _position(path)
+    for path in sorted(whole, key=lambda path: whole[path].order)[:-keep_last]:
+        if path.name != Position("grpo", 0).name:
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -155,7 +155,7 @@ def metrics_line(step: int, num_steps: int, metrics: dict[str, float], parts: li
         shown += [f"{part} {metrics[f'reward/{part}']:.2f}" for part in parts if f"reward/{part}" in metrics]
     shown += [
         f"entropy {metrics['policy/entropy']:.2f}",
-        f"kl {metrics['policy/kl']:.3f}",
+        f"kl {metrics.get('policy/kl', float('nan')):.3f}",
         f"length {metrics['completion/tokens_mean']:.0f}",
         f"no signal {metrics['group/no_signal_share']:.0%}",
         f"{metrics['time/step_seconds']:.2f} s",

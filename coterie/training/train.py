@@ -82,14 +82,16 @@ def _train(run: Run, rewards: list[Reward], codec: Codec, task: Task) -> None:
     for warning in caught:
         console.warn(str(warning.message))
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    console.say(f"run {run.folder}: {type(model).__name__}, {num_parameters:,} parameters, {recipe.preset}, {device}")
+    console.say(f"run {run.folder}: {type(model).__name__}, {num_parameters:,} parameters, on {device}")
+    console.say(recipe.in_short())
     engine = make_engine(policy)
     in_grpo = run.position is not None and run.position.stage == "grpo"
     if not in_grpo:
         if recipe.cold_start is not None:
             train_sft(run, recipe, task, policy, make_optimiser(policy, recipe.optimiser))
             if run.stopped:
-                return _say_how_to_resume(run)
+                _say_how_to_resume(run)
+                return
         _evaluate_and_record(run, 0, "before", task, rewards, codec, policy)
         run.checkpoint("grpo", 0, policy, make_optimiser(policy, recipe.optimiser), last=True)
     start = run.folder / "checkpoints" / Position("grpo", 0).name
@@ -97,13 +99,13 @@ def _train(run: Run, rewards: list[Reward], codec: Codec, task: Task) -> None:
     load_checkpoint(start, reference)
     train_grpo(run, recipe, task, rewards, codec, policy, reference, engine, make_optimiser(policy, recipe.optimiser))
     if run.stopped:
-        return _say_how_to_resume(run)
+        _say_how_to_resume(run)
+        return
     _evaluate_and_record(run, recipe.steps, "after", task, rewards, codec, policy)
     _save_model(run.folder / "model", policy, codec)
     summary = write_summary(run)
     write_report(run.folder)
     _say_results(run, summary)
-    return None
 
 
 def _evaluate_and_record(

@@ -233,7 +233,7 @@ def test_r30_a_default_stands_in_for_a_column_that_the_data_lacks():
 
 
 def test_r30_a_column_that_the_data_lacks_is_named_with_those_there_are():
-    with pytest.raises(UserError, match="mine.*answer") as error:
+    with pytest.raises(UserError, match=r"mine.*answer") as error:
         scored(lambda completions, answer: [0.0] * 4)
     assert "letter" in str(error.value)
 

@@ -1,4 +1,4 @@
-"""Worked steps are checked, not only the answer (R19): 6 points for a guess, 8 for terse, 9 for complete, 0 for wrong."""
+"""Worked steps are checked, not only the answer (R19): a guess gets 6 points, terse 8, complete 9, wrong 0."""
 
 import time
 

@@ -1,0 +1,287 @@
+"""The user's own prompts (R30): JSONL and Parquet, text and chat, and what is wrong with a file said by line."""
+
+import json
+import random
+import time
+
+import pytest
+import torch
+
+from coterie.errors import UserError
+from coterie.models.codec import Codec
+from coterie.models.load import make_byte_tokenizer
+from coterie.recipe import DatasetTask
+from coterie.tasks.base import draw
+from coterie.tasks.dataset import Dataset, read_rows
+from coterie.types import Completion, Group, Scored
+
+CODEC = Codec.of(make_byte_tokenizer())
+
+
+def chat_codec() -> Codec:
+    tokenizer = make_byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant>{% endif %}"
+    )
+    return Codec.of(tokenizer)
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    """A JSONL file of rows, lines or bytes."""
+
+    def write(*lines, name="rows.jsonl") -> str:
+        path = tmp_path / name
+        texts = [
+            line if isinstance(line, bytes) else line if isinstance(line, str) else json.dumps(line) for line in lines
+        ]
+        path.write_bytes(b"".join(t if isinstance(t, bytes) else t.encode() + b"\n" for t in texts))
+        return str(path)
+
+    return write
+
+
+def dataset(path, codec=CODEC, **options) -> Dataset:
+    return Dataset(DatasetTask(data=path, **{"heldout": 0.0, **options}), codec)
+
+
+def refused(path, codec=CODEC, **options) -> str:
+    with pytest.raises(UserError) as error:
+        dataset(path, codec, **options)
+    return str(error.value)
+
+
+def test_r30_jsonl_rows_become_prompts_with_their_other_columns(jsonl):
+    path = jsonl({"prompt": "Say é", "answer": 3}, {"prompt": "解", "answer": None, "tags": ["a"]})
+    first, second = dataset(path).train
+    assert (first.content, first.text, dict(first.columns), first.origin) == (
+        "Say é",
+        "Say é",
+        {"answer": 3},
+        f"{path}:1",
+    )
+    assert (second.content, dict(second.columns)) == ("解", {"answer": None, "tags": ["a"]})
+    assert CODEC.decode(first.tokens) == "Say é"
+    assert len(first.tokens) == len("Say é".encode())
+    assert first.key != second.key
+
+
+def test_r30_the_prompt_column_can_have_any_name(jsonl):
+    (prompt,) = dataset(jsonl({"question": "q", "prompt": "other"}), prompt="question").train
+    assert (prompt.content, dict(prompt.columns)) == ("q", {"prompt": "other"})
+
+
+def test_r30_chat_messages_go_through_the_template(jsonl):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "你好"}]
+    (prompt,) = dataset(jsonl({"prompt": messages}), chat_codec()).train
+    assert prompt.content == messages
+    assert prompt.text == "你好"
+    assert CODEC.decode(prompt.tokens) == "system>Be brief.\nuser>你好\nassistant>"
+
+
+def test_r30_chat_messages_without_a_template_are_refused_as_the_user_s_mistake(jsonl):
+    assert "template" in refused(jsonl({"prompt": [{"role": "user", "content": "hi"}]}))
+
+
+def test_r30_parquet_text_and_messages(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = str(tmp_path / "rows.parquet")
+    messages = [{"role": "user", "content": "one"}]
+    pq.write_table(pa.table({"prompt": ["one", "two"], "chat": [messages, messages], "n": [1, 2]}), path)
+    first, second = dataset(path).train
+    assert (first.content, first.columns["n"], first.origin) == ("one", 1, f"{path}:1")
+    assert (second.content, second.columns["n"], second.origin) == ("two", 2, f"{path}:2")
+    assert dataset(path, chat_codec(), prompt="chat").train[0].content == messages
+
+
+def test_r30_parquet_and_jsonl_of_the_same_rows_give_the_same_task(tmp_path, jsonl):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"prompt": f"prompt {number}", "n": number} for number in range(30)]
+    path = str(tmp_path / "rows.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    one, other = dataset(path, heldout=0.3), dataset(jsonl(*rows), heldout=0.3)
+    assert [(p.content, p.columns) for p in one.train] == [(p.content, p.columns) for p in other.train]
+    assert [(p.content, p.columns) for p in one.heldout] == [(p.content, p.columns) for p in other.heldout]
+
+
+def test_r30_blank_lines_a_byte_order_mark_and_windows_ends_are_no_matter(jsonl):
+    path = jsonl(b'\xef\xbb\xbf{"prompt": "a"}\r\n', b"\r\n", b"   \n", b'{"prompt": "b"}')
+    assert [(p.content, p.origin) for p in dataset(path).train] == [("a", f"{path}:1"), ("b", f"{path}:4")]
+
+
+GOOD = {"prompt": "good"}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"prompt": "a"', "not valid JSON"),
+        ("prompt: a", "not valid JSON"),
+        ('{"prompt": "a"} {"prompt": "b"}', "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        (b'{"prompt": "\xff"}\n', "not UTF-8"),
+        (b"\x00\x01\x02\n", "not valid JSON"),
+        ('["a"]', "list"),
+        ('"a"', "str"),
+        ("3", "int"),
+        ("null", "NoneType"),
+        ({"promt": "a"}, "did you mean 'promt'"),
+        ({}, "no column 'prompt'"),
+        ({"prompt": ""}, "empty"),
+        ({"prompt": " \n\t"}, "empty"),
+        ({"prompt": 3}, "int"),
+        ({"prompt": None}, "NoneType"),
+        ({"prompt": {"role": "user", "content": "a"}}, "dict"),
+        ({"prompt": []}, "no messages"),
+        ({"prompt": ["a"]}, "'a'"),
+        ({"prompt": [{"role": "user"}]}, "role and a content"),
+        ({"prompt": [{"role": "user", "content": None}]}, "role and a content"),
+        ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, "role and a content"),
+        ({"prompt": [{"role": 1, "content": "a"}]}, "role and a content"),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else str(value)[:20],
+)
+def test_r30_a_broken_row_is_named_by_file_and_line(line, said, jsonl):
+    path = jsonl(GOOD, "", GOOD, line, GOOD)
+    message = refused(path, chat_codec())
+    assert message.startswith(f"{path}:4: ")
+    assert said in message
+
+
+def test_r30_a_missing_column_names_the_nearest(jsonl):
+    message = refused(jsonl({"question": "a", "answer": "b"}), prompt="qestion")
+    assert "did you mean 'question'" in message
+    assert "answer" in message
+
+
+def test_r30_a_file_without_rows_is_refused(jsonl, tmp_path):
+    for path in (jsonl(name="empty.jsonl"), jsonl("", "  ", name="blank.jsonl")):
+        assert refused(path) == f"{path}: has no rows"
+
+
+def test_r30_a_file_that_is_not_there_is_named(tmp_path):
+    for name in ("nothing.jsonl", "nothing.parquet"):
+        assert str(tmp_path / name) in refused(str(tmp_path / name))
+
+
+def test_r30_a_file_of_another_kind_is_named(jsonl):
+    assert ".jsonl" in refused(jsonl("prompt\na", name="rows.csv"))
+
+
+def test_r30_a_broken_parquet_file_is_named(jsonl):
+    path = jsonl("this is no parquet", name="rows.parquet")
+    assert path in refused(path)
+
+
+def test_r30_an_empty_parquet_file_is_refused(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = str(tmp_path / "rows.parquet")
+    pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), path)
+    assert refused(path) == f"{path}: has no rows"
+
+
+def test_r30_a_wrong_value_in_parquet_is_named_by_row(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = str(tmp_path / "rows.parquet")
+    pq.write_table(pa.table({"prompt": ["a", None]}), path)
+    assert refused(path).startswith(f"{path}:2: ")
+
+
+# Held out by content
+
+
+def contents(prompts):
+    return {json.dumps(prompt.content, sort_keys=True) for prompt in prompts}
+
+
+ROWS = [{"prompt": f"prompt {number}", "n": number} for number in range(50)]
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.1, 5), (0.3, 15), (0.01, 1), (1.0, 49)])
+def test_r30_the_share_that_was_asked_for_is_held_out_and_something_is_left_to_train_on(share, expected, jsonl):
+    task = dataset(jsonl(*ROWS), heldout=share)
+    assert (len(task.heldout), len(task.train)) == (expected, 50 - expected)
+    assert not contents(task.train) & contents(task.heldout)
+    assert task.examples
+
+
+def test_r30_the_order_of_the_rows_does_not_decide_what_is_held_out(jsonl):
+    shuffled = random.Random(0).sample(ROWS, len(ROWS))
+    one, other = dataset(jsonl(*ROWS), heldout=0.3), dataset(jsonl(*shuffled, name="shuffled.jsonl"), heldout=0.3)
+    assert contents(one.heldout) == contents(other.heldout)
+    first_fifteen = {json.dumps(row["prompt"]) for row in ROWS[:15]}
+    assert contents(one.heldout) not in (first_fifteen, {json.dumps(row["prompt"]) for row in ROWS[-15:]})
+
+
+def test_r30_the_other_columns_do_not_decide_what_is_held_out(jsonl):
+    changed = [{**row, "n": -row["n"]} for row in ROWS]
+    one, other = dataset(jsonl(*ROWS), heldout=0.3), dataset(jsonl(*changed, name="changed.jsonl"), heldout=0.3)
+    assert contents(one.heldout) == contents(other.heldout)
+
+
+def test_r30_equal_prompts_are_on_the_same_side(jsonl):
+    task = dataset(jsonl(*ROWS, *ROWS, *ROWS[:10]), heldout=0.3)
+    assert not contents(task.train) & contents(task.heldout)
+    assert len(task.train) + len(task.heldout) == 110
+    assert len(contents(task.heldout)) == 15
+
+
+def test_r30_equal_chats_are_on_the_same_side_however_their_keys_are_ordered(jsonl):
+    rows = [{"prompt": [{"role": "user", "content": f"prompt {number}"}]} for number in range(30)]
+    turned = [{"prompt": [{"content": f"prompt {number}", "role": "user"}]} for number in range(30)]
+    task = dataset(jsonl(*rows, *turned), chat_codec(), heldout=0.3)
+    assert not contents(task.train) & contents(task.heldout)
+
+
+def test_r30_one_prompt_is_for_training(jsonl):
+    task = dataset(jsonl(GOOD, GOOD), heldout=0.5)
+    assert (len(task.train), len(task.heldout), len(task.examples)) == (2, 0, 2)
+
+
+# As a task
+
+
+def test_r30_draws_take_every_row_once_an_epoch(jsonl):
+    task = dataset(jsonl(*ROWS), heldout=0.2)
+    drawn = [prompt for step in range(1, 11) for prompt in draw(task, 4, seed=0, step=step)]
+    assert contents(drawn) == contents(task.train)
+    assert len(drawn) == len(task.train) == 40
+    assert drawn[12:16] == draw(dataset(jsonl(*ROWS), heldout=0.2), 4, seed=0, step=4)
+
+
+def test_r30_columns_of_a_typed_prompt_are_those_of_its_row(jsonl):
+    task = dataset(jsonl(*ROWS), heldout=0.2)
+    assert all(task.columns_of(row["prompt"]) == {"n": row["n"]} for row in ROWS)
+    assert task.columns_of("prompt 50") is None
+
+
+def test_r30_correct_is_above_the_bound_and_an_abstention_is_not(jsonl):
+    path = jsonl(GOOD)
+    prompt = dataset(path).train[0]
+    zero = torch.zeros(1)
+    group = Group(prompt, [Completion([1], zero, zero, "stop", "a")] * 4)
+    scored = Scored([group], torch.tensor([[0.5, 0.6, -1.0, torch.nan]]), {}, [])
+    assert dataset(path, correct_above=0.5).judge(scored) == {"accuracy": [False, True, False, False]}
+    assert dataset(path).judge(scored) == {}
+
+
+def test_r30_rows_are_read_with_where_they_stand(jsonl):
+    path = jsonl(GOOD, "", {"prompt": "b"})
+    assert list(read_rows(DatasetTask(data=path))) == [(f"{path}:1", GOOD), (f"{path}:3", {"prompt": "b"})]
+
+
+def test_r30_long_prompts_load_fast(jsonl):
+    """A hundred thousand rows of a thousand characters should take minutes, not an hour: 10 ms a row is an upper bound."""
+    path = jsonl(*({"prompt": f"{number} " + "word " * 200} for number in range(20)))
+    start = time.perf_counter()
+    dataset(path, heldout=0.1)
+    assert time.perf_counter() - start < 20 * 0.01
