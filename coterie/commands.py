@@ -17,8 +17,7 @@ from coterie.models.policy import Policy, quiet_transformers
 from coterie.recipe import Recipe, Sampling, load_recipe
 from coterie.rewards.load import load_rewards
 from coterie.rewards.score import Reward, score
-from coterie.rollouts.collect import collect
-from coterie.rollouts.native import make_engine
+from coterie.rollouts.collect import collect, make_engine
 from coterie.runs.console import Console
 from coterie.tasks.base import Task, draw
 from coterie.tasks.load import check_lengths, make_task, prepare

@@ -1,20 +1,31 @@
 """Random numbers that are keyed, never positional: the same keys give the same number whatever else is going on."""
 
+import hashlib
+
 import torch
 from torch import Tensor
 
 _SHIFTS = (30, 27, 31)
 _FACTORS = (-4658895280553007687, -7723592293110705685)  # 0xBF58476D1CE4E5B9 and 0x94D049BB133111EB as signed 64-bit
+_MASK = (1 << 64) - 1
 _STEP = -7046029254386353131  # 0x9E3779B97F4A7C15
 
 
 def key(*parts: int | str) -> int:
-    """One 64-bit key from numbers and words, in order."""
-    state = torch.zeros((), dtype=torch.long)
+    """One signed 64-bit key from numbers and words, in order."""
+    state = 0
     for part in parts:
-        for number in part.encode() if isinstance(part, str) else (part,):
-            state = mix(state, torch.tensor(number, dtype=torch.long))
-    return int(state)
+        number = part if isinstance(part, int) else int.from_bytes(hashlib.sha256(part.encode()).digest()[:8], "big")
+        state = _mix_one(state, number)
+    return state - (1 << 64) if state >> 63 else state
+
+
+def _mix_one(state: int, number: int) -> int:
+    """`mix` for two Python integers, as unsigned: a thousand times faster than on tensors of one."""
+    z = ((state ^ number * _STEP) + _STEP) & _MASK
+    for shift, factor in zip(_SHIFTS, (*_FACTORS, 1), strict=True):
+        z = (z ^ z >> shift) * factor & _MASK
+    return z
 
 
 def mix(state: Tensor, number: Tensor) -> Tensor:

@@ -12,15 +12,26 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from coterie.algorithms.presets import PRESETS
 from coterie.errors import UserError, nearest
 
-Share = Annotated[float, Field(ge=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+def _not_bool(value: Any) -> Any:
+    """YAML reads `yes` as true, and Python takes true for 1."""
+    if isinstance(value, bool):
+        raise ValueError(f"{value!r} is not a number")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_not_bool)]
+Whole = Annotated[int, BeforeValidator(_not_bool)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+NonNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[Number, Field(allow_inf_nan=False)]
+PositiveInt = Annotated[Whole, Field(gt=0)]
 Schedule = Literal["constant", "linear", "cosine"]
 
 
@@ -62,7 +73,7 @@ class ColdStart(Settings):
     steps: PositiveInt = 600
     rows_per_step: PositiveInt = 64
     learning_rate: Positive = 1e-3
-    warmup_steps: int = Field(20, ge=0)
+    warmup_steps: Whole = Field(20, ge=0)
     schedule: Schedule = "cosine"
 
 
@@ -71,8 +82,8 @@ class Sampling(Settings):
 
     max_new_tokens: PositiveInt = 256
     temperature: NonNegative = 1.0
-    top_k: int = Field(0, ge=0, description="keep the k likeliest tokens; 0 keeps all")
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Whole = Field(0, ge=0, description="keep the k likeliest tokens; 0 keeps all")
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
     max_rows: PositiveInt = Field(256, description="completions decoded at the same time")
 
 
@@ -87,7 +98,7 @@ class Loss(Settings):
     """The clipped objective and what holds it near the reference."""
 
     ratio: Literal["token", "sequence", "sequence_mean"] = "token"
-    clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
+    clip_low: Annotated[Number, Field(gt=0, le=1)] = 0.2
     clip_high: Positive = 0.2
     aggregation: Literal["sequence_mean", "sequence_sum", "token_mean", "fixed_length"] = "sequence_mean"
     kl_weight: NonNegative = 0.0
@@ -103,12 +114,12 @@ class Optimiser(Settings):
     """AdamW, its learning-rate schedule, and how a batch is cut to fit."""
 
     learning_rate: Positive = 1e-6
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: Whole = Field(0, ge=0)
     schedule: Schedule = "constant"
     final_share: Share = Field(0.0, description="share of the learning rate left at the end of the schedule")
     weight_decay: NonNegative = 0.0
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[Number, Field(ge=0, lt=1)] = 0.99
     max_grad_norm: Positive = 1.0
     updates_per_batch: PositiveInt = Field(1, description="optimiser steps on each batch of samples")
     micro_batch_tokens: PositiveInt = Field(16384, description="stream tokens per forward and backward pass")
@@ -119,7 +130,7 @@ class Evaluation(Settings):
 
     prompts: PositiveInt = Field(512, description="held-out prompts used before and after; all if there are fewer")
     samples: PositiveInt = Field(2, description="sampled completions of each")
-    every: int = Field(0, ge=0, description="steps between evaluations on the way; 0 for none")
+    every: Whole = Field(0, ge=0, description="steps between evaluations on the way; 0 for none")
 
 
 class Checkpoint(Settings):
@@ -139,7 +150,7 @@ class Recipe(Settings):
     """Everything a run is. `load_recipe` is the way to make one."""
 
     preset: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    seed: Annotated[Whole, Field(ge=0, lt=2**31)] = 0
     model: str | ModelShape
     tokenizer: str | None = Field(None, description="path or hub id; default: the task's own, or the model's")
     task: Literal["equations"] | DatasetTask
@@ -147,7 +158,7 @@ class Recipe(Settings):
     max_failed_rewards: Share = Field(0.1, description="share of a step's rewards that may fail before the run stops")
     steps: PositiveInt = 100
     prompts_per_step: PositiveInt = 8
-    group_size: Annotated[int, Field(ge=2)] = 8
+    group_size: Annotated[Whole, Field(ge=2)] = 8
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     cold_start: ColdStart | None = None
@@ -165,8 +176,9 @@ class Recipe(Settings):
     def _settings_agree(self) -> Recipe:
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature: 0 is greedy, and equal completions teach nothing; use more than 0")
-        if self.loss.kl_weight == 0 and "kl" in self.model_fields_set:
-            raise ValueError("kl.estimator: has no effect while loss.kl_weight is 0; set the weight or leave it out")
+        for section, name, why in self._without_effect():
+            if section in self.model_fields_set and name in getattr(self, section).model_fields_set:
+                raise ValueError(f"{section}.{name}: has no effect while {why}; change that, or leave this out")
         if self.cold_start is not None and not isinstance(self.task, str):
             raise ValueError("cold_start: a data set has no demonstrations to start from; only bundled tasks do")
         if not self.rewards:
@@ -176,11 +188,23 @@ class Recipe(Settings):
             raise ValueError(f"rewards: two have the same name among {', '.join(names)}; give each a `name`")
         return self
 
+    def _without_effect(self) -> list[tuple[str, str, str]]:
+        """Settings that do nothing in the chosen mode: section, name and why."""
+        found = []
+        if self.loss.kl_weight == 0:
+            found.append(("kl", "estimator", "loss.kl_weight is 0"))
+        if self.advantage.scale == "none":
+            found.append(("advantage", "epsilon", "advantage.scale is none"))
+        if self.optimiser.schedule == "constant":
+            found.append(("optimiser", "final_share", "optimiser.schedule is constant"))
+        return found
+
     def to_yaml(self) -> str:
         """The resolved recipe: every setting that acts, and nothing that does not."""
         values = self.model_dump(mode="json", exclude_none=True)
-        if self.loss.kl_weight == 0:
-            del values["kl"]
+        for section, name, _ in self._without_effect():
+            del values[section][name]
+        values = {key: value for key, value in values.items() if value != {}}
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
     def in_short(self) -> str:
@@ -198,6 +222,8 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
                 raise UserError(f"line {key_node.start_mark.line + 1}: the key {key!r} stands twice")
@@ -236,6 +262,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: is nested too deeply for a recipe") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of settings, not {type(values).__name__}")
     for override in overrides:
@@ -270,7 +298,9 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override!r}: write section.key=value, as in --set loss.clip_high=0.3")
     try:
         value = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError:
+    except UserError as error:
+        raise UserError(f"--set {override!r}: {error}") from None
+    except (yaml.YAMLError, RecursionError):
         raise UserError(f"--set {override!r}: {text!r} is not a YAML value; quote it if it is text") from None
     here = values
     for part in parts[:-1]:
@@ -344,7 +374,7 @@ def _explain(error: ValidationError, source: str) -> str:
             allowed = {name for name in owner.model_fields if name != "made_with"}
             line = f"{key}: there is no such setting; {_nearest_setting(key, place[-1], owner, allowed)}"
         elif kind == "value_error":
-            line = str(problem["ctx"]["error"])
+            line = f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
         elif kind == "missing":
             line = f"{key}: is missing, and has no default"
         elif kind == "literal_error":

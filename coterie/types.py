@@ -96,6 +96,7 @@ class Scored:
         shape = (len(self.groups), len(self.groups[0].completions))
         assert self.rewards.shape == shape, (self.rewards.shape, shape)
         assert all(part.shape == shape for part in self.parts.values())
+        assert all(len(group.completions) == shape[1] for group in self.groups)
 
     @property
     def valid(self) -> Tensor:

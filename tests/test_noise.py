@@ -71,8 +71,8 @@ def test_uniform_numbers_are_at_least_0_and_below_1(numbers):
 
 
 def test_uniform_ends():
-    """All bits set is the largest double below 1."""
-    assert uniform(long(0, -1)).tolist() == [0.0, 1 - 2**-53]
+    """The upper 53 bits as a binary fraction: all of them set is the largest double below 1."""
+    assert uniform(long(0, 1 << 11, -(2**63), -1)).tolist() == [0.0, 2**-53, 0.5, 1 - 2**-53]
 
 
 @pytest.mark.parametrize("parts", [(0,), (1, "sample"), (2**31 - 1, 7)])

@@ -274,7 +274,8 @@ def test_a_key_that_stands_twice_is_named_with_its_line(text, line, key, write):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "- a\n", "words\n", "a: [\n", "? [a]\n: 3\n", "1: 2\n", "a: !!python/object/apply:os.getcwd []\n", "\x00", "a: &x [*x]\n",
+    ["", "- a\n", "words\n", "a: [\n", "? [a]\n: 3\n", "1: 2\n", "a: !!python/object/apply:os.getcwd []\n",
+     "\x00", "a: &x [*x]\n",
      "steps: 1e999\n", "[" * 5000],
     ids=["empty", "list", "text", "open", "list key", "number key", "python", "nul", "loop", "infinite", "deep"],
 )  # fmt: skip

@@ -10,7 +10,18 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_a_bundled_recipe_trains_from_the_wheel_in_any_folder(tmp_path, tiny_recipe):
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
     subprocess.run(build, check=True, timeout=120)
     (wheel,) = tmp_path.glob("coterie-*.whl")
     site, home = tmp_path / "site", tmp_path / "home"

@@ -24,8 +24,8 @@ def group_advantages(rewards: Tensor, *, scale: str = "sample", epsilon: float =
         raise ValueError(f"rewards have the shape {tuple(rewards.shape)}; [prompts, completions] is needed")
     if rewards.isinf().any():
         raise ValueError("rewards hold an infinite value")
-    if not rewards.is_floating_point():
-        rewards = rewards.to(torch.get_default_dtype())
+    dtype = rewards.dtype if rewards.is_floating_point() else torch.get_default_dtype()
+    rewards = rewards.double()
     valid = ~rewards.isnan()
     num_valid = valid.sum(1, keepdim=True)  # [P, 1]
     difference = _difference_from_mean(rewards, valid, num_valid)
@@ -38,7 +38,7 @@ def group_advantages(rewards: Tensor, *, scale: str = "sample", epsilon: float =
         divisor = num_valid - 1 if scale == "sample" else num_valid
         std = _root_mean_square(difference, divisor.clamp(min=1))
         advantages = difference / (std + epsilon)
-    return torch.where(has_signal(rewards)[:, None] & valid, advantages, 0.0)
+    return torch.where(has_signal(rewards)[:, None] & valid, advantages, 0.0).to(dtype)
 
 
 def has_signal(rewards: Tensor) -> Tensor:

@@ -37,10 +37,11 @@ def kl_penalty(
     """KL(policy || reference) at each sampled token: log-probabilities [N] -> [N], in nats.
 
     Without `sampler_logprobs` the value is right and the gradient is not: differentiating an estimate leaves out that the
-    policy also chooses the token. With them, k1 and k3 are weighted by pi_theta / pi_old, so that the expected gradient
-    is that of the KL at each state, on the policy and off it. k2's own gradient already is, on the policy.
+    policy also chooses the token. With them, each is weighted by pi_theta / pi_old, so that the expected gradient is that of
+    the KL at each state, on the policy and off it. k2's own gradient is right on the policy, so its weight has none.
     """
     penalty = ESTIMATORS[estimator](reference_logprobs - policy_logprobs)
-    if sampler_logprobs is None or estimator == "k2":
+    if sampler_logprobs is None:
         return penalty
-    return (policy_logprobs - sampler_logprobs).exp() * penalty
+    weight = (policy_logprobs - sampler_logprobs).exp()
+    return (weight.detach() if estimator == "k2" else weight) * penalty

@@ -11,8 +11,10 @@ def clipped_loss(ratio: Tensor, advantages: Tensor, *, low: float | Tensor, high
     depends on the sign of A alone: the upper one where A > 0, the lower one where A < 0.
     Source: PPO, arXiv 1707.06347, equation 7; two bounds: DAPO, arXiv 2503.14476, equation 8.
     """
-    clipped = torch.clamp(ratio, 1 - torch.as_tensor(low).to(ratio), 1 + torch.as_tensor(high).to(ratio))
-    return -torch.minimum(ratio * advantages, clipped * advantages)
+    low, high = (torch.as_tensor(bound, dtype=ratio.dtype, device=ratio.device) for bound in (low, high))
+    clipped = torch.clamp(ratio, 1 - low, 1 + high)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    return torch.where(advantages == 0, 0.0, loss)  # and not 0 * inf
 
 
 def clipped_at(

@@ -24,7 +24,8 @@ def wilson(successes: int, count: int) -> Estimate:
     share = successes / count
     centre = (share + Z95**2 / (2 * count)) / (1 + Z95**2 / count)
     half = Z95 / (1 + Z95**2 / count) * math.sqrt(share * (1 - share) / count + Z95**2 / (4 * count**2))
-    return Estimate(share, max(0.0, centre - half), min(1.0, centre + half), count)
+    low, high = centre - half, centre + half
+    return Estimate(share, low if successes else 0.0, high if successes < count else 1.0, count)
 
 
 def mean_interval(values: Sequence[float]) -> Estimate:

@@ -33,7 +33,12 @@ class Codec:
         """Text as it is; chat messages through the tokenizer's template, ready for the answer."""
         if isinstance(content, str):
             return list(self.tokenizer(content)["input_ids"])
-        return list(self.tokenizer.apply_chat_template(content, add_generation_prompt=True, return_dict=False))
+        if not self.tokenizer.chat_template:
+            raise UserError("the tokenizer has no chat template, which chat messages need; give the prompt as text")
+        try:
+            return list(self.tokenizer.apply_chat_template(content, add_generation_prompt=True, return_dict=False))
+        except Exception as error:  # a template is a program that came with the tokenizer
+            raise UserError(f"the chat template refuses these messages: {error}") from None
 
     def encode_answer(self, text: str) -> list[int]:
         """A demonstration's answer and the end token."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,9 +41,8 @@ def score(groups: list[Group], rewards: Sequence[Reward], *, max_failed_share: f
     shape = (len(groups), len(groups[0].completions))
     total, spoke = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.bool)
     parts, failures = {}, []
-    arguments = _arguments(groups)
     for reward in rewards:
-        values, failed = _call(reward, arguments)
+        values, failed = _call(reward, _arguments(groups))  # lists of its own, which a function may change
         part = torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64).view(shape)
         parts[reward.name] = part
         spoke |= ~part.isnan()
@@ -51,6 +50,8 @@ def score(groups: list[Group], rewards: Sequence[Reward], *, max_failed_share: f
         failures += [
             RewardFailure(reward.name, index // shape[1], index % shape[1], reason) for index, reason in failed.items()
         ]
+    if total.isinf().any():
+        raise UserError("rewards: a reward times its weight is infinite; lower the weight")
     for failure in failures:
         spoke[failure.group, failure.completion] = False
     num_failed = len({(failure.group, failure.completion) for failure in failures})
@@ -74,12 +75,13 @@ def _arguments(groups: list[Group]) -> dict[str, list[Any]]:
     columns = sorted(set().union(*(group.prompt.columns for group in groups)) - set(arguments))
     arguments |= {column: [] for column in columns}
     for group in groups:
-        chat = not isinstance(group.prompt.content, str)
+        content = group.prompt.content
+        chat = not isinstance(content, str)
         for completion in group.completions:
             text = completion.text
-            arguments["prompts"].append(group.prompt.content)
+            arguments["prompts"].append(content if isinstance(content, str) else [dict(m) for m in content])
             arguments["completions"].append([{"role": "assistant", "content": text}] if chat else text)
-            arguments["completion_ids"].append(completion.tokens)
+            arguments["completion_ids"].append(list(completion.tokens))
             for column in columns:
                 arguments[column].append(group.prompt.columns.get(column))
     return arguments
@@ -90,7 +92,7 @@ def _call(reward: Reward, arguments: Mapping[str, list[Any]]) -> tuple[list[floa
     num_completions = len(arguments["completions"])
     accepted = _accepted(reward, arguments)
     try:
-        answers = _checked_length(reward, reward.function(**accepted), num_completions)
+        answers = _checked_length(reward, reward.function(**_copied(accepted)), num_completions)
     except UserError:
         raise
     except Exception:  # a user's function may raise anything: find out for which completions
@@ -128,8 +130,13 @@ def _accepted(reward: Reward, arguments: Mapping[str, list[Any]]) -> dict[str, l
     return {name: values for name, values in arguments.items() if name in names}
 
 
+def _copied(arguments: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    return {name: list(values) for name, values in arguments.items()}
+
+
 def _checked_length(reward: Reward, answer: Any, num_completions: int) -> list[Any]:
-    if isinstance(answer, str | bytes) or not hasattr(answer, "__len__") or not hasattr(answer, "__iter__"):
+    unordered = isinstance(answer, str | bytes | Mapping | Set)
+    if unordered or not hasattr(answer, "__len__") or not hasattr(answer, "__iter__"):
         raise UserError(
             f"reward {reward.name}: returned {answer!r:.80}; a list with a number or None for each is needed"
         )

@@ -8,6 +8,7 @@ right and complete one 9.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,18 +16,45 @@ from typing import Any
 
 from coterie.rewards.score import completion_text
 
-_MAX_LENGTH = 2000  # characters of a completion that are looked at
+_MAX_LINES, _MAX_LINE = 50, 200  # of a longer completion only the last line is read, and it has no steps
 _MAX_DIGITS = 12
 
 
 @dataclass(frozen=True)
-class Side:
-    """One side of an equation, slope * x + constant; `plain` where no arithmetic is left to do, `divisors` where some is."""
+class Term:
+    """One product of a sum, `value` or `value * x`. factors: the numbers in it without sign, a divisor as its inverse."""
 
-    slope: Fraction
-    constant: Fraction
-    plain: bool
-    divisors: frozenset[Fraction]
+    value: Fraction
+    with_x: bool
+    factors: tuple[Fraction, ...]
+
+    @property
+    def worked_out(self) -> bool:
+        return len(self.factors) <= 1
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of an equation, a sum of terms."""
+
+    terms: tuple[Term, ...]
+
+    @property
+    def slope(self) -> Fraction:
+        return sum((term.value for term in self.terms if term.with_x), Fraction(0))
+
+    @property
+    def constant(self) -> Fraction:
+        return sum((term.value for term in self.terms if not term.with_x), Fraction(0))
+
+    @property
+    def constants(self) -> Counter[Fraction]:
+        """The numbers that stand in the sum, zeros left out."""
+        return Counter(term.value for term in self.terms if not term.with_x and term.value)
+
+    @property
+    def worked_out(self) -> bool:
+        return len(self.terms) == 1 and self.terms[0].worked_out
 
 
 @dataclass(frozen=True)
@@ -39,35 +67,50 @@ class Equation:
         return self.left.slope - self.right.slope
 
     @property
+    def constant(self) -> Fraction:
+        """What slope * x is equal to."""
+        return self.right.constant - self.left.constant
+
+    @property
     def solution(self) -> Fraction | None:
-        return None if self.slope == 0 else (self.right.constant - self.left.constant) / self.slope
+        return None if self.slope == 0 else self.constant / self.slope
+
+    @property
+    def isolated(self) -> bool:
+        """Whether the unknown stands alone on the left, as in `3x = 10 + 5`."""
+        return self.left.slope != 0 and not any(not term.with_x for term in self.left.terms) and self.right.slope == 0
+
+    @property
+    def worked_out(self) -> bool:
+        """Whether this is `3x = 15`: isolated, and no arithmetic is left to do."""
+        return self.isolated and len(self.left.terms) == 1 and self.right.worked_out
 
     @property
     def answers(self) -> bool:
-        """Whether this is `x = number`."""
-        return (
-            (self.left.slope, self.left.constant, self.right.slope) == (1, 0, 0)
-            and self.left.plain
-            and self.right.plain
-        )
+        """Whether this is `x = number`; a number that is not whole may be a fraction in lowest terms."""
+        if not (self.isolated and len(self.left.terms) == 1 and self.left.terms[0].factors == ()):
+            return False
+        value, terms = self.right.constant, self.right.terms
+        lowest = len(terms) == 1 and Counter(terms[0].factors) == Counter(_lowest(value))
+        return self.left.slope == 1 and (self.right.worked_out or lowest)
 
-    @property
-    def isolates(self) -> bool:
-        """Whether the unknown stands alone on the left, as in `3x = 10 + 5`."""
-        return self.left.slope != 0 and self.left.constant == 0 and self.right.slope == 0
+    def turned(self) -> Equation:
+        """With the unknown on the left, where it stands on the right alone."""
+        return Equation(self.right, self.left) if self.left.slope == 0 != self.right.slope else self
 
-    def divides_by(self, slope: Fraction) -> bool:
-        """Whether this is `x = something / slope`, not worked out."""
-        return self.isolates and self.left.slope == 1 and slope in self.right.divisors
+
+def _lowest(value: Fraction) -> tuple[Fraction, ...]:
+    """The factors of a fraction in lowest terms as it is written: 5 / 2 -> 5 and 1/2."""
+    return (Fraction(abs(value.numerator)), Fraction(1, value.denominator))
 
 
 @dataclass(frozen=True)
 class Report:
     """What is true of a solution.
 
-    right: its last line is the answer. follows: every equation in it follows. num_steps: lines that get somewhere without
-    being the answer: the unknown isolated, or a division by its factor. complete: no step is left out, which are to isolate
-    the unknown, to work out that number, to divide, and to work out that one.
+    right: its last line is the answer. follows: every equation in it follows. num_steps: the different steps it writes, of
+    the three below, without the answer. complete: none of them is left out, in order: to move the numbers to one side
+    (`3x = 10 + 5`), to work that out (`3x = 15`), to divide (`x = 15 / 3`), and to work that out, which is the answer.
     """
 
     right: bool
@@ -93,97 +136,119 @@ def all_steps(report: Report) -> bool:
 
 
 def check(equation: str, text: str) -> Report:
-    """Read a solution line by line. Text before a colon explains; every other line must be an equation."""
+    """Read a solution line by line. Words before a colon explain; every line must end in an equation that follows."""
     problem = parse_equation(equation)
     assert problem is not None, f"{equation!r} is not a linear equation"
-    lines = [line for line in text[:_MAX_LENGTH].splitlines() if line.strip()]
-    steps = [parse_equation(re.split("[:：]", line)[-1]) for line in lines]
-    known = [step for step in steps if step is not None]
-    last = steps[-1] if steps else None
+    problem = problem.turned()
+    lines = [line for line in text.splitlines() if line.strip()]
+    last = parse_equation(re.split("[:：]", lines[-1])[-1]) if lines else None
     right = last is not None and last.answers and last.solution == problem.solution
+    if len(lines) > _MAX_LINES or any(len(line) > _MAX_LINE for line in lines):
+        return Report(right, False, 0, False)
+    pieces = [re.split("[:：]", line) for line in lines]
+    claims = [piece for parts in pieces for i, piece in enumerate(parts) if "=" in piece or i == len(parts) - 1]
+    steps = [parse_equation(claim) for claim in claims]
+    known = [step.turned() for step in steps if step is not None]
     follows = len(known) == len(steps) and all(step.solution == problem.solution for step in known)
-    gets_somewhere = {
-        step
-        for step in known
-        if step != problem and ((step.isolates and step.left.slope != 1) or step.divides_by(problem.slope))
-    }
-    return Report(right, follows, len(gets_somewhere), _complete(problem, known))
+    return Report(right, follows, *_steps(problem, known))
 
 
-def _complete(problem: Equation, steps: Sequence[Equation]) -> bool:
-    """Whether the steps isolate the unknown, work that out, divide, and work that out, in this order."""
-    slope = problem.slope
+def _steps(problem: Equation, known: Sequence[Equation]) -> tuple[int, bool]:
+    """How many different steps there are, and whether they are all there and in order."""
+    slope, constant = problem.slope, problem.constant
+    moved = problem.right.constants + Counter({-value: n for value, n in problem.left.constants.items()})
+    division = Counter((abs(constant), abs(1 / slope))) if slope else Counter()
+
+    def moves(step: Equation) -> bool:
+        return step.isolated and step.slope == slope and step.right.constants == moved and not step.right.worked_out
+
+    def works_out(step: Equation) -> bool:
+        return step.worked_out and step.slope == slope and step.constant == constant
+
+    def divides(step: Equation) -> bool:
+        terms = step.right.terms
+        return step.isolated and step.left.slope == 1 and len(terms) == 1 and Counter(terms[0].factors) == division
+
     wanted: list[Callable[[Equation], bool]] = []
-    if not (problem.isolates and problem.right.plain):
-        wanted.append(lambda step: step.isolates and step.left.slope == slope and not step.right.plain)
-        wanted.append(lambda step: step.isolates and step.left.slope == slope and step.right.plain)
+    if not problem.worked_out:
+        wanted += [moves, works_out] if len(list(moved.elements())) > 1 else [works_out]
     if slope != 1:
-        wanted.append(lambda step: step.divides_by(slope))
-        wanted.append(lambda step: step.answers)
-    for step in steps:
-        if wanted and wanted[0](step):
+        wanted.append(divides)
+    needed = [step for step in wanted if not (step is works_out and slope == 1)]  # that one is the answer
+    num_steps = sum(any(step(line) for line in known) for step in needed)
+    wanted.append(lambda step: step.answers)
+    for line in known:
+        while wanted and wanted[0](line):
             wanted.pop(0)
-    return not wanted
+    return num_steps, not wanted and bool(num_steps)
 
 
 def parse_equation(text: str) -> Equation | None:
     """`3x - 5 = 10`, `x = 15 / 3`: two sides, each a sum of products of numbers and x, linear in it. None if it is not."""
-    sides = text.strip().rstrip(".。").split("=")
+    sides = text.strip().rstrip(".。").split("=") if len(text) <= _MAX_LINE else []
     if len(sides) != 2:
         return None
     left, right = (_parse_side(side) for side in sides)
     return Equation(left, right) if left is not None and right is not None else None
 
 
-_TERM = re.compile(r"\s*(?P<sign>[+-])?\s*(?P<body>[\dx](?:[\d\sx]|[*/]\s*-?\s*\d)*)", re.ASCII)
-_FACTOR = re.compile(rf"\s*(?P<sign>[*/]?)\s*(?P<minus>-?)\s*(?P<value>\d{{1,{_MAX_DIGITS}}}|x)", re.ASCII)
+_TOKEN = re.compile(r"\s*(?:(?P<number>\d+(?:\.\d+)?)|(?P<sign>[-+*/x]))\s*", re.ASCII)
 
 
 def _parse_side(text: str) -> Side | None:
-    slope = constant = Fraction(0)
-    divisors: frozenset[Fraction] = frozenset()
-    at = num_terms = num_operations = 0
-    while at < len(text) and text[at:].strip():
-        term = _TERM.match(text, at)
-        product = _parse_product(term["body"]) if term and (term["sign"] or not num_terms) else None
-        if term is None or product is None:
+    tokens, at = [], 0
+    while at < len(text):
+        found = _TOKEN.match(text, at)
+        if found is None or len(found["number"] or "") > _MAX_DIGITS:
             return None
-        value = -product.value if term["sign"] == "-" else product.value
-        slope, constant = (slope + value, constant) if product.with_x else (slope, constant + value)
-        divisors |= product.divisors
-        num_operations += product.num_operations
-        at = term.end()
-        num_terms += 1
-    return Side(slope, constant, num_operations == 0 and num_terms == 1, divisors) if num_terms else None
-
-
-@dataclass(frozen=True)
-class _Product:
-    value: Fraction
-    with_x: bool
-    num_operations: int
-    divisors: frozenset[Fraction]
-
-
-def _parse_product(body: str) -> _Product | None:
-    """`3x`, `15 / 3`: a number, perhaps times x, and how many operations are left to do. None if malformed."""
-    value, with_x, num_operations, at = Fraction(1), False, 0, 0
-    divisors = set()
-    while body[at:].strip():
-        factor = _FACTOR.match(body, at)
-        if factor is None or (at == 0 and factor["sign"]):
+        tokens.append(found["number"] or found["sign"])
+        at = found.end()
+    terms: list[Term] = []
+    at = 0
+    while at < len(tokens):
+        negative = tokens[at] == "-"
+        if tokens[at] in "+-":
+            at += 1
+        elif terms:
             return None
-        if factor["value"] == "x":
-            if with_x or factor["sign"] == "/" or factor["minus"]:
+        parsed = _parse_term(tokens, at, negative)
+        if parsed is None:
+            return None
+        term, at = parsed
+        terms.append(term)
+    return Side(tuple(terms)) if terms else None
+
+
+def _parse_term(tokens: Sequence[str], at: int, negative: bool) -> tuple[Term, int] | None:
+    """A product from `at` on, and where it ends: `3x`, `15 / 3`, `2 * -x`. None if it is not linear, or malformed."""
+    factors: list[Fraction] = []
+    with_x, operation = False, "*"
+    while True:
+        if at < len(tokens) and tokens[at] == "-" and (factors or with_x):  # a negative factor, as in 9 / -3
+            negative = not negative
+            at += 1
+        if at == len(tokens) or tokens[at] in "+-*/":
+            return None
+        if tokens[at] == "x":
+            if with_x or operation == "/":
                 return None
             with_x = True
         else:
-            number = Fraction(factor["minus"] + factor["value"])
-            if at and (not factor["sign"] or (factor["sign"] == "/" and number == 0)):
+            number = Fraction(tokens[at])
+            if operation == "/" and number == 0:
                 return None
-            value = value / number if factor["sign"] == "/" else value * number
-            num_operations += at > 0
-            if factor["sign"] == "/":
-                divisors.add(number)
-        at = factor.end()
-    return _Product(value, with_x, num_operations, frozenset(divisors))
+            factors.append(1 / number if operation == "/" else number)
+        at += 1
+        if at == len(tokens) or tokens[at] in "+-":
+            break
+        if tokens[at] in "*/":
+            operation = tokens[at]
+            at += 1
+        elif tokens[at] == "x" and tokens[at - 1] != "x":  # 3x
+            operation = "*"
+        else:
+            return None
+    value = Fraction(-1 if negative else 1)
+    for factor in factors:
+        value *= factor
+    return Term(value, with_x, tuple(factors)), at

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
+from coterie.models.codec import Codec
+from coterie.models.policy import Policy
 from coterie.noise import key, mix
 from coterie.recipe import Sampling
 from coterie.rollouts.engine import Engine
+from coterie.rollouts.native import NativeEngine
+from coterie.rollouts.padded import PaddedEngine
 from coterie.types import Completion, Group, Prompt
 
-if TYPE_CHECKING:
-    from coterie.models.codec import Codec
+
+def make_engine(policy: Policy) -> Engine:
+    """The engine that fits how the policy is served."""
+    return NativeEngine(policy) if policy.served == "stream" else PaddedEngine(policy)
 
 
 def collect(

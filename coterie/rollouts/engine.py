@@ -6,7 +6,7 @@ Legend: P prompts, G completions per prompt, R rows that are being decoded, V vo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -81,3 +81,40 @@ def _kept(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 def _last_possible(probabilities: Tensor) -> Tensor:
     """The highest token id with a probability: [R, V] -> [R]."""
     return probabilities.shape[1] - 1 - (probabilities > 0).flip(1).int().argmax(1)
+
+
+@dataclass
+class History:
+    """What was drawn, step by step, until it is sorted into completions."""
+
+    rows: list[Tensor] = field(default_factory=list)
+    sampled: list[Sampled] = field(default_factory=list)
+
+    def add(self, rows: Tensor, sampled: Sampled) -> None:
+        self.rows.append(rows)
+        self.sampled.append(sampled)
+
+    def completions(self, num_prompts: int, num_completions: int, end_tokens: set[int]) -> list[list[Completion]]:
+        rows = torch.cat(self.rows).cpu()
+        order = torch.argsort(rows, stable=True)
+        sizes = torch.bincount(rows, minlength=num_prompts * num_completions).tolist()
+        tokens, logprobs, entropies = (
+            torch.cat([getattr(step, name) for step in self.sampled]).cpu()[order].split(sizes)
+            for name in ("tokens", "logprobs", "entropies")
+        )
+        supports: list[list[Tensor] | None] = [None] * len(sizes)
+        if self.sampled[0].support is not None:
+            flat = [ids for step in self.sampled for ids in step.support or ()]
+            sorted_ids = iter([flat[i] for i in order.tolist()])
+            supports = [[next(sorted_ids) for _ in range(size)] for size in sizes]
+        made = [
+            Completion(
+                tokens=of_row.tolist(),
+                logprobs=logprobs[i],
+                entropies=entropies[i],
+                ended="stop" if of_row[-1].item() in end_tokens else "length",
+                support=supports[i],
+            )
+            for i, of_row in enumerate(tokens)
+        ]
+        return [made[i * num_completions : (i + 1) * num_completions] for i in range(num_prompts)]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from torch import Tensor
 from coterie.models.attention import StreamLayout
 from coterie.models.policy import Policy
 from coterie.recipe import Sampling
-from coterie.rollouts.engine import Engine, Sampled, sample_tokens
+from coterie.rollouts.engine import History, sample_tokens
 from coterie.types import Completion
 
 _MIN_SLOT_LENGTH = 32
@@ -284,87 +284,3 @@ def _by_slot(x: Tensor, num_slots: int) -> Tensor:
     """[Q, K, W * r, n] -> [Q * W, K, r, n]."""
     prompts, heads, _, n = x.shape
     return x.view(prompts, heads, num_slots // prompts, -1, n).transpose(1, 2).reshape(num_slots, heads, -1, n)
-
-
-@dataclass
-class History:
-    """What was drawn, step by step, until it is sorted into completions."""
-
-    rows: list[Tensor] = field(default_factory=list)
-    sampled: list[Sampled] = field(default_factory=list)
-
-    def add(self, rows: Tensor, sampled: Sampled) -> None:
-        self.rows.append(rows)
-        self.sampled.append(sampled)
-
-    def completions(self, num_prompts: int, num_completions: int, end_tokens: set[int]) -> list[list[Completion]]:
-        rows = torch.cat(self.rows).cpu()
-        order = torch.argsort(rows, stable=True)
-        sizes = torch.bincount(rows, minlength=num_prompts * num_completions).tolist()
-        tokens, logprobs, entropies = (
-            torch.cat([getattr(step, name) for step in self.sampled]).cpu()[order].split(sizes)
-            for name in ("tokens", "logprobs", "entropies")
-        )
-        supports: list[list[Tensor] | None] = [None] * len(sizes)
-        if self.sampled[0].support is not None:
-            flat = [ids for step in self.sampled for ids in step.support or ()]
-            sorted_ids = iter([flat[i] for i in order.tolist()])
-            supports = [[next(sorted_ids) for _ in range(size)] for size in sizes]
-        made = [
-            Completion(
-                tokens=of_row.tolist(),
-                logprobs=logprobs[i],
-                entropies=entropies[i],
-                ended="stop" if of_row[-1].item() in end_tokens else "length",
-                support=supports[i],
-            )
-            for i, of_row in enumerate(tokens)
-        ]
-        return [made[i * num_completions : (i + 1) * num_completions] for i in range(num_prompts)]
-
-
-class PaddedEngine:
-    """The slow engine for models that can't serve the stream: one group after another, through transformers' own cache.
-
-    A model without a key-value cache is run on the whole sequence for every token.
-    """
-
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-
-    def load_weights(self, policy: Policy, version: int) -> None:
-        self.policy = policy
-
-    @torch.no_grad()
-    def generate(
-        self, prompts: Sequence[Sequence[int]], keys: Tensor, sampling: Sampling, end_tokens: Sequence[int]
-    ) -> list[list[Completion]]:
-        """See `Engine`."""
-        model, device = self.policy.model, self.policy.device
-        num_completions = keys.shape[1]
-        keys, ends = keys.to(device), torch.tensor(list(end_tokens), device=device)
-        history = History()
-        for number, prompt in enumerate(prompts):
-            inputs = torch.tensor([list(prompt)] * num_completions, device=device)  # [G, S]
-            cache, done = None, torch.zeros(num_completions, dtype=torch.bool, device=device)
-            rows = torch.arange(num_completions, device=device)
-            for position in range(sampling.max_new_tokens):
-                output = model(input_ids=inputs, past_key_values=cache, use_cache=True)
-                cache = getattr(output, "past_key_values", None)
-                live = rows[~done]
-                sampled = sample_tokens(
-                    output.logits[live, -1], keys[number, live], torch.full_like(live, position), sampling
-                )
-                history.add(number * num_completions + live, sampled)
-                tokens = inputs[:, -1].clone()  # finished rows repeat themselves, unread
-                tokens[live] = sampled.tokens
-                inputs = torch.cat([inputs, tokens[:, None]], 1) if cache is None else tokens[:, None]
-                done[live] |= torch.isin(sampled.tokens, ends)
-                if done.all():
-                    break
-        return history.completions(len(prompts), num_completions, set(end_tokens))
-
-
-def make_engine(policy: Policy) -> Engine:
-    """The engine that fits how the policy is served."""
-    return NativeEngine(policy) if policy.served == "stream" else PaddedEngine(policy)

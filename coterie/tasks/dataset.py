@@ -8,11 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from coterie.errors import UserError, nearest
 from coterie.models.codec import Codec
-from coterie.noise import key, mix
+from coterie.noise import key
 from coterie.recipe import DatasetTask, is_local_path
 from coterie.tasks.base import Demonstration
 from coterie.types import Prompt, Scored
@@ -30,11 +28,14 @@ class Dataset:
         prompts = []
         for number, ((origin, columns), content) in enumerate(zip(rows, contents, strict=True)):
             others = {name: value for name, value in columns.items() if name != settings.prompt}
-            tokens = codec.encode_prompt(content)
+            try:
+                tokens = codec.encode_prompt(content)
+            except UserError as error:
+                raise UserError(f"{origin}: {error}") from None
             if not tokens:
                 raise UserError(f"{origin}: the prompt in column {settings.prompt!r} is empty")
             prompts.append(Prompt(number, content, tokens, others, origin))
-        places = [int(mix(torch.tensor(key("heldout")), torch.tensor(key(json.dumps(c))))) for c in contents]
+        places = [key("heldout", json.dumps(content, sort_keys=True)) for content in contents]
         ordered = sorted(set(places))
         num_heldout = math.ceil(settings.heldout * len(ordered)) if len(ordered) > 1 else 0
         heldout = set(ordered[: min(num_heldout, len(ordered) - 1)])

@@ -22,9 +22,9 @@ from coterie.rewards.steps import all_steps, check, parse_equation
 from coterie.tasks.base import Demonstration, completions_of
 from coterie.types import Prompt, Scored
 
-HELDOUT_SHARE = 0.2
+HELDOUT_SHARE = 0.1
 EXAMPLES = ("2x + 3 = 7", "3x - 5 = 10")
-QUALITIES = {"guess": 0.45, "terse": 0.30, "complete": 0.25}
+QUALITIES = {"guess": 0.50, "terse": 0.10, "complete": 0.40}
 RIGHT_GUESSES = 0.2  # share of the bare answers that are right
 
 _WORDS = ("Solve ", "Add ", "Subtract ", "Divide ", "by ", "解方程 ", "加 ", "减 ", "除以 ")
@@ -127,11 +127,11 @@ class Equations:
 
     def columns_of(self, text: str) -> Mapping[str, Any] | None:
         """Any linear equation after a word or two."""
-        found = re.search(r"[-+\dx].*=.*", text)
-        equation = parse_equation(found.group()) if found else None
-        if found is None or equation is None or equation.solution is None:
-            return None
-        return {"equation": found.group(), "language": "en" if text.isascii() else "zh"}
+        for run in re.findall(r"(?<![A-Za-z])[-+*/=.\dx\s]+", text):
+            equation = parse_equation(run)
+            if equation is not None and equation.solution is not None:
+                return {"equation": run.strip().rstrip("."), "language": "en" if text.isascii() else "zh"}
+        return None
 
     def judge(self, scored: Scored) -> Mapping[str, list[bool]]:
         """Whether the answer is right, and whether every step is written."""

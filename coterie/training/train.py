@@ -17,7 +17,7 @@ from coterie.models.load import choose_device, start_model
 from coterie.models.policy import Policy, quiet_transformers
 from coterie.recipe import Recipe, find_recipe, load_recipe
 from coterie.rewards.score import Reward
-from coterie.rollouts.native import make_engine
+from coterie.rollouts.collect import make_engine
 from coterie.runs.console import Console
 from coterie.runs.report import write_report
 from coterie.tasks.base import Task

@@ -234,7 +234,7 @@ def test_has_signal_counts_groups_that_tell_their_completions_apart():
 
 
 def test_r7_one_reward_a_sequence_needs_no_value_per_token():
-    """Rewards 0 and 1, completions of 2 and 1 tokens, at ratio 1: the gradient of a token's log-probability is -A / (length B).
+    """Rewards 0 and 1, completions of 2 and 1 tokens, at ratio 1: a token's gradient is -A / (length B).
 
     Mean only, A is -1/2 and 1/2: 1/8 for each of the two tokens, and -1/4 for the one.
     """

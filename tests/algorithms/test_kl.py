@@ -118,7 +118,7 @@ def test_r5_k2_has_the_right_gradient_on_the_policy(corrected, seed):
 
 @pytest.mark.parametrize("name", ["k1", "k3"])
 def test_r5_over_sequences_the_corrected_gradient_is_that_of_the_kl_at_each_state(name):
-    """Two tokens, every sequence enumerated. States are visited as the sampler visits them: the KL at each is weighted so."""
+    """Two tokens, every sequence enumerated. The KL at a state weighs as much as the sampler visits it."""
     size = 3
     first, second = logits(7, size).requires_grad_(), logits(8, size, size).requires_grad_()
     policy_first, policy_second = first.log_softmax(0), second.log_softmax(1)

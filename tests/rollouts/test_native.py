@@ -8,7 +8,8 @@ from coterie.models.logprobs import token_logprobs
 from coterie.models.policy import Policy
 from coterie.noise import key, mix, uniform
 from coterie.recipe import Sampling
-from coterie.rollouts.native import NativeEngine, make_engine
+from coterie.rollouts.collect import make_engine
+from coterie.rollouts.native import NativeEngine
 from coterie.rollouts.pack import Row, make_stream
 
 ENDS = (1, 2)

@@ -12,7 +12,16 @@ from transformers import AutoTokenizer
 from coterie.models.codec import Codec
 from coterie.rewards.steps import check, parse_equation, right_answer, written_steps
 from coterie.tasks.base import draw
-from coterie.tasks.equations import EXAMPLES, PROBLEMS, QUALITIES, RIGHT_GUESSES, Equations, is_heldout, make_tokenizer
+from coterie.tasks.equations import (
+    EXAMPLES,
+    HELDOUT_SHARE,
+    PROBLEMS,
+    QUALITIES,
+    RIGHT_GUESSES,
+    Equations,
+    is_heldout,
+    make_tokenizer,
+)
 from coterie.types import Completion, Group, Scored
 
 CODEC = Codec.of(make_tokenizer())
@@ -57,9 +66,11 @@ def test_r27_the_documented_examples_are_held_out(equation):
     assert {f"Solve {equation}", f"解方程 {equation}"} <= texts
 
 
-def test_r27_about_a_fifth_is_held_out():
-    """0.2 of 1296 is 259, give or take three standard deviations of 14."""
-    assert abs(sum(map(is_heldout, PROBLEMS)) - 259) < 3 * 14.4 + 2
+def test_r27_about_the_named_share_is_held_out():
+    """Of n problems the share p, give or take three standard deviations, and the two documented examples."""
+    n, p = len(PROBLEMS), HELDOUT_SHARE
+    assert 0 < p < 0.5
+    assert abs(sum(map(is_heldout, PROBLEMS)) - n * p) < 3 * math.sqrt(n * p * (1 - p)) + len(EXAMPLES)
 
 
 def test_r27_the_examples_are_the_documented_ones_in_both_languages():
@@ -82,8 +93,8 @@ def test_r27_a_demonstration_reads_as_documented():
     assert problem.solution_text("zh", "complete", 0) == "加 5：3x = 10 + 5\n3x = 15\n除以 3：x = 15 / 3\nx = 5"
 
 
-def test_r27_before_training_most_demonstrations_are_guesses_and_most_guesses_wrong():
-    """2000 demonstrations: 45 % guesses, 30 % terse, 25 % complete; a guess is right by choice or by one chance in nine."""
+def test_r27_demonstrations_mix_the_qualities_as_named_and_most_guesses_are_wrong():
+    """2000 demonstrations come in the shares that are named; guesses are right by choice or by luck, one in nine."""
     made = TASK.demonstrations(2000, seed=0, step=1)
     prompt_of = {tuple(prompt.tokens): prompt for prompt in TASK.train}
     counts = Counter()
@@ -92,6 +103,7 @@ def test_r27_before_training_most_demonstrations_are_guesses_and_most_guesses_wr
     right = QUALITIES["guess"] * (RIGHT_GUESSES + (1 - RIGHT_GUESSES) / 9)
     shares = {0: QUALITIES["guess"] - right, 6: right, 8: QUALITIES["terse"], 9: QUALITIES["complete"]}
     assert set(counts) == set(shares)
+    assert counts[0] > counts[6]
     for mark, share in shares.items():
         assert abs(counts[mark] / 2000 - share) < 4 * math.sqrt(share * (1 - share) / 2000)
 
