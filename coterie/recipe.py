@@ -209,9 +209,12 @@ class Recipe(Settings):
 
     def in_short(self) -> str:
         """The resolved objective on one line; recipe.yaml in the run folder has everything."""
-        sections = {"advantage": self.advantage, "loss": self.loss, **({"kl": self.kl} if self.loss.kl_weight else {})}
+        idle = {(section, name) for section, name, _ in self._without_effect()}
         values = [
-            f"{name}.{key}={value}" for name, group in sections.items() for key, value in group.model_dump().items()
+            f"{section}.{name}={value}"
+            for section in ("advantage", "loss", "kl")
+            for name, value in getattr(self, section).model_dump().items()
+            if (section, name) not in idle
         ]
         return f"preset {self.preset}, seed {self.seed}: {' '.join(values)}"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +18,7 @@ class Codec:
 
     tokenizer: PreTrainedTokenizerBase
     end_tokens: tuple[int, ...]
+    _pieces: dict[int, str] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, generation_config: Any = None) -> Codec:
@@ -56,4 +57,6 @@ class Codec:
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """Each token's own text, special tokens by name, for showing them side by side."""
-        return [str(self.tokenizer.decode([token])) for token in tokens]
+        for token in set(tokens) - self._pieces.keys():
+            self._pieces[token] = str(self.tokenizer.decode([token]))
+        return [self._pieces[token] for token in tokens]

@@ -7,6 +7,7 @@ right and complete one 9.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -135,6 +136,7 @@ def all_steps(report: Report) -> bool:
     return report.right and report.follows and report.complete
 
 
+@functools.lru_cache(maxsize=1 << 14)  # both rewards and the evaluation ask, and completions of a group are often equal
 def check(equation: str, text: str) -> Report:
     """Read a solution line by line. Words before a colon explain; every line must end in an equation that follows."""
     problem = parse_equation(equation)

@@ -24,7 +24,7 @@ from coterie.types import Prompt, Scored
 
 HELDOUT_SHARE = 0.1
 EXAMPLES = ("2x + 3 = 7", "3x - 5 = 10")
-QUALITIES = {"guess": 0.50, "terse": 0.10, "complete": 0.40}
+QUALITIES = {"guess": 0.48, "terse": 0.12, "complete": 0.40}
 RIGHT_GUESSES = 0.2  # share of the bare answers that are right
 
 _WORDS = ("Solve ", "Add ", "Subtract ", "Divide ", "by ", "解方程 ", "加 ", "减 ", "除以 ")
