@@ -81,7 +81,9 @@ def check(
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a hub id.")],
-    task: Annotated[str, typer.Option(help="A recipe, whose held-out prompts and rewards are used.")] = "equations",
+    task: Annotated[
+        str | None, typer.Option(help="A recipe, whose held-out prompts and rewards are used. Default: the run's own.")
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Completions of each prompt.")] = 8,
     prompts: Annotated[int, typer.Option(min=1, help="At most this many held-out prompts.")] = 512,
     against: Annotated[str | None, typer.Option(help="Another model, compared prompt by prompt.")] = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,20 +59,23 @@ def check_recipe(name: str, overrides: Sequence[str]) -> None:
 
 
 def evaluate_model(
-    model: str, task_name: str, samples: int, num_prompts: int, against: str | None, seed: int, overrides: Sequence[str]
+    model: str, task_name: str | None, samples: int, num_prompts: int, against: str | None, seed: int, overrides: Sequence[str]
 ) -> None:
     """Print accuracy, pass@k and rewards with intervals; with `against`, the paired difference too."""
     console = Console()
-    recipe = load_recipe(task_name, overrides)
+    source = task_name or _recipe_of(model)
+    if source is None:
+        raise UserError(f"eval: {model} is not a run, so --task has to name the recipe to measure it with")
+    recipe = load_recipe(source, overrides)
     rewards = load_rewards(recipe.rewards)
     evaluations: list[Evaluation] = []
-    for source in (model, *([against] if against else [])):
-        policy, codec = _loaded(console, source, recipe)
+    for measured in (model, *([against] if against else [])):
+        policy, codec = _loaded(console, measured, recipe)
         task = make_task(recipe.task, codec)
         check_lengths(task, recipe.sampling, policy.context_length)
         prompts = heldout_prompts(task, num_prompts, seed=seed)
         if not prompts:
-            raise UserError(f"--task {task_name}: holds out no prompts; set task.heldout above 0")
+            raise UserError(f"{source}: holds out no prompts; set task.heldout above 0")
         evaluations.append(
             evaluate(
                 make_engine(policy), task, prompts, rewards, codec, recipe.sampling, num_samples=samples, seed=seed
@@ -91,7 +93,7 @@ def evaluate_model(
         ]
         rows += _pass_rows(evaluations[-1])
         console.table(
-            f"{source}: {len(prompts)} held-out prompts, {samples} samples each", ("", "", "95 %", "of"), rows
+            f"{measured}: {len(prompts)} held-out prompts, {samples} samples each", ("", "", "95 %", "of"), rows
         )
     if against:
         _print_difference(console, model, against, evaluations)
@@ -142,8 +144,7 @@ def sample_model(
         raise UserError("sample: the prompt is empty")
     if top_p == 0:
         raise UserError("--top-p 0: would keep no token; use more than 0, up to 1")
-    run_recipe = Path(model) / "recipe.yaml"
-    source = task_name or (str(run_recipe) if run_recipe.is_file() else None)
+    source = task_name or _recipe_of(model)
     recipe = load_recipe(source) if source else None
     policy, codec = _loaded(console, model, recipe)
     content, tokens = codec.encode_user(text)
@@ -157,6 +158,12 @@ def sample_model(
     groups = collect(make_engine(policy), [prompt], codec, sampling, num_completions=count, noise=(seed, "sample"))
     parts = score(groups, rewards).parts if rewards else {}
     _print_group(console, groups[0], {name: part[0].tolist() for name, part in parts.items()})
+
+
+def _recipe_of(model: str) -> str | None:
+    """The recipe of a run folder."""
+    path = Path(model) / "recipe.yaml"
+    return str(path) if path.is_file() else None
 
 
 def _what_is_known(recipe: Recipe | None, codec: Codec, text: str) -> tuple[Mapping[str, object], list[Reward]]:
@@ -200,6 +207,4 @@ def _print_group(
             figures.append(f"advantage {advantages[number]:+.2f}")
         ended = "" if completion.ended == "stop" else "  (cut at the length limit)"
         console.say(f"--- {number + 1}  {'  '.join(figures)}{ended}")
-        console.say(
-            completion.text if completion.text.isprintable() or "\n" in completion.text else json.dumps(completion.text)
-        )
+        console.say(completion.text)

@@ -13,7 +13,9 @@ def summary_of(run):
 def test_r30_the_starter_task_is_learned_from_nothing(tmp_path):
     """A fresh model that writes random bytes learns to write letters: the intervals are far apart."""
     write_starter(tmp_path / "mytask")
-    run = coterie.train(str(tmp_path / "mytask" / "recipe.yaml"), overrides=["evaluation.every=0"], out=str(tmp_path / "run"))
+    run = coterie.train(
+        str(tmp_path / "mytask" / "recipe.yaml"), overrides=["evaluation.every=0"], out=str(tmp_path / "run")
+    )
     summary = summary_of(run)
     assert summary["before"]["reward_interval"][1] < 0.3
     assert summary["after"]["reward_interval"][0] > 0.7

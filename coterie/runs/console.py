@@ -17,6 +17,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
+
+
+def printable(text: str) -> str:
+    """Text that can't steer the terminal: what a model writes may hold control characters, which are shown escaped."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 class Console:
@@ -29,6 +35,7 @@ class Console:
         self._bar: TaskID | None = None
 
     def say(self, text: str = "") -> None:
+        text = printable(text)
         if self._live:
             self._rich.print(text, markup=False)
         else:
@@ -60,10 +67,11 @@ class Console:
             self._progress.update(self._bar, completed=step)
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        rows = [[printable(cell) for cell in row] for row in rows]
         if self._live:
             table = Table(*header, title=title, title_justify="left")
             for row in rows:
-                table.add_row(*row)
+                table.add_row(*map(Text, row))  # as text: a model may write what looks like markup
             self._rich.print(table)
             return
         widths = [max(len(str(row[i])) for row in (header, *rows)) for i in range(len(header))]
