@@ -59,7 +59,13 @@ def check_recipe(name: str, overrides: Sequence[str]) -> None:
 
 
 def evaluate_model(
-    model: str, task_name: str | None, samples: int, num_prompts: int, against: str | None, seed: int, overrides: Sequence[str]
+    model: str,
+    task_name: str | None,
+    samples: int,
+    num_prompts: int,
+    against: str | None,
+    seed: int,
+    overrides: Sequence[str],
 ) -> None:
     """Print accuracy, pass@k and rewards with intervals; with `against`, the paired difference too."""
     console = Console()
