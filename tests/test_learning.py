@@ -26,7 +26,7 @@ def test_r27_a_policy_that_guesses_learns_to_write_the_steps(tmp_path):
     run = coterie.train(
         "equations",
         overrides=[
-            "cold_start={steps: 260, rows_per_step: 64, learning_rate: 2.0e-3}",
+            "cold_start={steps: 450, rows_per_step: 64, learning_rate: 2.0e-3}",
             "steps=60",
             "evaluation={prompts: 200, samples: 2, every: 0}",
         ],
@@ -34,6 +34,7 @@ def test_r27_a_policy_that_guesses_learns_to_write_the_steps(tmp_path):
     )
     summary = summary_of(run)
     before, after = summary["before"], summary["after"]
-    assert before["accuracy"] > 0.1  # the cold start has taught it something
-    assert after["accuracy_interval"][0] > before["accuracy_interval"][1] + 0.1
-    assert after["reward_interval"][0] > before["reward_interval"][1] + 1.0
+    assert before["accuracy"] < 0.6
+    for name in ("accuracy", "all_steps", "reward"):  # 95 % intervals that do not meet: less than one chance in 10,000
+        assert after[f"{name}_interval"][0] > before[f"{name}_interval"][1], name
+    assert after["reward"] > before["reward"] + 1
