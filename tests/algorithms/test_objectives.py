@@ -77,7 +77,9 @@ def test_r4_a_bound_per_token_of_equal_numbers_is_the_number():
 
 ratios_and_bounds = {
     "ratio": st.lists(st.floats(0.01, 5), min_size=1, max_size=8),
-    "advantage": st.floats(-3, 3),
+    "advantage": st.floats(-3, 3).map(
+        lambda a: a if abs(a) > 1e-6 else 0.0
+    ),  # halves of subnormal numbers are not exact
     "low": st.floats(0.01, 1),
     "high": st.floats(0.01, 3),
 }
