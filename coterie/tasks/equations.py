@@ -1,7 +1,10 @@
 """Linear equations in English and Chinese, to be solved with every step written (R27).
 
-`ax + b = c` with a in 2..9, b in -9..9 without 0, and x in 1..9. Whether an equation is held out depends on its numbers
+`ax + b = c` with a in 2..9, b in -9..9 without 0, x in 1..9, and c of 1 or more. Whether an equation is held out depends on its numbers
 alone, so both languages of one are on the same side; the two that the documentation shows are always held out.
+
+The cold start also shows equations of one step, `x + b = c`, with x in 1..81. They are no part of the task itself: they show
+the sums that its equations need without the factor, from which a small model would otherwise guess the product.
 """
 
 from __future__ import annotations
@@ -20,13 +23,14 @@ from coterie.models.codec import Codec
 from coterie.noise import key, mix, uniform
 from coterie.rewards.steps import all_steps, check, parse_equation
 from coterie.tasks.base import Demonstration, completions_of
-from coterie.types import Prompt, Scored
+from coterie.types import Messages, Prompt, Scored
 
 HELDOUT_SHARE = 0.1
 EXAMPLES = ("2x + 3 = 7", "3x - 5 = 10")
-QUALITIES = {"guess": 0.48, "terse": 0.12, "complete": 0.40}
-RIGHT_GUESSES = 0.2  # share of the bare answers that are right
+QUALITIES = {"guess": 0.44, "terse": 0.11, "complete": 0.45}
+ONE_STEP_SHARE = 0.3  # of the demonstrations: equations of one step, always solved in full
 
+LANGUAGES = ("en", "zh")
 _WORDS = ("Solve ", "Add ", "Subtract ", "Divide ", "by ", "解方程 ", "加 ", "减 ", "除以 ")
 _END = "<end>"
 
@@ -45,7 +49,11 @@ class Problem:
 
     @property
     def equation(self) -> str:
-        return f"{self.factor}x {_signed(self.offset)} = {self.result}"
+        return f"{self._term} {_signed(self.offset)} = {self.result}"
+
+    @property
+    def _term(self) -> str:
+        return "x" if self.factor == 1 else f"{self.factor}x"
 
     def prompt(self, language: str) -> str:
         return f"{'Solve' if language == 'en' else '解方程'} {self.equation}"
@@ -61,25 +69,28 @@ class Problem:
         undo, divide = ("Subtract" if self.offset > 0 else "Add"), "Divide by"
         if language == "zh":
             undo, divide = ("减" if self.offset > 0 else "加"), "除以"
-        return (
-            f"{undo} {abs(self.offset)}{colon}{self.factor}x = {self.result} {_signed(-self.offset)}\n"
-            f"{self.factor}x = {product}\n"
-            f"{divide} {self.factor}{colon}x = {product} / {self.factor}\n"
-            f"x = {self.solution}"
+        steps = (
+            f"{undo} {abs(self.offset)}{colon}{self._term} = {self.result} {_signed(-self.offset)}\n"
+            f"{self._term} = {product}"
         )
+        if self.factor == 1:
+            return steps
+        return f"{steps}\n{divide} {self.factor}{colon}x = {product} / {self.factor}\nx = {self.solution}"
 
 
 def _signed(number: int) -> str:
     return f"{'-' if number < 0 else '+'} {abs(number)}"
 
 
-PROBLEMS = [
-    Problem(factor, offset, solution)
-    for factor in range(2, 10)
-    for offset in range(-9, 10)
-    if offset != 0
-    for solution in range(1, 10)
-]
+def _problems(factors: range, solutions: range) -> list[Problem]:
+    """All with a result of 1 or more."""
+    offsets = [offset for offset in range(-9, 10) if offset != 0]
+    made = [Problem(f, b, x) for f in factors for b in offsets for x in solutions]
+    return [problem for problem in made if problem.result >= 1]
+
+
+PROBLEMS = _problems(range(2, 10), range(1, 10))
+ONE_STEP_PROBLEMS = _problems(range(1, 2), range(1, 82))
 
 
 def is_heldout(problem: Problem) -> bool:
@@ -104,26 +115,24 @@ class Equations:
     def _prompts(self, problems: list[Problem]) -> list[Prompt]:
         prompts: list[Prompt] = []
         for problem in problems:
-            for language in ("en", "zh"):
-                content = [{"role": "user", "content": problem.prompt(language)}]
+            for language in LANGUAGES:
+                content = _asked(problem, language)
                 columns = {"equation": problem.equation, "language": language}
                 prompts.append(Prompt(len(prompts), content, self._codec.encode_prompt(content), columns))
         return prompts
 
     def demonstrations(self, count: int, *, seed: int, step: int) -> list[Demonstration]:
-        """Worked solutions of mixed quality: many bare guesses, mostly wrong; some terse; some complete."""
-        chances = (
-            uniform(mix(_tensor(key(seed, "demonstrations", step)), _tensor(range(count * 4)))).view(count, 4).tolist()
-        )
-        made = []
-        for which, quality_chance, right_chance, guess_chance in chances:
-            prompt = self.train[int(which * len(self.train))]
-            problem = self._train_problems[prompt.key // 2]
-            quality = _chosen(quality_chance)
-            guess = problem.solution if right_chance < RIGHT_GUESSES else 1 + int(guess_chance * 9)
-            answer = problem.solution_text(prompt.columns["language"], quality, guess)
-            made.append((prompt.tokens, self._codec.encode_answer(answer)))
-        return made
+        """Worked solutions of mixed quality: many bare guesses, as right as chance; some terse; some complete."""
+        noise = mix(_tensor(key(seed, "demonstrations", step)), _tensor(range(count * 4)))
+        return [self._demonstration(*chances) for chances in uniform(noise).view(count, 4).tolist()]
+
+    def _demonstration(self, of_kind: float, of_prompt: float, of_quality: float, of_guess: float) -> Demonstration:
+        one_step = of_kind < ONE_STEP_SHARE
+        problems = ONE_STEP_PROBLEMS if one_step else self._train_problems
+        which, language = divmod(int(of_prompt * len(problems) * len(LANGUAGES)), len(LANGUAGES))
+        problem, quality = problems[which], "complete" if one_step else _chosen(of_quality)
+        answer = problem.solution_text(LANGUAGES[language], quality, guess=1 + int(of_guess * 9))
+        return self._codec.encode_prompt(_asked(problem, LANGUAGES[language])), self._codec.encode_answer(answer)
 
     def columns_of(self, text: str) -> Mapping[str, Any] | None:
         """Any linear equation after a word or two."""
@@ -137,6 +146,10 @@ class Equations:
         """Whether the answer is right, and whether every step is written."""
         reports = [check(p.columns["equation"], c.text) for p, c in completions_of(scored.groups)]
         return {"accuracy": [r.right for r in reports], "all_steps": [all_steps(r) for r in reports]}
+
+
+def _asked(problem: Problem, language: str) -> Messages:
+    return [{"role": "user", "content": problem.prompt(language)}]
 
 
 def _chosen(chance: float) -> str:

@@ -17,7 +17,6 @@ from coterie.tasks.equations import (
     HELDOUT_SHARE,
     PROBLEMS,
     QUALITIES,
-    RIGHT_GUESSES,
     Equations,
     is_heldout,
     make_tokenizer,
@@ -94,13 +93,13 @@ def test_r27_a_demonstration_reads_as_documented():
 
 
 def test_r27_demonstrations_mix_the_qualities_as_named_and_most_guesses_are_wrong():
-    """2000 demonstrations come in the shares that are named; guesses are right by choice or by luck, one in nine."""
+    """2000 demonstrations come in the shares that are named; guesses are right by luck, one in nine."""
     made = TASK.demonstrations(2000, seed=0, step=1)
     prompt_of = {tuple(prompt.tokens): prompt for prompt in TASK.train}
     counts = Counter()
     for tokens, answer in made:
         counts[points(CODEC.decode(answer), prompt_of[tuple(tokens)].columns["equation"])] += 1
-    right = QUALITIES["guess"] * (RIGHT_GUESSES + (1 - RIGHT_GUESSES) / 9)
+    right = QUALITIES["guess"] / 9
     shares = {0: QUALITIES["guess"] - right, 6: right, 8: QUALITIES["terse"], 9: QUALITIES["complete"]}
     assert set(counts) == set(shares)
     assert counts[0] > counts[6]
