@@ -5,22 +5,11 @@ on what it was measured.
 """
 
 import json
-import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 
-import torch
-import transformers
-
-ROOT = Path(__file__).parent.parent
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+from tables import stamp, write_json
 
 
 def main(recipe: str, seeds: list[str]) -> None:
@@ -47,16 +36,7 @@ def main(recipe: str, seeds: list[str]) -> None:
                 row[f"{when}.{name}"] = round(summary[when][name], 4)
         rows.append(row)
         print(row, flush=True)
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    result = {
-        "command": f"python benchmarks/seeds.py {recipe} {' '.join(seeds)}",
-        "commit": commit.stdout.strip(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
-        "hardware": {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "seeds": rows,
-    }  # fmt: skip
-    path = ROOT / "benchmarks" / "results" / f"{recipe}_seeds.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(f"{recipe}_seeds", {**stamp(sys.argv), "seeds": rows})
 
 
 if __name__ == "__main__":

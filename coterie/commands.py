@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from coterie.algorithms.advantages import group_advantages, has_signal
+from coterie.algorithms.advantages import has_signal
 from coterie.errors import UserError
 from coterie.evals.evaluate import Evaluation, evaluate, heldout_prompts
 from coterie.evals.statistics import mean_interval, pass_at_k
@@ -20,6 +20,8 @@ from coterie.rollouts.collect import collect, make_engine
 from coterie.runs.console import Console
 from coterie.tasks.base import Task, draw
 from coterie.tasks.load import check_lengths, make_task, prepare
+from coterie.training.optimise import load_objective
+from coterie.training.sample import load_advantages
 from coterie.types import Group, Prompt
 
 
@@ -46,8 +48,12 @@ def check_recipe(name: str, overrides: Sequence[str]) -> None:
         num_completions=recipe.group_size,
         noise=(recipe.seed, "check"),
     )
+    if not recipe.samples:
+        console.say("everything that can be checked without training works")
+        return
     scored = score(groups, rewards, max_failed_share=recipe.max_failed_rewards)
-    advantages = group_advantages(scored.rewards, scale=recipe.advantage.scale, epsilon=recipe.advantage.epsilon)
+    load_objective(recipe.loss)
+    advantages = load_advantages(recipe, rewards)(scored)
     _print_group(
         console, groups[0], {name: part[0].tolist() for name, part in scored.parts.items()}, advantages[0].tolist()
     )

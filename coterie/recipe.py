@@ -7,14 +7,14 @@ deep. Nothing here imports torch, so a wrong recipe is refused at once.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from coterie.algorithms.presets import PRESETS
+from coterie.algorithms.presets import CHOSEN_BY_OBJECTIVE, OBJECTIVE_SETTINGS, PRESETS
 from coterie.errors import UserError, nearest
 
 
@@ -33,6 +33,10 @@ Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[Number, Field(allow_inf_nan=False)]
 PositiveInt = Annotated[Whole, Field(gt=0)]
 Schedule = Literal["constant", "linear", "cosine"]
+Preset = Literal[
+    "grpo", "dr_grpo", "dapo", "gspo", "dcpo", "cispo", "sapo", "gmpo", "gdpo", "rloo", "reinforce++",
+    "reinforce++_baseline", "anchored", "ppo", "dpo", "reward_model", "sft",
+]  # fmt: skip
 
 
 class Settings(BaseModel):
@@ -54,6 +58,9 @@ class DatasetTask(Settings):
 
     data: str = Field(description="a .jsonl or .parquet file, or a hub data set id")
     prompt: str = Field("prompt", description="the column that holds the prompt: text, or a list of chat messages")
+    answer: str | None = Field(None, description="the column with the answer to learn, for sft and a cold start")
+    chosen: str | None = Field(None, description="the column with the preferred answer, for dpo and reward_model")
+    rejected: str | None = Field(None, description="the column with the other answer of the pair")
     split: str = Field("train", description="which split of a hub data set")
     heldout: Share = Field(0.1, description="share of the rows kept for evaluation, chosen by content")
     correct_above: Finite | None = Field(None, description="total reward above which a completion counts as correct")
@@ -90,24 +97,103 @@ class Sampling(Settings):
 class Advantage(Settings):
     """How rewards become advantages inside a group."""
 
-    scale: Literal["sample", "population", "none", "batch"] = "sample"
+    function: str | None = Field(None, description="your own, file.py:function, in place of all that follows")
+    baseline: Literal["group", "leave_one_out", "batch", "none"] = "group"
+    scale: Literal["sample", "population", "none", "batch", "batch_differences"] = "sample"
+    combine: Literal["sum", "each"] = Field(
+        "sum", description="rewards summed, then normalised; or each normalised first"
+    )
     epsilon: Positive = 1e-6
 
 
 class Loss(Settings):
-    """The clipped objective and what holds it near the reference."""
+    """The objective, how its terms are summed, and the weight of the KL to the reference."""
 
-    ratio: Literal["token", "sequence", "sequence_mean"] = "token"
+    objective: str = Field("clip", description=f"{', '.join(OBJECTIVE_SETTINGS)}, or your own as file.py:function")
+    ratio: Literal["token", "sequence", "sequence_mean", "sequence_mean_token"] = "token"
     clip_low: Annotated[Number, Field(gt=0, le=1)] = 0.2
     clip_high: Positive = 0.2
+    clip_bounds: Literal["fixed", "dynamic"] = Field("fixed", description="dynamic: wider for rare tokens (DCPO)")
+    clip_ceiling: Annotated[Number, Field(gt=1, allow_inf_nan=False)] = Field(3.0, description="of dual_clip")
+    gate_positive: Positive = Field(1.0, description="of sapo: how steep the gate is where the advantage is positive")
+    gate_negative: Positive = 1.05
+    anchor_alpha: Annotated[Number, Field(ge=0, lt=1)] = Field(0.5, description="the policy's share of the anchor")
+    anchor_beta: Positive = 1.0
+    anchor_level: Literal["token", "sequence"] = "token"
+    anchor_weight: Literal["advantage", "reward"] = "advantage"
     aggregation: Literal["sequence_mean", "sequence_sum", "token_mean", "fixed_length"] = "sequence_mean"
     kl_weight: NonNegative = 0.0
 
+    @field_validator("objective")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in OBJECTIVE_SETTINGS and ":" not in name:
+            raise ValueError(f"there is no {name!r}; {nearest(name, OBJECTIVE_SETTINGS)}; your own is file.py:function")
+        return name
+
 
 class KL(Settings):
-    """Which estimate of the KL divergence to the reference is used."""
+    """How the KL divergence to the reference is measured, where it acts, and whether its weight adapts."""
 
-    estimator: Literal["k1", "k2", "k3"] = "k3"
+    estimator: Literal["k1", "k2", "k3", "exact"] = Field("k3", description="exact sums over the vocabulary")
+    place: Literal["loss", "reward"] = "loss"
+    target: Positive | None = Field(None, description="nats per token that the weight adapts to; fixed if empty")
+    adapt_rate: Annotated[Number, Field(gt=0, le=1)] = 0.1
+
+
+class Entropy(Settings):
+    """A bonus for the policy's entropy."""
+
+    weight: NonNegative = 0.0
+    target: Positive | None = Field(None, description="nats per token that the weight adapts to; fixed if empty")
+    adapt_rate: Positive = Field(1e-3, description="how much the weight grows a step and a nat below the target")
+
+
+class Reference(Settings):
+    """What the KL and the anchor are measured against."""
+
+    kind: Literal["frozen", "moving", "replaced"] = "frozen"
+    decay: Annotated[Number, Field(ge=0, lt=1)] = Field(0.99, description="of moving: share of itself it keeps a step")
+    every: PositiveInt = Field(50, description="of replaced: steps between two copies of the policy")
+
+
+class Correction(Settings):
+    """Importance weights for samples that another engine or an older policy made."""
+
+    kind: Literal["none", "truncate", "mask"] = "none"
+    level: Literal["token", "sequence"] = "token"
+    limit: Annotated[Number, Field(gt=1, allow_inf_nan=False)] = 2.0
+
+
+class Redraw(Settings):
+    """Dynamic sampling: groups without signal are dropped, and new prompts drawn in their place."""
+
+    rounds: Whole = Field(0, ge=0, le=100, description="how often at most; 0 keeps every group")
+
+
+class Overlong(Settings):
+    """What becomes of completions that reach the length limit."""
+
+    treatment: Literal["keep", "leave_out", "punish"] = "keep"
+    margin: Share = Field(0.1, description="of punish: the last share of the limit, over which it grows")
+    penalty: Positive = Field(1.0, description="of punish: what a completion loses that is cut")
+
+
+class Value(Settings):
+    """PPO's value model: a copy of the start with one output in place of the vocabulary."""
+
+    learning_rate: Positive = 1e-5
+    clip: Positive = 0.2
+    discount: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    trace: Share = Field(0.95, description="lambda of generalised advantage estimation")
+    warmup_steps: Whole = Field(0, ge=0, description="first steps in which only the value model learns")
+
+
+class Preference(Settings):
+    """DPO."""
+
+    beta: Positive = 0.1
+    label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = 0.0
 
 
 class Optimiser(Settings):
@@ -149,7 +235,10 @@ class Record(Settings):
 class Recipe(Settings):
     """Everything a run is. `load_recipe` is the way to make one."""
 
-    preset: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
+    preset: Preset = "grpo"
+    method: Literal["grpo", "ppo", "dpo", "sft", "reward_model"] = Field(
+        "grpo", description="the trainer, from the preset"
+    )
     seed: Annotated[Whole, Field(ge=0, lt=2**31)] = 0
     model: str | ModelShape
     tokenizer: str | None = Field(None, description="path or hub id; default: the task's own, or the model's")
@@ -158,7 +247,7 @@ class Recipe(Settings):
     max_failed_rewards: Share = Field(0.1, description="share of a step's rewards that may fail before the run stops")
     steps: PositiveInt = 100
     prompts_per_step: PositiveInt = 8
-    group_size: Annotated[Whole, Field(ge=2)] = 8
+    group_size: PositiveInt = 8
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     cold_start: ColdStart | None = None
@@ -166,6 +255,13 @@ class Recipe(Settings):
     advantage: Advantage = Advantage()
     loss: Loss = Loss()
     kl: KL = KL()
+    entropy: Entropy = Entropy()
+    reference: Reference = Reference()
+    correction: Correction = Correction()
+    redraw: Redraw = Redraw()
+    overlong: Overlong = Overlong()
+    value: Value = Value()
+    preference: Preference = Preference()
     optimiser: Optimiser = Optimiser()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
@@ -179,31 +275,119 @@ class Recipe(Settings):
         for section, name, why in self._without_effect():
             if section in self.model_fields_set and name in getattr(self, section).model_fields_set:
                 raise ValueError(f"{section}.{name}: has no effect while {why}; change that, or leave this out")
-        if self.cold_start is not None and not isinstance(self.task, str):
-            raise ValueError("cold_start: a data set has no demonstrations to start from; only bundled tasks do")
-        if not self.rewards:
+        for name, why in self._idle_sections().items():
+            if name in self.model_fields_set and name != "cold_start":
+                raise ValueError(f"{name}: has no effect while {why}; change that, or leave this out")
+        self._check_data()
+        self._check_groups()
+        if self.needs_rewards and not self.rewards:
             raise ValueError("rewards: at least one is needed, as module:function or file.py:function")
         names = [spec.name for spec in self.rewards]
         if len(set(names)) < len(names):
             raise ValueError(f"rewards: two have the same name among {', '.join(names)}; give each a `name`")
         return self
 
+    def _check_data(self) -> None:
+        """Whether the task has what the method learns from."""
+        if isinstance(self.task, str):
+            return
+        if self.cold_start is not None and not self.task.answer:
+            raise ValueError("cold_start: needs demonstrations; name the column with the answers as task.answer")
+        needed = {"sft": ("answer",), "dpo": ("chosen", "rejected"), "reward_model": ("chosen", "rejected")}
+        for column in needed.get(self.method, ()):
+            if not getattr(self.task, column):
+                raise ValueError(f"task.{column}: method {self.method} learns from it; name the data's column")
+
+    def _check_groups(self) -> None:
+        """Whether a group is large enough for what is asked of it."""
+        advantage = self.advantage
+        if self.method != "grpo" or advantage.function:
+            return
+        of_group = advantage.baseline in ("group", "leave_one_out")
+        if not of_group and advantage.scale in ("sample", "population"):
+            raise ValueError(
+                f"advantage.scale: {advantage.scale} divides by the std of a group, and advantage.baseline is "
+                f"{advantage.baseline}; use the scale batch or none, or the baseline group"
+            )
+        if not of_group and advantage.combine == "each":
+            raise ValueError(
+                f"advantage.combine: each needs the baseline group or leave_one_out, not {advantage.baseline}"
+            )
+        if self.group_size == 1 and of_group:
+            raise ValueError(
+                f"group_size: 1 leaves nothing to compare with while advantage.baseline is {advantage.baseline}; "
+                "use 2 or more, or the baseline batch or none"
+            )
+
+    @property
+    def samples(self) -> bool:
+        """Whether the method samples completions and scores them."""
+        return self.method in ("grpo", "ppo")
+
+    @property
+    def needs_rewards(self) -> bool:
+        return self.samples
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a reference takes part in what is learned."""
+        return self.method == "dpo" or self.loss.kl_weight > 0 or self.loss.objective == "anchored"
+
+    def _idle_sections(self) -> dict[str, str]:
+        """Whole sections, and plain settings, that do nothing with the chosen method, and why."""
+        of_sampling = ("advantage", "loss", "kl", "entropy", "correction", "redraw", "overlong", "group_size")
+        idle = {
+            "grpo": ("value", "preference"),
+            "ppo": ("advantage", "correction", "redraw", "overlong", "preference", "reference"),
+            "dpo": (*of_sampling, "value", "reference"),
+            "sft": (*of_sampling, "value", "preference", "reference", "cold_start"),
+            "reward_model": (*of_sampling, "value", "preference", "reference", "sampling", "rewards"),
+        }
+        return dict.fromkeys(idle[self.method], f"method is {self.method}")
+
     def _without_effect(self) -> list[tuple[str, str, str]]:
         """Settings that do nothing in the chosen mode: section, name and why."""
-        found = []
+        found: list[tuple[str, str, str]] = []
+
+        def idle(section: str, names: Iterable[str], why: str) -> None:
+            found.extend((section, name, why) for name in sorted(names))
+
+        objective, advantage = self.loss.objective, self.advantage
+        if objective in OBJECTIVE_SETTINGS:
+            unused = CHOSEN_BY_OBJECTIVE - OBJECTIVE_SETTINGS[objective]
+            idle("loss", unused, f"loss.objective is {objective}")
         if self.loss.kl_weight == 0:
-            found.append(("kl", "estimator", "loss.kl_weight is 0"))
-        if self.advantage.scale == "none":
-            found.append(("advantage", "epsilon", "advantage.scale is none"))
+            idle("kl", ("estimator", "place", "target", "adapt_rate"), "loss.kl_weight is 0")
+        elif self.kl.target is None:
+            idle("kl", ("adapt_rate",), "kl.target is not set")
+        if self.entropy.target is None:
+            idle("entropy", ("adapt_rate",), "entropy.target is not set")
+        if advantage.function:
+            idle("advantage", ("combine",), "advantage.function is set")
+        elif advantage.scale == "none" and advantage.combine == "sum":
+            idle("advantage", ("epsilon",), "advantage.scale is none")
+        if not self.needs_reference and self.method == "grpo":
+            idle("reference", ("kind", "decay", "every"), "loss.kl_weight is 0")
+        else:
+            kept = {"frozen": "", "moving": "decay", "replaced": "every"}[self.reference.kind]
+            idle("reference", {"decay", "every"} - {kept}, f"reference.kind is {self.reference.kind}")
+        if self.correction.kind == "none":
+            idle("correction", ("level", "limit"), "correction.kind is none")
+        if self.overlong.treatment != "punish":
+            idle("overlong", ("margin", "penalty"), f"overlong.treatment is {self.overlong.treatment}")
         if self.optimiser.schedule == "constant":
-            found.append(("optimiser", "final_share", "optimiser.schedule is constant"))
+            idle("optimiser", ("final_share",), "optimiser.schedule is constant")
+        if not self.samples:
+            idle("optimiser", ("updates_per_batch",), f"method is {self.method}")
         return found
 
     def to_yaml(self) -> str:
         """The resolved recipe: every setting that acts, and nothing that does not."""
         values = self.model_dump(mode="json", exclude_none=True)
         for section, name, _ in self._without_effect():
-            del values[section][name]
+            values[section].pop(name, None)
+        for section in self._idle_sections():
+            values.pop(section, None)
         values = {key: value for key, value in values.items() if value != {}}
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
@@ -212,9 +396,10 @@ class Recipe(Settings):
         idle = {(section, name) for section, name, _ in self._without_effect()}
         values = [
             f"{section}.{name}={value}"
-            for section in ("advantage", "loss", "kl")
-            for name, value in getattr(self, section).model_dump().items()
-            if (section, name) not in idle
+            for section in ("advantage", "loss", "kl", "entropy", "reference", "value", "preference")
+            if section not in self._idle_sections()
+            for name, value in getattr(self, section).model_dump(exclude_none=True).items()
+            if (section, name) not in idle and (section, name, value) != ("entropy", "weight", 0)
         ]
         return f"preset {self.preset}, seed {self.seed}: {' '.join(values)}"
 
@@ -283,15 +468,26 @@ def make_recipe(values: Mapping[str, Any], *, source: str = "recipe", folder: Pa
     if isinstance(preset, str) and preset not in PRESETS:
         raise UserError(f"{source}: preset: there is no {preset!r}; {nearest(preset, PRESETS)}")
     for section, settings in PRESETS.get(preset, {}).items() if isinstance(preset, str) else ():
-        given = merged.get(section, {})
-        if isinstance(given, dict):
-            merged[section] = {**settings, **given}
+        given = merged.get(section)
+        if not isinstance(settings, dict):
+            merged.setdefault(section, settings)
+        elif given is None or isinstance(given, dict):
+            merged[section] = {**_preset_settings(section, settings, given or {}), **(given or {})}
     _plain_rewards(merged, folder)
     _absolute_paths(merged, folder)
     try:
         return Recipe.model_validate(merged)
     except ValidationError as error:
         raise UserError(_explain(error, source)) from None
+
+
+def _preset_settings(section: str, settings: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What a preset says of a section, less what the recipe's own choice of an objective leaves without effect."""
+    objective = given.get("objective", settings.get("objective"))
+    if section != "loss" or objective not in OBJECTIVE_SETTINGS or objective == settings.get("objective"):
+        return settings
+    unused = CHOSEN_BY_OBJECTIVE - OBJECTIVE_SETTINGS[objective]
+    return {name: value for name, value in settings.items() if name not in unused}
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -338,6 +534,11 @@ def _plain_rewards(values: dict[str, Any], folder: Path) -> None:
 
 def _absolute_paths(values: dict[str, Any], folder: Path) -> None:
     """Make local files absolute, so that a run can be resumed from anywhere. Hub ids stay as they are."""
+    for section, name in (("loss", "objective"), ("advantage", "function")):
+        given = values.get(section)
+        if isinstance(given, dict) and isinstance(given.get(name), str) and ":" in given[name]:
+            home, _, function = given[name].rpartition(":")
+            values[section] = {**given, name: f"{_resolved(home, folder)}:{function}"}
     task = values.get("task")
     if isinstance(task, dict) and isinstance(task.get("data"), str):
         values["task"] = {**task, "data": _resolved(task["data"], folder)}
@@ -407,7 +608,9 @@ def _settings_at(place: list[str]) -> type[Settings]:
     """The class of settings that stands at a key."""
     homes: dict[str, type[Settings]] = {
         "task": DatasetTask, "rewards": RewardSpec, "cold_start": ColdStart, "sampling": Sampling, "advantage": Advantage,
-        "loss": Loss, "kl": KL, "optimiser": Optimiser, "evaluation": Evaluation, "checkpoint": Checkpoint, "record": Record,
+        "loss": Loss, "kl": KL, "entropy": Entropy, "reference": Reference, "correction": Correction, "redraw": Redraw,
+        "overlong": Overlong, "value": Value, "preference": Preference, "optimiser": Optimiser, "evaluation": Evaluation,
+        "checkpoint": Checkpoint, "record": Record,
     }  # fmt: skip
     return homes.get(place[0], Recipe) if place else Recipe
 

@@ -112,7 +112,7 @@ class Stream:
     segments: for each group, (prompt length, lengths of its completions), in stream order.
     targets [N]: the tokens that the policy wrote, in stream order. predictors [N]: for each of them the place in the
     stream whose output predicts it. row [N]: which of the B rows it belongs to.
-    advantages [B]: one per row. sampler_logprobs [N]: recorded when sampled.
+    advantages [B], rewards [B]: one per row. sampler_logprobs [N]: recorded when sampled.
     support: for each target the token ids that could be sampled, or None where all could.
     """
 
@@ -123,6 +123,7 @@ class Stream:
     predictors: Tensor
     row: Tensor
     advantages: Tensor
+    rewards: Tensor
     sampler_logprobs: Tensor
     support: list[Tensor] | None = None
 
@@ -131,7 +132,7 @@ class Stream:
         num_targets = len(self.targets)
         assert num_targets == len(self.predictors) == len(self.row) == len(self.sampler_logprobs)
         assert self.support is None or len(self.support) == num_targets
-        assert len(self.advantages) == self.num_rows
+        assert len(self.advantages) == len(self.rewards) == self.num_rows
 
     @property
     def num_rows(self) -> int:
@@ -146,7 +147,16 @@ class Stream:
         """The same stream on another device."""
         moved = {
             name: getattr(self, name).to(device)
-            for name in ("tokens", "positions", "targets", "predictors", "row", "advantages", "sampler_logprobs")
+            for name in (
+                "tokens",
+                "positions",
+                "targets",
+                "predictors",
+                "row",
+                "advantages",
+                "rewards",
+                "sampler_logprobs",
+            )
         }
         return Stream(**moved, segments=self.segments, support=self.support)
 

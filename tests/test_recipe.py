@@ -8,10 +8,10 @@ from typing import get_args
 import pytest
 import yaml
 
-from coterie.algorithms.advantages import SCALES
+from coterie.algorithms.advantages import BASELINES, SCALES
 from coterie.algorithms.aggregate import AGGREGATIONS
 from coterie.algorithms.kl import ESTIMATORS
-from coterie.algorithms.presets import PRESETS
+from coterie.algorithms.presets import OBJECTIVE_SETTINGS, PRESETS
 from coterie.algorithms.ratios import RATIOS
 from coterie.errors import UserError
 from coterie.recipe import KL, Advantage, Loss, Recipe, find_recipe, load_recipe, make_recipe
@@ -105,10 +105,11 @@ def test_loading_a_recipe_does_not_import_torch():
 @pytest.mark.parametrize(
     ("section", "setting", "choices"),
     [
+        (Advantage, "baseline", BASELINES),
         (Advantage, "scale", SCALES),
         (Loss, "ratio", RATIOS),
         (Loss, "aggregation", AGGREGATIONS),
-        (KL, "estimator", ESTIMATORS),
+        (KL, "estimator", (*ESTIMATORS, "exact")),
         (Recipe, "preset", PRESETS),
     ],
 )
@@ -116,15 +117,76 @@ def test_the_choices_of_a_recipe_are_those_of_the_algorithms(section, setting, c
     assert get_args(section.model_fields[setting].annotation) == tuple(choices)
 
 
+def with_preset(preset, **more):
+    """A recipe that gives a preset what its method needs, and nothing that it has no use for."""
+    method = PRESETS[preset].get("method", "grpo")
+    if method in ("dpo", "reward_model"):
+        more["task"] = {"data": "d.jsonl", "chosen": "good", "rejected": "bad"}
+    elif method == "sft":
+        more["task"] = {"data": "d.jsonl", "answer": "answer"}
+    if method == "reward_model":
+        more["rewards"] = None
+    return made(preset=preset, **more)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_gives_its_values_and_the_recipe_has_the_last_word(preset):
-    recipe = made(preset=preset)
+    recipe = with_preset(preset)
     for section, settings in PRESETS[preset].items():
+        if not isinstance(settings, dict):
+            assert getattr(recipe, section) == settings
+            continue
         for setting, value in settings.items():
             assert getattr(getattr(recipe, section), setting) == value
-    changed = made(preset=preset, loss={"clip_high": 0.7})
-    assert changed.loss == recipe.loss.model_copy(update={"clip_high": 0.7})
-    assert changed.advantage == recipe.advantage
+    changed = with_preset(preset, optimiser={"max_grad_norm": 0.7})
+    assert changed.optimiser == recipe.optimiser.model_copy(update={"max_grad_norm": 0.7})
+    assert (changed.advantage, changed.loss, changed.kl) == (recipe.advantage, recipe.loss, recipe.kl)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_resolved_preset_reads_back_as_itself(preset):
+    """What is stored with a run names no setting without effect, and is the same recipe."""
+    recipe = with_preset(preset)
+    assert make_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize("objective", OBJECTIVE_SETTINGS)
+def test_another_objective_may_be_chosen_over_any_preset(objective):
+    for preset in ("grpo", "sapo", "gmpo"):
+        assert made(preset=preset, loss={"objective": objective}).loss.objective == objective
+
+
+@pytest.mark.parametrize(
+    ("values", "named", "why"),
+    [
+        ({"preset": "sapo", "loss": {"clip_high": 0.3}}, "loss.clip_high", "objective is sapo"),
+        ({"preset": "gmpo", "loss": {"ratio": "sequence"}}, "loss.ratio", "objective is gmpo"),
+        ({"loss": {"anchor_alpha": 0.3}}, "loss.anchor_alpha", "objective is clip"),
+        ({"loss": {"clip_ceiling": 2}}, "loss.clip_ceiling", "objective is clip"),
+        ({"preset": "dr_grpo", "kl": {"place": "reward"}}, "kl.place", "kl_weight is 0"),
+        ({"kl": {"adapt_rate": 0.3}}, "kl.adapt_rate", "target is not set"),
+        ({"entropy": {"adapt_rate": 0.3}}, "entropy.adapt_rate", "target is not set"),
+        ({"reference": {"decay": 0.9}}, "reference.decay", "kind is frozen"),
+        ({"preset": "dr_grpo", "reference": {"kind": "moving"}}, "reference.kind", "kl_weight is 0"),
+        ({"correction": {"limit": 3}}, "correction.limit", "kind is none"),
+        ({"overlong": {"penalty": 3}}, "overlong.penalty", "treatment is keep"),
+        ({"value": {"clip": 3}}, "value", "method is grpo"),
+        ({"preset": "ppo", "advantage": {"scale": "none"}}, "advantage", "method is ppo"),
+        ({"preset": "ppo", "redraw": {"rounds": 2}}, "redraw", "method is ppo"),
+        ({"group_size": 1}, "group_size", "nothing to compare with"),
+        ({"advantage": {"baseline": "batch"}}, "advantage.scale", "baseline is batch"),
+        ({"advantage": {"baseline": "none", "scale": "batch", "combine": "each"}}, "advantage.combine", "not none"),
+        ({"preset": "dpo", "task": {"data": "d.jsonl"}}, "task.chosen", "learns from it"),
+        ({"preset": "sft", "task": {"data": "d.jsonl"}}, "task.answer", "learns from it"),
+        ({"loss": {"objective": "clipp"}}, "loss.objective", "clip"),
+        ({"loss": {"objective": "anchored", "anchor_alpha": 1.0}}, "loss.anchor_alpha", "1"),
+    ],
+)
+def test_contradictions_and_settings_without_effect_are_refused_with_the_reason(values, named, why):
+    with pytest.raises(UserError) as error:
+        made(**values)
+    assert f"{named}:" in str(error.value)
+    assert why in str(error.value)
 
 
 def test_presets_are_what_their_papers_say():

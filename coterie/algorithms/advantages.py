@@ -1,25 +1,40 @@
 """Advantages: how much better a completion did than the others of its group."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-SCALES = ("sample", "population", "none", "batch")
+BASELINES = ("group", "leave_one_out", "batch", "none")
+SCALES = ("sample", "population", "none", "batch", "batch_differences")
 
 
-def group_advantages(rewards: Tensor, *, scale: str = "sample", epsilon: float = 1e-6) -> Tensor:
+def group_advantages(
+    rewards: Tensor, *, baseline: str = "group", scale: str = "sample", epsilon: float = 1e-6
+) -> Tensor:
     """How much better each completion did than its siblings: rewards [P, G] -> advantages [P, G].
 
-    `scale` divides the difference from the group's mean by the group's sample std ("sample", G - 1), its population std
-    ("population", G), nothing ("none"), or the sample std of the rewards of the whole batch ("batch").
+    `baseline` is subtracted: the group's mean ("group"), the mean of the others of the group ("leave_one_out"), the mean of
+    the whole batch ("batch"), or nothing ("none"). `scale` divides the difference by the group's sample std ("sample",
+    G - 1), its population std ("population", G), nothing ("none"), the sample std of the rewards of the whole batch
+    ("batch"), or that of the differences of the whole batch ("batch_differences").
 
-    NaN marks a completion that abstains: it leaves the mean and the std, and gets 0. A group with equal rewards, or with
-    fewer than two of them, gets exactly 0: rounding would otherwise leave a residue that a small epsilon blows up.
+    NaN marks a completion that abstains: it leaves every mean and std, and gets 0. Where the baseline is the group's, a
+    group with equal rewards, or with fewer than two of them, gets exactly 0: rounding would otherwise leave a residue that a
+    small epsilon blows up. For the same reason a batch of equal rewards gets exactly 0 from the batch's own mean.
 
-    Raises ValueError for an unknown scale, a shape that is not [P, G], or an infinite reward.
-    Source: DeepSeekMath, arXiv 2402.03300, section 4.1; scale="none" is Dr. GRPO's, arXiv 2503.20783.
+    Raises ValueError for an unknown baseline or scale, two that don't go together (a group's std with another baseline: it
+    is 0 for a flat group, whose difference from that baseline is not), a shape that is not [P, G], or an infinite reward.
+    Source: DeepSeekMath, arXiv 2402.03300, section 4.1; scale="none" is Dr. GRPO's, arXiv 2503.20783; "leave_one_out" is
+    RLOO's, arXiv 2402.14740; "batch" and "batch_differences" are REINFORCE++'s without and with a group baseline,
+    arXiv 2501.03262.
     """
-    if scale not in SCALES:
-        raise ValueError(f"scale is {scale!r}; allowed: {', '.join(SCALES)}")
+    _check_choice("baseline", baseline, BASELINES)
+    _check_choice("scale", scale, SCALES)
+    if baseline in ("batch", "none") and scale in ("sample", "population"):
+        raise ValueError(
+            f"scale {scale!r} divides by the group's own std, so the baseline has to be its own too, not {baseline!r}"
+        )
     if rewards.ndim != 2:
         raise ValueError(f"rewards have the shape {tuple(rewards.shape)}; [prompts, completions] is needed")
     if rewards.isinf().any():
@@ -28,17 +43,86 @@ def group_advantages(rewards: Tensor, *, scale: str = "sample", epsilon: float =
     rewards = rewards.double()
     valid = ~rewards.isnan()
     num_valid = valid.sum(1, keepdim=True)  # [P, 1]
-    difference = _difference_from_mean(rewards, valid, num_valid)
+    from_mean = _difference_from_mean(rewards, valid, num_valid)
+    difference = _less_baseline(rewards, valid, from_mean, baseline)
     if scale == "none":
         advantages = difference
-    elif scale == "batch":
-        everything = difference.new_zeros(()) if num_valid.sum() < 2 else rewards[valid].std()
-        advantages = difference / (everything + epsilon)
+    elif scale in ("batch", "batch_differences"):
+        values = (rewards if scale == "batch" else difference)[valid]
+        advantages = difference / ((values.std() if len(values) > 1 else 0.0) + epsilon)
     else:
         divisor = num_valid - 1 if scale == "sample" else num_valid
-        std = _root_mean_square(difference, divisor.clamp(min=1))
-        advantages = difference / (std + epsilon)
-    return torch.where(has_signal(rewards)[:, None] & valid, advantages, 0.0).to(dtype)
+        advantages = difference / (_root_mean_square(from_mean, divisor.clamp(min=1)) + epsilon)
+    counts = valid if baseline in ("batch", "none") else has_signal(rewards)[:, None] & valid
+    return torch.where(counts, advantages, 0.0).to(dtype)
+
+
+def normalised_then_summed(
+    parts: Sequence[Tensor], weights: Sequence[float], *, baseline: str, scale: str, epsilon: float = 1e-6
+) -> Tensor:
+    """Each reward's own advantages, weighted, summed, and scaled over the batch: parts [P, G] each -> [P, G].
+
+    With one sum for all rewards a group can have equal sums and different parts, and the reward with the largest spread
+    drowns the others; here each speaks with its weight alone. The sum is divided by its sample std over the batch, so that
+    its size does not grow with the number of rewards. A part that abstains (NaN) says nothing of that completion.
+    Raises ValueError for a baseline that is not the group's: the sum would have a mean of its own.
+    Source: GDPO, arXiv 2601.05242, equations 4 to 6.
+    """
+    _check_choice("baseline", baseline, ("group", "leave_one_out"))
+    total = sum(
+        weight * group_advantages(part.double(), baseline=baseline, scale=scale, epsilon=epsilon)
+        for part, weight in zip(parts, weights, strict=True)
+    )
+    assert isinstance(total, Tensor)
+    spoke = torch.stack([~part.isnan() for part in parts]).any(0)
+    std = total[spoke].std() if spoke.sum() > 1 else 0.0
+    dtype = parts[0].dtype if parts[0].is_floating_point() else torch.get_default_dtype()
+    return torch.where(spoke, total / (std + epsilon), 0.0).to(dtype)
+
+
+def generalised_advantages(
+    rewards: Tensor, values: Tensor, row_lengths: Tensor, *, discount: float, trace: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation: rewards [N], values [N], row_lengths [B] -> (advantages [N], returns [N]).
+
+    values[n] is what the value model expects before the policy writes token n; after a row's last token it is 0. With
+    d_n = r_n + discount * v_{n+1} - v_n the advantage is the sum of d_{n+i} (discount * trace)^i over the rest of the row,
+    and the return, which the value model learns, is the advantage plus the value. No gradient.
+    Source: arXiv 1506.02438, equation 16.
+    """
+    if not len(values):
+        return values.detach().clone(), values.detach().clone()
+    parts = zip(rewards.detach().split(row_lengths.tolist()), values.detach().split(row_lengths.tolist()), strict=True)
+    padded_rewards, padded_values = (torch.nn.utils.rnn.pad_sequence(list(x)) for x in zip(*parts, strict=True))
+    advantages = torch.zeros_like(padded_values)  # [L, B]
+    carried = next_value = torch.zeros_like(padded_values[0])  # padding has reward and value 0, and carries 0
+    for step in range(len(padded_values) - 1, -1, -1):
+        surprise = padded_rewards[step] + discount * next_value - padded_values[step]
+        carried = advantages[step] = surprise + discount * trace * carried
+        next_value = padded_values[step]
+    inside = torch.arange(len(padded_values), device=row_lengths.device)[:, None] < row_lengths  # [L, B]
+    flat = advantages.T[inside.T]
+    return flat, flat + values.detach()
+
+
+def _check_choice(name: str, given: str, allowed: Sequence[str]) -> None:
+    if given not in allowed:
+        raise ValueError(f"{name} is {given!r}; allowed: {', '.join(allowed)}")
+
+
+def _less_baseline(rewards: Tensor, valid: Tensor, from_mean: Tensor, baseline: str) -> Tensor:
+    """Rewards [P, G] less the baseline; 0 where abstained."""
+    if baseline == "group":
+        return from_mean
+    num_valid = valid.sum(1, keepdim=True)
+    if baseline == "leave_one_out":  # r - mean of the others = n / (n - 1) * (r - mean of all)
+        return from_mean * (num_valid.double() / (num_valid - 1).clamp(min=1))
+    if baseline == "none" or not valid.any():
+        return torch.where(valid, rewards, 0.0)
+    of_batch = rewards[valid]
+    if of_batch.min() == of_batch.max():
+        return torch.zeros_like(rewards)
+    return torch.where(valid, rewards - (of_batch / len(of_batch)).sum(), 0.0)
 
 
 def has_signal(rewards: Tensor) -> Tensor:

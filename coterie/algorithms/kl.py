@@ -1,4 +1,4 @@
-"""Estimates of KL(policy || reference) from the log-probabilities of sampled tokens.
+"""KL(policy || reference): exact, and estimated from the log-probabilities of sampled tokens.
 
 Source: http://joschu.net/blog/kl-approx.html. Written with d = log pi_ref - log pi_theta.
 """
@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from coterie.algorithms.ratios import MAX_LOG_RATIO, capped_exp
 
 
 def k1(difference: Tensor) -> Tensor:
@@ -21,7 +23,7 @@ def k2(difference: Tensor) -> Tensor:
 
 def k3(difference: Tensor) -> Tensor:
     """exp(d) - 1 - d: unbiased, never negative, exactly 0 for equal policies."""
-    return torch.expm1(difference) - difference
+    return torch.expm1(difference.clamp(max=MAX_LOG_RATIO)) - difference
 
 
 ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
@@ -38,10 +40,28 @@ def kl_penalty(
 
     Without `sampler_logprobs` the value is right and the gradient is not: differentiating an estimate leaves out that the
     policy also chooses the token. With them, each is weighted by pi_theta / pi_old, so that the expected gradient is that of
-    the KL at each state, on the policy and off it. k2's own gradient is right on the policy, so its weight has none.
+    the KL at each state, on the policy and off it. k2's own gradient is right already, so its weight has none.
     """
-    penalty = ESTIMATORS[estimator](reference_logprobs - policy_logprobs)
+    difference = reference_logprobs - policy_logprobs
+    penalty = ESTIMATORS[estimator](difference)
     if sampler_logprobs is None:
         return penalty
-    weight = (policy_logprobs - sampler_logprobs).exp()
-    return (weight.detach() if estimator == "k2" else weight) * penalty
+    weight = capped_exp(policy_logprobs - sampler_logprobs)
+    if estimator == "k2":
+        return weight.detach() * penalty
+    if estimator == "k1":
+        return weight * penalty
+    # where d is large, exp(d) overflows beside a weight that vanishes: their product is taken in one exponential
+    together = capped_exp(reference_logprobs - sampler_logprobs) - weight * (1 + difference)
+    return torch.where(difference > 20, together, weight * k3(difference.clamp(max=20)))
+
+
+def exact_kl(policy_logits: Tensor, reference_logits: Tensor) -> Tensor:
+    """KL(policy || reference) at each token, summed over the vocabulary: logits [N, V] each -> [N], in nats.
+
+    Its gradient is that of the KL at each state. A token that neither can sample (-inf in both) adds nothing.
+    """
+    policy, reference = policy_logits.log_softmax(-1), reference_logits.log_softmax(-1)
+    possible = policy > -torch.inf
+    difference = torch.where(possible, policy, 0.0) - torch.where(possible, reference, 0.0)
+    return (torch.where(possible, policy.exp(), 0.0) * difference).sum(-1)

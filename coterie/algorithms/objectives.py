@@ -1,7 +1,19 @@
-"""Policy objectives: one loss per token, to be aggregated elsewhere."""
+"""Policy objectives: one loss per token, to be aggregated elsewhere.
+
+Legend: N completion tokens of a stream, B rows. Above stand the formulas, functions of tensors; below, the objectives that a
+recipe names: each takes the same `TokenTerms`, and as keywords those settings of the recipe's `loss` section that act in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from coterie.algorithms.ratios import RATIOS, capped_exp, row_mean, row_sum
 
 
 def clipped_loss(ratio: Tensor, advantages: Tensor, *, low: float | Tensor, high: float | Tensor) -> Tensor:
@@ -13,8 +25,7 @@ def clipped_loss(ratio: Tensor, advantages: Tensor, *, low: float | Tensor, high
     """
     low, high = (torch.as_tensor(bound, dtype=ratio.dtype, device=ratio.device) for bound in (low, high))
     clipped = torch.clamp(ratio, 1 - low, 1 + high)
-    loss = -torch.minimum(ratio * advantages, clipped * advantages)
-    return torch.where(advantages == 0, 0.0, loss)  # and not 0 * inf
+    return _unless_zero(advantages, -torch.minimum(ratio * advantages, clipped * advantages))
 
 
 def clipped_at(
@@ -22,3 +33,198 @@ def clipped_at(
 ) -> tuple[Tensor, Tensor]:
     """Where each bound acts, so that the token has no gradient: (lower [N], upper [N]), bool."""
     return (ratio < 1 - low) & (advantages < 0), (ratio > 1 + high) & (advantages > 0)
+
+
+def dynamic_bounds(old_logprobs: Tensor, *, low: float, high: float, largest: float = 10.0) -> tuple[Tensor, Tensor]:
+    """Clip bounds that give rare tokens more room: old_logprobs [N] -> (low [N], high [N]), for `clipped_loss`.
+
+    With q = pi_old(token), the ratio r may move while |r - 1| * r * q stays within epsilon, so that
+    1 - low = (1 + sqrt(max(1 - 4 low / q, 0))) / 2 and 1 + high = (1 + sqrt(1 + 4 high / q)) / 2, the latter at most
+    `largest`. Source: DCPO, arXiv 2509.02333, section 3.1.
+    """
+    q = old_logprobs.detach().exp()
+    lower = (1 + (1 - 4 * low / q).clamp(min=0).sqrt()) / 2
+    upper = ((1 + (1 + 4 * high / q).sqrt()) / 2).clamp(max=largest)
+    return 1 - lower, upper - 1
+
+
+def dual_clipped_loss(
+    ratio: Tensor, advantages: Tensor, *, low: float | Tensor, high: float | Tensor, ceiling: float
+) -> Tensor:
+    """`clipped_loss`, bounded where A < 0 as well: there the loss is at most -ceiling * A. [N], [N] -> [N].
+
+    Without it a token that became far likelier although it was bad has a loss without limit.
+    Source: arXiv 1912.09729, equation 5; there the ceiling is 3.
+    """
+    loss = clipped_loss(ratio, advantages, low=low, high=high)
+    return torch.where(advantages < 0, torch.minimum(loss, -ceiling * advantages), loss)
+
+
+def cispo_loss(
+    policy_logprobs: Tensor, ratio: Tensor, advantages: Tensor, *, low: float | Tensor, high: float | Tensor
+) -> Tensor:
+    """-stop_gradient(clip(ratio, 1 - low, 1 + high)) * A * log pi_theta: [N] each -> [N].
+
+    The weight is clipped and not the token, so that every token keeps a gradient.
+    Source: MiniMax-M1, arXiv 2506.13585, equation 4.
+    """
+    low, high = (torch.as_tensor(bound, dtype=ratio.dtype, device=ratio.device) for bound in (low, high))
+    weight = torch.clamp(ratio.detach(), 1 - low, 1 + high)
+    return _unless_zero(advantages, -weight * advantages * policy_logprobs)
+
+
+def sapo_loss(ratio: Tensor, advantages: Tensor, *, positive: float, negative: float) -> Tensor:
+    """-(4 / tau) * sigmoid(tau * (ratio - 1)) * A, tau being `positive` where A > 0 and `negative` elsewhere: [N] -> [N].
+
+    A soft gate in place of the clip: its slope in the ratio is A at 1 and falls off on both sides.
+    Source: SAPO, arXiv 2511.20347, section 3.
+    """
+    tau = torch.where(advantages > 0, ratio.new_tensor(positive), ratio.new_tensor(negative))
+    return _unless_zero(advantages, -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * advantages)
+
+
+def gmpo_loss(
+    log_ratio: Tensor, advantages: Tensor, row: Tensor, num_rows: int, *, low: float | Tensor, high: float | Tensor
+) -> Tensor:
+    """-A * the geometric mean over the completion of its clipped token ratios, for each of its tokens: [N] -> [N].
+
+    log_ratio [N] is clipped per token and only where that makes the objective smaller: from above at `high` where A > 0,
+    from below at -`low` where A < 0. The bounds are on the logarithm. Source: GMPO, arXiv 2507.20673, equation 4.
+    """
+    low, high = (torch.as_tensor(bound, dtype=log_ratio.dtype, device=log_ratio.device) for bound in (low, high))
+    clipped = torch.where(advantages > 0, torch.minimum(log_ratio, high), torch.maximum(log_ratio, -low))
+    return _unless_zero(advantages, -capped_exp(row_mean(clipped, row, num_rows))[row] * advantages)
+
+
+def policy_gradient_loss(ratio: Tensor, advantages: Tensor) -> Tensor:
+    """-ratio * A, nothing clipped: [N], [N] -> [N]. On the policy its gradient is that of -A * log pi_theta (REINFORCE)."""
+    return _unless_zero(advantages, -ratio * advantages)
+
+
+def anchor_logprobs(policy_logprobs: Tensor, reference_logprobs: Tensor, *, alpha: float) -> Tensor:
+    """log of pi_bar = alpha * pi_theta + (1 - alpha) * pi_ref, made on the fly (R9): [N], [N] -> [N].
+
+    Raises ValueError for alpha outside [0, 1): at 1 the anchor is the policy itself, and nothing would be learned.
+    """
+    if not 0 <= alpha < 1:
+        raise ValueError(f"alpha is {alpha}; 0 <= alpha < 1 is needed: at 1 the gradient is zero everywhere")
+    from_reference = reference_logprobs + torch.log1p(torch.tensor(-alpha, dtype=torch.float64)).to(policy_logprobs)
+    if alpha == 0:
+        return from_reference
+    from_policy = policy_logprobs + torch.tensor(alpha, dtype=torch.float64).log().to(policy_logprobs)
+    return torch.logaddexp(from_policy, from_reference)
+
+
+def anchored_loss(
+    policy_logprobs: Tensor, reference_logprobs: Tensor, weights: Tensor, *, alpha: float, beta: float
+) -> Tensor:
+    """-weight * log sigmoid(beta * (log pi_theta - log pi_bar)) (R10): [N] each, or [B] each for whole sequences.
+
+    The log-ratio can't exceed -log(alpha). With z the log-ratio, the gradient is
+    -weight * beta * sigmoid(-beta * z) * (1 - alpha) * pi_ref / pi_bar times that of log pi_theta.
+    """
+    anchor = anchor_logprobs(policy_logprobs, reference_logprobs, alpha=alpha)
+    return _unless_zero(weights, -weights * F.logsigmoid(beta * (policy_logprobs - anchor)))
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float) -> Tensor:
+    """max((v - R)^2, (clip(v, v_old - clip, v_old + clip) - R)^2) / 2: [N] each -> [N].
+
+    The value model, like the policy, moves only so far on one batch of samples. Source: the code of arXiv 1707.06347, as
+    described in https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details, detail 9.
+    """
+    held = old_values + (values - old_values).clamp(-clip, clip)
+    return torch.maximum((values - returns).square(), (held - returns).square()) / 2
+
+
+def _unless_zero(weights: Tensor, loss: Tensor) -> Tensor:
+    """The loss, and exactly 0 where its weight is: 0 * inf would be no number."""
+    return torch.where(weights == 0, 0.0, loss)
+
+
+@dataclass(frozen=True)
+class TokenTerms:
+    """What an objective may look at, one entry per completion token.
+
+    policy_logprobs [N]: with gradient. old_logprobs [N]: under the policy that sampled. advantages [N], rewards [N]: each
+    row's own, or per token where a value model gives them. row [N]: which of `num_rows` completions a token belongs to.
+    reference_logprobs [N]: for objectives that ask for them by being named in `NEED_REFERENCE`, else perhaps None.
+    """
+
+    policy_logprobs: Tensor
+    old_logprobs: Tensor
+    advantages: Tensor
+    rewards: Tensor
+    row: Tensor
+    num_rows: int
+    reference_logprobs: Tensor | None = None
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """log(pi_theta / pi_old) [N]."""
+        return self.policy_logprobs - self.old_logprobs
+
+    def ratio(self, kind: str) -> Tensor:
+        """pi_theta / pi_old per token or per sequence, [N]: a name of `RATIOS`."""
+        return RATIOS[kind](self.log_ratio, self.row, self.num_rows)
+
+    def bounds(self, kind: str, low: float, high: float) -> tuple[float | Tensor, float | Tensor]:
+        """The clip bounds: as given ("fixed"), or one per token that depends on pi_old ("dynamic")."""
+        return (low, high) if kind == "fixed" else dynamic_bounds(self.old_logprobs, low=low, high=high)
+
+
+def clip(terms: TokenTerms, *, ratio: str, clip_low: float, clip_high: float, clip_bounds: str) -> Tensor:
+    low, high = terms.bounds(clip_bounds, clip_low, clip_high)
+    return clipped_loss(terms.ratio(ratio), terms.advantages, low=low, high=high)
+
+
+def dual_clip(
+    terms: TokenTerms, *, ratio: str, clip_low: float, clip_high: float, clip_bounds: str, clip_ceiling: float
+) -> Tensor:
+    low, high = terms.bounds(clip_bounds, clip_low, clip_high)
+    return dual_clipped_loss(terms.ratio(ratio), terms.advantages, low=low, high=high, ceiling=clip_ceiling)
+
+
+def cispo(terms: TokenTerms, *, ratio: str, clip_low: float, clip_high: float) -> Tensor:
+    return cispo_loss(terms.policy_logprobs, terms.ratio(ratio), terms.advantages, low=clip_low, high=clip_high)
+
+
+def sapo(terms: TokenTerms, *, ratio: str, gate_positive: float, gate_negative: float) -> Tensor:
+    return sapo_loss(terms.ratio(ratio), terms.advantages, positive=gate_positive, negative=gate_negative)
+
+
+def gmpo(terms: TokenTerms, *, clip_low: float, clip_high: float) -> Tensor:
+    return gmpo_loss(terms.log_ratio, terms.advantages, terms.row, terms.num_rows, low=clip_low, high=clip_high)
+
+
+def policy_gradient(terms: TokenTerms, *, ratio: str) -> Tensor:
+    return policy_gradient_loss(terms.ratio(ratio), terms.advantages)
+
+
+def anchored(
+    terms: TokenTerms, *, anchor_alpha: float, anchor_beta: float, anchor_level: str, anchor_weight: str
+) -> Tensor:
+    """The account's loss: per sequence as written ("sequence") or per token, weighted by the raw reward or the advantage.
+
+    A sequence's loss is spread over its tokens in equal parts, so that "sequence_sum" gives it back whole.
+    """
+    assert terms.reference_logprobs is not None
+    weights = terms.rewards if anchor_weight == "reward" else terms.advantages
+    policy, reference, row = terms.policy_logprobs, terms.reference_logprobs, terms.row
+    if anchor_level == "token":
+        return anchored_loss(policy, reference, weights, alpha=anchor_alpha, beta=anchor_beta)
+    policy, reference = (row_sum(x, row, terms.num_rows) for x in (policy, reference))  # [B]
+    weights = row_mean(weights, row, terms.num_rows)
+    loss = anchored_loss(policy, reference, weights, alpha=anchor_alpha, beta=anchor_beta)
+    return (loss / torch.bincount(row, minlength=terms.num_rows).clamp(min=1))[row]
+
+
+OBJECTIVES: dict[str, Callable[..., Tensor]] = {
+    "clip": clip,
+    "dual_clip": dual_clip,
+    "cispo": cispo,
+    "sapo": sapo,
+    "gmpo": gmpo,
+    "policy_gradient": policy_gradient,
+    "anchored": anchored,
+}

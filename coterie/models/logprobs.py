@@ -4,15 +4,30 @@ Legend: N completion tokens of a stream, C tokens of a chunk, V vocabulary, D wi
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from coterie.algorithms.kl import exact_kl
 from coterie.models.policy import Policy
 from coterie.types import Stream
 
 CHUNK_LOGITS = 1 << 24  # logits held at a time
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """What the vocabulary's logits say at each token, [N] each, in nats: with gradient where the policy's weights have one.
+
+    entropies: of the distribution that is sampled. exact_kls: KL(policy || reference) over the whole vocabulary. Both None
+    where not asked for.
+    """
+
+    logprobs: Tensor
+    entropies: Tensor | None = None
+    exact_kls: Tensor | None = None
 
 
 def token_logprobs(policy: Policy, stream: Stream, *, temperature: float = 1.0) -> Tensor:
@@ -21,8 +36,27 @@ def token_logprobs(policy: Policy, stream: Stream, *, temperature: float = 1.0) 
     Temperature divides the logits, and where the sampler left tokens out (top-k, top-p) the same ones are left out here.
     Logits are held for a chunk only: with gradients on they are computed again in the backward pass.
     """
+    return token_statistics(policy, stream, temperature=temperature).logprobs
+
+
+def token_statistics(
+    policy: Policy,
+    stream: Stream,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    reference: Policy | None = None,
+) -> TokenStatistics:
+    """`token_logprobs`, with the entropy, and the exact KL to a reference, from the same pass where they are asked for."""
     hidden = policy.hidden_states(stream)  # [N, D]
-    return chunked_logprobs(policy, hidden, stream.targets, temperature=temperature, support=stream.support)
+    reference_hidden = None
+    if reference is not None:
+        with torch.no_grad():
+            reference_hidden = reference.hidden_states(stream)
+    head = _Head(policy, reference, temperature, entropy)
+    columns = _in_chunks(head, hidden, reference_hidden, stream.targets, stream.support, CHUNK_LOGITS)
+    rest = iter(columns[1:])
+    return TokenStatistics(columns[0], next(rest) if entropy else None, next(rest) if reference is not None else None)
 
 
 def chunked_logprobs(
@@ -35,28 +69,64 @@ def chunked_logprobs(
     chunk_logits: int = CHUNK_LOGITS,
 ) -> Tensor:
     """log softmax(head(hidden) / temperature)[targets]: hidden [N, D], targets [N] -> [N]."""
-    size = max(1, chunk_logits // policy.vocabulary_size)
-    parts = []
-    for start in range(0, len(targets), size):
-        part = slice(start, start + size)
-        allowed = support[part] if support is not None else None
-        inputs = (policy, hidden[part], targets[part], temperature, allowed)
-        if len(targets) > size and torch.is_grad_enabled():
-            parts.append(checkpoint(_chunk_logprobs, *inputs, use_reentrant=False))
-        else:
-            parts.append(_chunk_logprobs(*inputs))
-    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+    return _in_chunks(_Head(policy, None, temperature, False), hidden, None, targets, support, chunk_logits)[0]
 
 
-def _chunk_logprobs(
-    policy: Policy, hidden: Tensor, targets: Tensor, temperature: float, support: Sequence[Tensor] | None
-) -> Tensor:
-    """hidden [C, D], targets [C] -> [C]."""
-    logits = policy.logits(hidden).float() / temperature  # [C, V]
-    if support is not None:
+@dataclass(frozen=True)
+class _Head:
+    """What is computed from the hidden states of a chunk."""
+
+    policy: Policy
+    reference: Policy | None
+    temperature: float
+    entropy: bool
+
+    def __call__(
+        self, hidden: Tensor, reference_hidden: Tensor | None, targets: Tensor, support: Sequence[Tensor] | None
+    ) -> Tensor:
+        """hidden [C, D], targets [C] -> [quantities, C]: log-probability, then entropy, then exact KL."""
+        logits = self._logits(self.policy, hidden, support)  # [C, V]
+        normaliser = logits.logsumexp(1)
+        found = [logits.gather(1, targets[:, None]).squeeze(1) - normaliser]
+        if self.entropy:
+            probabilities = (logits - normaliser[:, None]).exp()
+            found.append(normaliser - (probabilities * logits.masked_fill(logits == -torch.inf, 0.0)).sum(1))
+        if self.reference is not None and reference_hidden is not None:
+            with torch.no_grad():
+                reference_logits = self._logits(self.reference, reference_hidden, support)
+            found.append(exact_kl(logits, reference_logits))
+        return torch.stack(found)
+
+    def _logits(self, policy: Policy, hidden: Tensor, support: Sequence[Tensor] | None) -> Tensor:
+        """The logits that are sampled from: [C, V]."""
+        logits = policy.logits(hidden).float() / self.temperature
+        if support is None:
+            return logits
         sizes = torch.tensor([len(ids) for ids in support])
         rows = torch.repeat_interleave(torch.arange(len(support)), sizes).to(logits.device)
         left_out = torch.ones_like(logits, dtype=torch.bool)
         left_out[rows, torch.cat(list(support)).to(logits.device)] = False
-        logits = logits.masked_fill(left_out, -torch.inf)
-    return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
+        return logits.masked_fill(left_out, -torch.inf)
+
+
+def _in_chunks(
+    head: _Head,
+    hidden: Tensor,
+    reference_hidden: Tensor | None,
+    targets: Tensor,
+    support: Sequence[Tensor] | None,
+    chunk_logits: int,
+) -> Tensor:
+    """The head over chunks of tokens: [quantities, N]."""
+    size = max(1, chunk_logits // head.policy.vocabulary_size)
+    parts = []
+    for start in range(0, len(targets), size):
+        part = slice(start, start + size)
+        allowed = support[part] if support is not None else None
+        of_reference = reference_hidden[part] if reference_hidden is not None else None
+        inputs = (hidden[part], of_reference, targets[part], allowed)
+        if len(targets) > size and torch.is_grad_enabled():
+            parts.append(checkpoint(head, *inputs, use_reentrant=False))
+        else:
+            parts.append(head(*inputs))
+    return torch.cat(parts, 1) if parts else hidden.new_zeros(3, 0, dtype=torch.float32)

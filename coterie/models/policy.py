@@ -6,6 +6,7 @@ Legend: T tokens of the stream, N completion tokens, B rows, V vocabulary, D wid
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,9 +64,13 @@ class Policy:
     def hidden_states(self, stream: Stream) -> Tensor:
         """What predicts each token that the policy wrote: [N, D]; of a padded policy its logits, [N, V]."""
         if self.served == "padded":
-            return _padded_logits(self.model, stream)
-        layout = StreamLayout(stream.segments, self.device)
-        return self.run(stream.tokens, stream.positions, layout).index_select(0, stream.predictors)
+            outputs = padded_outputs(lambda **inputs: self.model(**inputs).logits, stream)
+            return torch.cat([row[prompt - 1 : -1] for prompt, row in outputs])
+        return self.stream_states(stream).index_select(0, stream.predictors)
+
+    def stream_states(self, stream: Stream) -> Tensor:
+        """The model below its head on every token of a stream: [T, D]."""
+        return self.run(stream.tokens, stream.positions, StreamLayout(stream.segments, self.device))
 
     def run(self, tokens: Tensor, positions: Tensor, layout: Layout) -> Tensor:
         """The model below its head on a stream: tokens [T], positions [T] -> [T, D]."""
@@ -130,17 +135,21 @@ def _stream_error(model: PreTrainedModel) -> float:
     return max(errors)
 
 
-def _padded_logits(model: PreTrainedModel, stream: Stream) -> Tensor:
-    """The slow, obvious way: every completion with its own copy of the prompt, padded on the right. [N, V]."""
-    rows, starts, at = [], [], 0
+def padded_outputs(run: Callable[..., Tensor], stream: Stream) -> list[tuple[int, Tensor]]:
+    """The slow, obvious way: every completion with its own copy of the prompt, padded on the right.
+
+    `run(input_ids=, attention_mask=, use_cache=)` gives [B, longest, ...]. Returns for each row the length of its prompt, and
+    what was computed for its tokens, prompt included.
+    """
+    rows, prompts, at = [], [], 0
     for prompt_length, lengths in stream.segments:
         prompt = stream.tokens[at : at + prompt_length]
         at += prompt_length
         for length in lengths:
             rows.append(torch.cat([prompt, stream.tokens[at : at + length]]))
-            starts.append(prompt_length - 1)
+            prompts.append(prompt_length)
             at += length
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [B, longest]
     attended = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    logits = model(input_ids=padded, attention_mask=attended, use_cache=False).logits
-    return torch.cat([logits[b, start : len(row) - 1] for b, (row, start) in enumerate(zip(rows, starts, strict=True))])
+    outputs = run(input_ids=padded, attention_mask=attended, use_cache=False)
+    return [(prompts[b], outputs[b, : len(row)]) for b, row in enumerate(rows)]

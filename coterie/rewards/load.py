@@ -1,11 +1,12 @@
-"""Find a reward function by name: `package.module:function`, or `file.py:function`."""
+"""Find a user's function by name: `package.module:function`, or `file.py:function`."""
 
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from coterie.errors import UserError, nearest
 from coterie.recipe import RewardSpec
@@ -14,28 +15,29 @@ from coterie.rewards.score import Reward
 
 def load_rewards(specs: Sequence[RewardSpec]) -> list[Reward]:
     """The functions that a recipe names. Raises UserError where a module, file or function is missing or fails to load."""
-    return [Reward(spec.name, _function(spec.function), spec.weight) for spec in specs]
+    return [Reward(spec.name, load_function(spec.function, "rewards"), spec.weight) for spec in specs]
 
 
-def _function(name: str):  # type: ignore[no-untyped-def]
+def load_function(name: str, setting: str) -> Callable[..., Any]:
+    """The function behind a name that stands under `setting`, which an error starts with."""
     home, _, function = name.rpartition(":")
     if not home or not function:
-        raise UserError(f"rewards: {name!r} names no function; write module:function or file.py:function")
-    module = _module(home)
+        raise UserError(f"{setting}: {name!r} names no function; write module:function or file.py:function")
+    module = _module(home, setting)
     found = getattr(module, function, None)
     if not callable(found):
         own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UserError(f"rewards: {home} has no function {function!r}; {nearest(function, own)}")
+        raise UserError(f"{setting}: {home} has no function {function!r}; {nearest(function, own)}")
     return found
 
 
-def _module(home: str) -> ModuleType:
+def _module(home: str, setting: str) -> ModuleType:
     try:
         if not home.endswith(".py"):
             return importlib.import_module(home)
         path = Path(home)
         if not path.is_file():
-            raise UserError(f"rewards: the file {home} does not exist")
+            raise UserError(f"{setting}: the file {home} does not exist")
         spec = importlib.util.spec_from_file_location(f"coterie_user_{path.stem}", path)
         assert spec is not None
         assert spec.loader is not None
@@ -46,6 +48,6 @@ def _module(home: str) -> ModuleType:
     except UserError:
         raise
     except ModuleNotFoundError as error:
-        raise UserError(f"rewards: {home} can't be imported: {error}") from error
+        raise UserError(f"{setting}: {home} can't be imported: {error}") from error
     except Exception as error:  # a user's file may raise anything when it is imported
-        raise UserError(f"rewards: {home} fails when imported: {type(error).__name__}: {error}") from error
+        raise UserError(f"{setting}: {home} fails when imported: {type(error).__name__}: {error}") from error

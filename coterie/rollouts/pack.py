@@ -1,5 +1,7 @@
 """From completions to the unpadded stream. The one shift by one, from a token to what predicts it, happens here."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,13 +15,19 @@ from coterie.types import BatchTotals, Scored, Stream
 class Row:
     """One completion on its way into a stream.
 
-    tokens: n ids. logprobs [n]: the sampler's. support: as in Completion.
+    tokens: n ids. logprobs [n]: the sampler's; zeros where nothing was sampled. support: as in Completion.
     """
 
     tokens: Sequence[int]
     logprobs: Tensor
     advantage: float = 0.0
+    reward: float = 0.0
     support: Sequence[Tensor] | None = None
+
+    @classmethod
+    def written(cls, tokens: Sequence[int]) -> Row:
+        """A completion that came with the data."""
+        return cls(tokens, torch.zeros(len(tokens)))
 
 
 PromptRows = tuple[Sequence[int], list[Row]]
@@ -33,35 +41,41 @@ def pack(
     Completions that abstain are left out and not counted. With `drop_silent`, completions whose advantage is exactly zero
     are counted and left out: where nothing but the advantage gives a gradient, theirs is exactly zero.
     """
-    valid, values = scored.valid.tolist(), advantages.tolist()
+    valid, values, rewards = scored.valid.tolist(), advantages.tolist(), scored.rewards.tolist()
     groups: list[PromptRows] = []
     num_rows = num_tokens = 0
-    for group, is_valid, of_group in zip(scored.groups, valid, values, strict=True):
+    for group, *of_group in zip(scored.groups, valid, values, rewards, strict=True):
         rows = []
-        for completion, counts, advantage in zip(group.completions, is_valid, of_group, strict=True):
+        for completion, counts, advantage, reward in zip(group.completions, *of_group, strict=True):
             if not counts:
                 continue
             num_rows += 1
             num_tokens += len(completion.tokens)
             if advantage != 0 or not drop_silent:
-                rows.append(Row(completion.tokens, completion.logprobs, advantage, completion.support))
+                rows.append(Row(completion.tokens, completion.logprobs, advantage, reward, completion.support))
         groups.append((group.prompt.tokens, rows))
     totals = BatchTotals(num_rows, num_tokens, max_length)
     return [make_stream(part) for part in split_by_tokens(groups, micro_batch_tokens)], totals
 
 
-def split_by_tokens(groups: Sequence[PromptRows], max_tokens: int) -> list[list[PromptRows]]:
+def split_by_tokens(
+    groups: Sequence[PromptRows], max_tokens: int, *, whole_groups: bool = False
+) -> list[list[PromptRows]]:
     """Cut groups into micro-batches of at most `max_tokens` stream tokens, in order.
 
-    A group that does not fit is cut too, and its prompt stands in both; a row that does not fit stands alone.
+    A group that does not fit is cut too, and its prompt stands in both, unless `whole_groups` holds it together; a row (or
+    whole group) that does not fit stands alone.
     """
     parts: list[list[PromptRows]] = []
     room = 0
     for prompt, rows in groups:
         placed: list[Row] | None = None  # this group's rows in the newest part
+        if whole_groups and len(prompt) + sum(len(row.tokens) for row in rows) > room:
+            parts.append([])
+            room = max_tokens
         for row in rows:
             cost = len(row.tokens) + (0 if placed is not None else len(prompt))
-            if not parts or cost > room:
+            if not parts or (cost > room and not whole_groups):
                 parts.append([])
                 room, placed = max_tokens, None
                 cost = len(row.tokens) + len(prompt)
@@ -104,6 +118,7 @@ def make_stream(groups: Sequence[PromptRows]) -> Stream:
         predictors=torch.tensor(predictors),
         row=torch.tensor(row_of),
         advantages=torch.tensor([row.advantage for row in rows], dtype=torch.float32),
+        rewards=torch.tensor([row.reward for row in rows], dtype=torch.float32),
         sampler_logprobs=torch.cat([row.logprobs for row in rows]).float(),
         support=support,
     )

@@ -154,7 +154,7 @@ def _add_evaluations(figure: Any, store: Store, go: Any) -> None:
 def _groups(store: Store) -> str:
     """Groups at the start, in the middle and at the end, with every token coloured."""
     steps = [
-        row["step"] for row in store.read("SELECT DISTINCT step FROM completions WHERE stage = 'grpo' ORDER BY step")
+        row["step"] for row in store.read("SELECT DISTINCT step FROM completions WHERE stage = 'train' ORDER BY step")
     ]
     if not steps:
         return ""
@@ -168,7 +168,7 @@ def _groups(store: Store) -> str:
     ]
     for step in chosen:
         prompts = store.read(
-            "SELECT prompt_number, MAX(advantage) - MIN(advantage) AS spread FROM completions WHERE stage = 'grpo' AND "
+            "SELECT prompt_number, MAX(advantage) - MIN(advantage) AS spread FROM completions WHERE stage = 'train' AND "
             "step = ? GROUP BY prompt_number ORDER BY spread = 0, prompt_number LIMIT ?",
             step,
             _GROUPS_PER_STEP,
@@ -176,7 +176,7 @@ def _groups(store: Store) -> str:
         parts.append(f"<h3>Step {step}</h3>")
         for row in prompts:
             completions = store.read(
-                "SELECT * FROM completions WHERE stage = 'grpo' AND step = ? AND prompt_number = ? "
+                "SELECT * FROM completions WHERE stage = 'train' AND step = ? AND prompt_number = ? "
                 "ORDER BY reward DESC, completion_number",
                 step,
                 row["prompt_number"],
@@ -224,11 +224,11 @@ def _events(store: Store) -> str:
 
 
 def _names(store: Store) -> list[str]:
-    return [row["name"] for row in store.read("SELECT DISTINCT name FROM metrics WHERE stage = 'grpo' ORDER BY name")]
+    return [row["name"] for row in store.read("SELECT DISTINCT name FROM metrics WHERE stage = 'train' ORDER BY name")]
 
 
 def _series(store: Store, name: str) -> tuple[list[int], list[float]]:
-    rows = store.read("SELECT step, value FROM metrics WHERE stage = 'grpo' AND name = ? ORDER BY step", name)
+    rows = store.read("SELECT step, value FROM metrics WHERE stage = 'train' AND name = ? ORDER BY step", name)
     return [row["step"] for row in rows], [row["value"] for row in rows]
 
 

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 from coterie.noise import permutation
 from coterie.types import Completion, Group, Prompt, Scored
 
-Demonstration = tuple[list[int], list[int]]
+Demonstration = tuple[list[int], list[int]]  # prompt and answer tokens
+Preference = tuple[list[int], list[int], list[int]]  # prompt, the preferred answer's tokens, the other's
 
 
 class Task(Protocol):
@@ -25,7 +26,15 @@ class Task(Protocol):
     def examples(self) -> Sequence[Prompt]: ...
 
     def demonstrations(self, count: int, *, seed: int, step: int) -> list[Demonstration]:
-        """Prompt and answer tokens for supervised fine-tuning."""
+        """What supervised fine-tuning learns in a step."""
+        ...
+
+    def preferences(self, count: int, *, seed: int, step: int) -> list[Preference]:
+        """The pairs that DPO or a reward model learns from in a step."""
+        ...
+
+    def heldout_preferences(self, count: int, *, seed: int) -> list[Preference]:
+        """At most `count` pairs whose prompts are held out."""
         ...
 
     def columns_of(self, text: str) -> Mapping[str, Any] | None:
@@ -50,6 +59,11 @@ def draw(task: Task, count: int, *, seed: int, step: int) -> list[Prompt]:
         key = epoch * size + prompt.key  # a prompt drawn twice in a step, across epochs, gets noise of its own
         prompts.append(replace(prompt, key=key))
     return prompts
+
+
+def draw_again(task: Task, count: int, *, seed: int, step: int, attempt: int) -> list[Prompt]:
+    """More prompts for a step, in place of groups without signal: at random, no prompt twice in an attempt."""
+    return [task.train[i] for i in permutation(len(task.train), seed, "redraw", step, attempt)[:count]]
 
 
 def completions_of(groups: Sequence[Group]) -> list[tuple[Prompt, Completion]]:

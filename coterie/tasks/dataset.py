@@ -10,9 +10,9 @@ from typing import Any
 
 from coterie.errors import UserError, nearest
 from coterie.models.codec import Codec
-from coterie.noise import key
+from coterie.noise import key, permutation
 from coterie.recipe import DatasetTask, is_local_path
-from coterie.tasks.base import Demonstration
+from coterie.tasks.base import Demonstration, Preference, draw
 from coterie.types import Prompt, Scored
 
 Row = tuple[str, Mapping[str, Any]]  # where it stands, and its columns
@@ -22,8 +22,11 @@ class Dataset:
     """The task. Which rows are held out depends on their prompts alone, so equal prompts are on the same side."""
 
     def __init__(self, settings: DatasetTask, codec: Codec) -> None:
-        self._settings = settings
+        self._settings, self._codec = settings, codec
         rows = list(read_rows(settings))
+        for column in filter(None, (settings.answer, settings.chosen, settings.rejected)):
+            for origin, row in rows:
+                _answer_of(row, origin, column)
         contents = [_prompt_of(row, origin, settings.prompt) for origin, row in rows]
         prompts = []
         for number, ((origin, columns), content) in enumerate(zip(rows, contents, strict=True)):
@@ -44,7 +47,26 @@ class Dataset:
         self.examples = (self.heldout or self.train)[:2]
 
     def demonstrations(self, count: int, *, seed: int, step: int) -> list[Demonstration]:
-        raise AssertionError("recipes refuse a cold start on a data set")
+        """The rows' answers, every row once an epoch."""
+        column = self._settings.answer
+        assert column is not None, "recipes refuse sft on a data set without an answer column"
+        return [(p.tokens, self._answer(p, column)) for p in draw(self, count, seed=seed, step=step)]
+
+    def preferences(self, count: int, *, seed: int, step: int) -> list[Preference]:
+        """The rows' pairs, every row once an epoch."""
+        return [self._pair(prompt) for prompt in draw(self, count, seed=seed, step=step)]
+
+    def heldout_preferences(self, count: int, *, seed: int) -> list[Preference]:
+        return [self._pair(self.heldout[i]) for i in permutation(len(self.heldout), seed, "pairs")[:count]]
+
+    def _pair(self, prompt: Prompt) -> Preference:
+        chosen, rejected = self._settings.chosen, self._settings.rejected
+        assert chosen is not None, "recipes refuse preferences on a data set without their columns"
+        assert rejected is not None
+        return prompt.tokens, self._answer(prompt, chosen), self._answer(prompt, rejected)
+
+    def _answer(self, prompt: Prompt, column: str) -> list[int]:
+        return self._codec.encode_answer(_answer_of(prompt.columns, prompt.origin, column))
 
     def columns_of(self, text: str) -> Mapping[str, Any] | None:
         """Those of the first row with this prompt."""
@@ -124,6 +146,20 @@ def _hub_rows(settings: DatasetTask) -> Iterator[Row]:
         ) from error
     for number, row in enumerate(rows, start=1):
         yield f"{settings.data}[{settings.split}]:{number}", row
+
+
+def _answer_of(row: Mapping[str, Any], origin: str, column: str) -> str:
+    """The text of an answer: a string, or a list of messages of which the assistant's last one is the answer."""
+    if column not in row:
+        raise UserError(f"{origin}: has no column {column!r}; {nearest(column, map(str, row))}")
+    answer = row[column]
+    if isinstance(answer, list) and answer and isinstance(answer[-1], dict) and answer[-1].get("role") == "assistant":
+        answer = answer[-1].get("content")
+    if not isinstance(answer, str):
+        raise UserError(
+            f"{origin}: column {column!r} holds {row[column]!r:.60}; text, or messages that end with the assistant's, are allowed"
+        )
+    return answer
 
 
 def _prompt_of(row: Mapping[str, Any], origin: str, column: str) -> Any:

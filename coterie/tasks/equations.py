@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from coterie.models.codec import Codec
 from coterie.noise import key, mix, uniform
 from coterie.rewards.steps import all_steps, check, parse_equation
-from coterie.tasks.base import Demonstration, completions_of
+from coterie.tasks.base import Demonstration, Preference, completions_of
 from coterie.types import Messages, Prompt, Scored
 
 HELDOUT_SHARE = 0.1
@@ -90,7 +90,13 @@ def _problems(factors: range, solutions: range) -> list[Problem]:
 
 
 PROBLEMS = _problems(range(2, 10), range(1, 10))
+_BY_EQUATION = {problem.equation: problem for problem in PROBLEMS}
 ONE_STEP_PROBLEMS = _problems(range(1, 2), range(1, 82))
+
+
+def problem_of(equation: str) -> Problem:
+    """The problem that an equation of the task states."""
+    return _BY_EQUATION[equation]
 
 
 def is_heldout(problem: Problem) -> bool:
@@ -133,6 +139,29 @@ class Equations:
         problem, quality = problems[which], "complete" if one_step else _chosen(of_quality)
         answer = problem.solution_text(LANGUAGES[language], quality, guess=1 + int(of_guess * 9))
         return self._codec.encode_prompt(_asked(problem, LANGUAGES[language])), self._codec.encode_answer(answer)
+
+    def preferences(self, count: int, *, seed: int, step: int) -> list[Preference]:
+        """Complete solutions, each beside a worse answer: a guess, a terse solution, or a wrong sum."""
+        noise = mix(_tensor(key(seed, "preferences", step)), _tensor(range(count * 3)))
+        return [self._preference(self.train, *chances) for chances in uniform(noise).view(count, 3).tolist()]
+
+    def heldout_preferences(self, count: int, *, seed: int) -> list[Preference]:
+        noise = mix(_tensor(key(seed, "heldout preferences")), _tensor(range(count * 3)))
+        return [self._preference(self.heldout, *chances) for chances in uniform(noise).view(count, 3).tolist()]
+
+    def _preference(self, prompts: list[Prompt], of_prompt: float, of_kind: float, of_number: float) -> Preference:
+        prompt = prompts[int(of_prompt * len(prompts))]
+        language, problem = prompt.columns["language"], problem_of(prompt.columns["equation"])
+        chosen = problem.solution_text(language, "complete", 0)
+        if of_kind < 1 / 3:
+            rejected = problem.solution_text(language, "guess", 1 + int(of_number * 9))
+        elif of_kind < 2 / 3:
+            rejected = problem.solution_text(language, "terse", 0)
+        else:  # right up to the sum, which is off by up to 4 and not 0
+            wrong = problem.factor * problem.solution + (-4, -3, -2, -1, 1, 2, 3, 4)[int(of_number * 8)]
+            first, _, *rest = chosen.split("\n")
+            rejected = "\n".join([first, f"{problem.factor}x = {wrong}", *rest])
+        return prompt.tokens, self._codec.encode_answer(chosen), self._codec.encode_answer(rejected)
 
     def columns_of(self, text: str) -> Mapping[str, Any] | None:
         """Any linear equation after a word or two."""

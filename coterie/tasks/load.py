@@ -23,7 +23,8 @@ def prepare(recipe: Recipe) -> tuple[list[Reward], Codec, Task]:
     config = load_config(recipe)
     codec = load_codec(recipe)
     task = make_task(recipe.task, codec)
-    check_lengths(task, recipe.sampling, context_length_of(config))
+    if recipe.method != "reward_model":
+        check_lengths(task, recipe.sampling, context_length_of(config))
     return rewards, codec, task
 
 

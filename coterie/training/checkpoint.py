@@ -11,8 +11,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,10 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coterie.errors import UserError
-from coterie.models.policy import Policy
 
 MANIFEST = "manifest.json"
-STAGES = ("sft", "grpo")
+STAGES = ("cold_start", "train")
 
 
 @dataclass(frozen=True)
@@ -37,21 +36,36 @@ class Position:
 
     @property
     def name(self) -> str:
-        return f"step_{self.step:06d}" if self.stage == "grpo" else f"{self.stage}_{self.step:06d}"
+        return f"step_{self.step:06d}" if self.stage == "train" else f"{self.stage}_{self.step:06d}"
 
     @property
     def order(self) -> tuple[int, int]:
         return STAGES.index(self.stage), self.step
 
 
-def save_checkpoint(folder: Path, position: Position, policy: Policy, optimiser: torch.optim.Optimizer) -> Path:
+@dataclass(frozen=True)
+class TrainState:
+    """All that changes while a run trains.
+
+    models: by file name, the policy's as "model". optimisers: by file name, each with the model it trains. numbers: what
+    controllers hold, changed in place.
+    """
+
+    models: Mapping[str, torch.nn.Module]
+    optimisers: Mapping[str, tuple[torch.nn.Module, torch.optim.Optimizer]] = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+def save_checkpoint(folder: Path, position: Position, state: TrainState) -> Path:
     """Write `folder/NAME`, whole or not at all. A checkpoint of that name is replaced."""
     final, aside = folder / position.name, folder / f".{position.name}.writing"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    save_file(_parameters(policy), aside / "model.safetensors")
-    save_file(_optimiser_tensors(policy, optimiser), aside / "optimiser.safetensors")
-    (aside / "position.json").write_text(json.dumps(asdict(position)))
+    for name, model in state.models.items():
+        save_file(_parameters(model), aside / f"{name}.safetensors")
+    for name, (model, optimiser) in state.optimisers.items():
+        save_file(_optimiser_tensors(model, optimiser), aside / f"{name}.safetensors")
+    (aside / "position.json").write_text(json.dumps({**asdict(position), "numbers": state.numbers}))
     files = sorted(aside.iterdir())
     manifest = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
     (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -63,22 +77,28 @@ def save_checkpoint(folder: Path, position: Position, policy: Policy, optimiser:
     return final
 
 
-def load_checkpoint(path: Path, policy: Policy, optimiser: torch.optim.Optimizer | None = None) -> None:
-    """Put a checkpoint's weights, and its optimiser state if one is given, in place. UserError where it is damaged."""
+def load_checkpoint(path: Path, state: TrainState) -> None:
+    """Put what a checkpoint holds in place: all that `state` names. UserError where it is damaged or lacks something."""
     wrong = _damage(path)
+    for name in (*state.models, *state.optimisers):
+        if wrong is None and not (path / f"{name}.safetensors").is_file():
+            wrong = f"{name}.safetensors is missing"
     if wrong is not None:
         raise UserError(f"{path}: {wrong}")
-    tensors = load_file(path / "model.safetensors")
     with torch.no_grad():
-        for name, parameter in policy.model.named_parameters():
-            parameter.copy_(tensors[name])
-    if optimiser is None:
-        return
-    state = load_file(path / "optimiser.safetensors")
-    for name, parameter in policy.model.named_parameters():
-        slots = {key.rpartition("/")[2]: value for key, value in state.items() if key.rpartition("/")[0] == name}
-        if slots:  # a checkpoint of the very start has none
-            optimiser.state[parameter] = {slot: value.to(parameter.device) for slot, value in slots.items()}
+        for name, model in state.models.items():
+            tensors = load_file(path / f"{name}.safetensors")
+            for key, parameter in model.named_parameters():
+                parameter.copy_(tensors[key])
+    for name, (model, optimiser) in state.optimisers.items():
+        found = load_file(path / f"{name}.safetensors")
+        for key, parameter in model.named_parameters():
+            slots = {
+                place.rpartition("/")[2]: value for place, value in found.items() if place.rpartition("/")[0] == key
+            }
+            if slots:  # a checkpoint of the very start has none
+                optimiser.state[parameter] = {slot: value.to(parameter.device) for slot, value in slots.items()}
+    state.numbers.update(json.loads((path / "position.json").read_text())["numbers"])
 
 
 def find_checkpoint(folder: Path, report: Callable[[str], None]) -> Position:
@@ -114,25 +134,26 @@ def prune_checkpoints(folder: Path, keep_last: int) -> None:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # a damaged one is kept, to be looked at
             whole[path] = _position(path)
     for path in sorted(whole, key=lambda path: whole[path].order)[:-keep_last]:
-        if path.name != Position("grpo", 0).name:
+        if path.name != Position("train", 0).name:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _parameters(policy: Policy) -> dict[str, Tensor]:
-    return {name: parameter.detach().cpu().contiguous() for name, parameter in policy.model.named_parameters()}
+def _parameters(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
 
 
-def _optimiser_tensors(policy: Policy, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimiser_tensors(model: torch.nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's state as `parameter/slot` -> tensor."""
     return {
         f"{name}/{slot}": value.detach().cpu().contiguous()
-        for name, parameter in policy.model.named_parameters()
+        for name, parameter in model.named_parameters()
         for slot, value in optimiser.state.get(parameter, {}).items()
     }
 
 
 def _position(path: Path) -> Position:
-    position = Position(**json.loads((path / "position.json").read_text()))
+    stored = json.loads((path / "position.json").read_text())
+    position = Position(stored["stage"], stored["step"], stored["seconds"])
     if position.stage not in STAGES or not isinstance(position.step, int):
         raise ValueError(position)
     return position
@@ -146,9 +167,10 @@ def _damage(path: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} is missing or unreadable: {error}"
     for name in ("model.safetensors", "optimiser.safetensors", "position.json"):
-        file = path / name
         if name not in expected:
             return f"{MANIFEST} does not name {name}"
+    for name in expected:
+        file = path / name
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != expected[name][0]:

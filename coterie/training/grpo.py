@@ -5,32 +5,36 @@ prompts -> completions -> rewards -> advantages -> stream -> log-probabilities -
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from coterie.algorithms.advantages import group_advantages, has_signal
+from coterie.algorithms.advantages import has_signal
+from coterie.algorithms.controllers import adapted_entropy_weight, adapted_kl_weight
 from coterie.algorithms.kl import k3
 from coterie.evals.evaluate import evaluate, heldout_prompts
 from coterie.models.codec import Codec
 from coterie.models.policy import Policy
 from coterie.recipe import Recipe
-from coterie.rewards.score import Reward, score
-from coterie.rollouts.collect import collect
+from coterie.rewards.score import Reward
 from coterie.rollouts.engine import Engine
-from coterie.rollouts.pack import Row, make_stream, pack, split_by_tokens
-from coterie.tasks.base import Task, draw
-from coterie.training.metrics import Tally
+from coterie.rollouts.pack import pack
+from coterie.tasks.base import Task
+from coterie.training.checkpoint import TrainState
+from coterie.training.metrics import Clock, Tally
 from coterie.training.optimise import (
     UpdateSettings,
     learning_rate_at,
+    load_objective,
+    logprobs_of,
+    make_optimiser,
     optimise,
-    reference_logprobs_of,
     set_learning_rate,
 )
+from coterie.training.reference import move_reference
 from coterie.training.run import Run
+from coterie.training.sample import Drawn, load_advantages, sample_step, streams_of, with_kl
 from coterie.types import Scored, Stream
 
 
@@ -43,32 +47,33 @@ def train_grpo(
     policy: Policy,
     reference: Policy,
     engine: Engine,
-    optimiser: torch.optim.Optimizer,
 ) -> None:
     """Every step samples, scores, updates, records, and where it is time evaluates and saves."""
-    sampling, loss, seed = recipe.sampling, recipe.loss, recipe.seed
-    settings = UpdateSettings.of(loss, recipe.kl, sampling.temperature, recipe.optimiser)
-    heldout = heldout_prompts(task, recipe.evaluation.prompts, seed=seed)
-    run.restore("grpo", policy, optimiser)
-    for step in run.remaining("grpo", recipe.steps):
+    temperature, budget = recipe.sampling.temperature, recipe.optimiser.micro_batch_tokens
+    objective, advantages_of = load_objective(recipe.loss), load_advantages(recipe, rewards)
+    optimiser = make_optimiser(policy.model, recipe.optimiser)
+    weights = {"kl_weight": recipe.loss.kl_weight, "entropy_weight": recipe.entropy.weight}
+    moving = {"reference": reference.model} if recipe.reference.kind != "frozen" else {}
+    state = TrainState({"model": policy.model, **moving}, {"optimiser": (policy.model, optimiser)}, weights)
+    run.restore("train", state)
+    for step in run.remaining("train", recipe.steps):
         clock = Clock()
-        prompts = draw(task, recipe.prompts_per_step, seed=seed, step=step)
-        groups = collect(
-            engine, prompts, codec, sampling, num_completions=recipe.group_size, noise=(seed, "train", step)
-        )
-        clock.lap("time/sample_seconds")
-        scored = score(groups, rewards, max_failed_share=recipe.max_failed_rewards)
-        clock.lap("time/score_seconds")
-        advantages = group_advantages(scored.rewards, scale=recipe.advantage.scale, epsilon=recipe.advantage.epsilon)
+        drawn = sample_step(recipe, task, rewards, codec, engine, step, clock)
+        scored = drawn.learned
+        if recipe.loss.kl_weight and recipe.kl.place == "reward":
+            scored = with_kl(scored, policy, reference, recipe, weight=weights["kl_weight"])
+        advantages = advantages_of(scored)  # [P, G]
+        settings = UpdateSettings.of(recipe, **weights, temperature=temperature)
+        held = settings.kl_weight > 0 or recipe.loss.objective == "anchored"
         streams, totals = pack(
             scored,
             advantages,
-            max_length=sampling.max_new_tokens,
-            micro_batch_tokens=recipe.optimiser.micro_batch_tokens,
-            drop_silent=loss.kl_weight == 0,
+            max_length=recipe.sampling.max_new_tokens,
+            micro_batch_tokens=budget,
+            drop_silent=only_advantages_act(recipe),
         )
-        watched = streams if loss.kl_weight else first_of_each_group(scored, recipe.optimiser.micro_batch_tokens)
-        reference_logprobs = reference_logprobs_of(reference, watched, temperature=sampling.temperature)
+        watched = streams if held else streams_of(scored, budget, per_group=1)
+        reference_logprobs = logprobs_of(reference, watched, temperature=temperature)
         learning_rate = learning_rate_at(step, recipe.steps, recipe.optimiser)
         set_learning_rate(optimiser, learning_rate)
         tally = optimise(
@@ -77,37 +82,71 @@ def train_grpo(
             streams,
             totals,
             settings,
-            reference_logprobs=reference_logprobs if loss.kl_weight else None,
+            objective=objective,
+            reference=reference,
+            reference_logprobs=reference_logprobs if held else None,
             sampled_by_policy=True,
         )
+        move_reference(reference, policy, recipe.reference, step)
         engine.load_weights(policy, step)
         clock.lap("time/train_seconds")
-        tally.merge(rollout_metrics(scored))
+        tally.merge(rollout_metrics(drawn.scored))
+        tally.merge(redraw_metrics(drawn))
         tally.merge(divergence_metrics(watched, reference_logprobs))
-        metrics = {**tally.values(), "optimiser/learning_rate": learning_rate, **clock.seconds}
-        run.record("grpo", step, metrics, scored, advantages, codec.pieces)
-        run.console.say(metrics_line(step, recipe.steps, metrics, list(scored.parts)))
-        if recipe.evaluation.every and step % recipe.evaluation.every == 0 and step < recipe.steps and heldout:
-            evaluation = evaluate(
-                engine, task, heldout, rewards, codec, sampling, num_samples=1, seed=seed, greedy=False
-            )
-            run.record_evaluation("grpo", step, evaluation)
-        run.checkpoint("grpo", step, policy, optimiser, last=step == recipe.steps)
+        metrics = {
+            **tally.values(),
+            "optimiser/learning_rate": learning_rate,
+            **controlled(recipe, weights),
+            **clock.seconds,
+        }
+        adapt(weights, recipe, metrics)
+        recorded = drawn.scored if scored is drawn.scored or len(drawn.kept) < len(drawn.scored.groups) else scored
+        run.record("train", step, metrics, recorded, drawn.spread(advantages), codec.pieces)
+        run.console.say(metrics_line("grpo", step, recipe.steps, metrics, list(scored.parts)))
+        evaluate_on_the_way(run, recipe, task, rewards, codec, engine, step)
+        run.checkpoint("train", step, state, last=step == recipe.steps)
 
 
-class Clock:
-    """Seconds spent on the parts of a step."""
+def only_advantages_act(recipe: Recipe) -> bool:
+    """Whether a completion whose advantage is 0 has no gradient at all, so that it can be left out."""
+    ours = ":" not in recipe.loss.objective and recipe.loss.objective != "anchored"
+    return ours and not recipe.loss.kl_weight and not recipe.entropy.weight and recipe.entropy.target is None
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._start = self._last = time.perf_counter()
 
-    def lap(self, name: str) -> None:
-        """Put the time since the last lap under a name, and keep the whole."""
-        now = time.perf_counter()
-        self.seconds[name] = now - self._last
-        self._last = now
-        self.seconds["time/step_seconds"] = now - self._start
+def adapt(weights: dict[str, float], recipe: Recipe, metrics: dict[str, float]) -> None:
+    """Move the weights that hold a target, for the next step."""
+    if recipe.kl.target is not None and "policy/kl" in metrics:
+        weights["kl_weight"] = adapted_kl_weight(
+            weights["kl_weight"], metrics["policy/kl"], target=recipe.kl.target, rate=recipe.kl.adapt_rate
+        )
+    if recipe.entropy.target is not None:
+        weights["entropy_weight"] = adapted_entropy_weight(
+            weights["entropy_weight"],
+            metrics["policy/entropy"],
+            target=recipe.entropy.target,
+            rate=recipe.entropy.adapt_rate,
+        )
+
+
+def controlled(recipe: Recipe, weights: dict[str, float]) -> dict[str, float]:
+    """The weights of this step that a controller moves, as metrics."""
+    targets = {"kl_weight": recipe.kl.target, "entropy_weight": recipe.entropy.target}
+    return {f"loss/{name}": weights[name] for name, target in targets.items() if target is not None}
+
+
+def evaluate_on_the_way(
+    run: Run, recipe: Recipe, task: Task, rewards: Sequence[Reward], codec: Codec, engine: Engine, step: int
+) -> None:
+    """Held-out accuracy between the start and the end, if it is time to."""
+    settings = recipe.evaluation
+    if not settings.every or step % settings.every or step >= recipe.steps:
+        return
+    heldout = heldout_prompts(task, settings.prompts, seed=recipe.seed)
+    if heldout:
+        evaluation = evaluate(
+            engine, task, heldout, rewards, codec, recipe.sampling, num_samples=1, seed=recipe.seed, greedy=False
+        )
+        run.record_evaluation("train", step, evaluation)
 
 
 def rollout_metrics(scored: Scored) -> Tally:
@@ -127,7 +166,19 @@ def rollout_metrics(scored: Scored) -> Tally:
     tally.add_values("policy/entropy", torch.cat([completion.entropies for completion in completions]))
     tally.add_values("completion/tokens_mean", lengths)
     tally.add_maximum("completion/tokens_max", lengths)
+    tally.add("completion/num_tokens", lengths.sum())
     tally.add("completion/truncated_share", sum(c.ended == "length" for c in completions), len(completions))
+    return tally
+
+
+def redraw_metrics(drawn: Drawn) -> Tally:
+    """What dynamic sampling cost: groups dropped, and the tokens that were spent on them."""
+    tally = Tally()
+    dropped = set(range(len(drawn.scored.groups))) - set(drawn.kept)
+    if dropped:
+        spent = sum(len(c.tokens) for i in dropped for c in drawn.scored.groups[i].completions)
+        tally.add("redraw/num_dropped_groups", len(dropped))
+        tally.add("redraw/num_dropped_tokens", spent)
     return tally
 
 
@@ -139,18 +190,9 @@ def divergence_metrics(streams: Sequence[Stream], reference_logprobs: Sequence[T
     return tally
 
 
-def first_of_each_group(scored: Scored, micro_batch_tokens: int) -> list[Stream]:
-    """One completion of each group, to watch the KL on where the loss does not need it on all."""
-    groups = [
-        (group.prompt.tokens, [Row(c.tokens, c.logprobs, 0.0, c.support) for c in group.completions[:1]])
-        for group in scored.groups
-    ]
-    return [make_stream(part) for part in split_by_tokens(groups, micro_batch_tokens)]
-
-
-def metrics_line(step: int, num_steps: int, metrics: dict[str, float], parts: list[str]) -> str:
+def metrics_line(method: str, step: int, num_steps: int, metrics: dict[str, float], parts: list[str]) -> str:
     """The line a person reads."""
-    shown = [f"grpo {step}/{num_steps}", f"reward {metrics.get('reward/mean', float('nan')):.2f}"]
+    shown = [f"{method} {step}/{num_steps}", f"reward {metrics.get('reward/mean', float('nan')):.2f}"]
     if len(parts) > 1:
         shown += [f"{part} {metrics[f'reward/{part}']:.2f}" for part in parts if f"reward/{part}" in metrics]
     shown += [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 import torch
@@ -39,3 +40,18 @@ class Tally:
         """The means and maxima. A mean of nothing is left out."""
         means = {name: self.sums[name] / count for name, count in self.counts.items() if count}
         return {**means, **self.maxima}
+
+
+class Clock:
+    """Seconds spent on the parts of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Add the time since the last lap to a name, and keep the whole."""
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+        self.seconds["time/step_seconds"] = now - self._start

@@ -5,37 +5,89 @@ Legend: N completion tokens of a stream, B its rows.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from coterie.algorithms.aggregate import aggregate
 from coterie.algorithms.kl import k3, kl_penalty
-from coterie.algorithms.objectives import clipped_at, clipped_loss
-from coterie.algorithms.ratios import RATIOS
-from coterie.models.logprobs import token_logprobs
+from coterie.algorithms.objectives import OBJECTIVES, TokenTerms, clipped_at
+from coterie.algorithms.ratios import importance_weights
+from coterie.errors import UserError
+from coterie.models.logprobs import token_logprobs, token_statistics
 from coterie.models.policy import Policy
-from coterie.recipe import KL, ColdStart, Loss, Optimiser
+from coterie.recipe import KL, ColdStart, Correction, Loss, Optimiser, Recipe
+from coterie.rewards.load import load_function
 from coterie.training.metrics import Tally
 from coterie.types import BatchTotals, Stream
+
+Objective = Callable[[TokenTerms], Tensor]
 
 
 @dataclass(frozen=True)
 class UpdateSettings:
-    """What an update on one batch of samples needs to know."""
+    """What an update on one batch of samples needs to know.
+
+    kl_weight, entropy_weight: those of this step, which a controller may have moved. The KL's acts here only where its place
+    is the loss.
+    """
 
     loss: Loss
-    kl_estimator: str = "k3"
+    kl: KL = field(default_factory=KL)
+    kl_weight: float = 0.0
+    entropy_weight: float = 0.0
+    correction: Correction = field(default_factory=Correction)
     temperature: float = 1.0
     num_updates: int = 1
     max_grad_norm: float = 1.0
 
     @classmethod
-    def of(cls, loss: Loss, kl: KL, temperature: float, optimiser: Optimiser) -> UpdateSettings:
-        return cls(loss, kl.estimator, temperature, optimiser.updates_per_batch, optimiser.max_grad_norm)
+    def of(cls, recipe: Recipe, *, kl_weight: float, entropy_weight: float, temperature: float) -> UpdateSettings:
+        optimiser = recipe.optimiser
+        return cls(
+            recipe.loss,
+            recipe.kl,
+            kl_weight if recipe.kl.place == "loss" else 0.0,
+            entropy_weight,
+            recipe.correction,
+            temperature,
+            optimiser.updates_per_batch,
+            optimiser.max_grad_norm,
+        )
+
+    @property
+    def exact_kl(self) -> bool:
+        return self.kl_weight > 0 and self.kl.estimator == "exact"
+
+
+def load_objective(loss: Loss) -> Objective:
+    """The objective that a recipe names, ours or the user's own, with those of the `loss` settings that it takes as keywords.
+
+    Raises UserError where the user's function is missing, or asks for a keyword that is no such setting.
+    """
+    function = OBJECTIVES.get(loss.objective)
+    if function is None:
+        function = load_function(loss.objective, "loss.objective")
+    keywords = chosen_keywords(function, loss.model_dump(), f"loss.objective: {loss.objective}")
+    return lambda terms: function(terms, **keywords)
+
+
+def chosen_keywords(function: Callable[..., Any], settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Those settings that a function takes as keyword-only arguments. UserError where it needs one that does not exist."""
+    chosen = {}
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            continue
+        if parameter.name in settings:
+            chosen[parameter.name] = settings[parameter.name]
+        elif parameter.default is parameter.empty:
+            raise UserError(f"{name} needs {parameter.name}, which is no setting; there are: {', '.join(settings)}")
+    return chosen
 
 
 def learning_rate_at(step: int, num_steps: int, settings: Optimiser | ColdStart) -> float:
@@ -49,13 +101,15 @@ def learning_rate_at(step: int, num_steps: int, settings: Optimiser | ColdStart)
     return settings.learning_rate * (share if settings.schedule == "constant" else final + (1 - final) * share)
 
 
-def make_optimiser(policy: Policy, settings: Optimiser | None = None) -> torch.optim.Optimizer:
+def make_optimiser(
+    model: torch.nn.Module, settings: Optimiser | None = None, learning_rate: float | None = None
+) -> torch.optim.Optimizer:
     """AdamW over all parameters that are trained, in the model's order."""
     settings = settings or Optimiser()
-    parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(
         parameters,
-        lr=settings.learning_rate,
+        lr=learning_rate or settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
         weight_decay=settings.weight_decay,
         fused=True,
@@ -69,81 +123,141 @@ def optimise(
     totals: BatchTotals,
     settings: UpdateSettings,
     *,
+    objective: Objective | None = None,
+    reference: Policy | None = None,
     reference_logprobs: Sequence[Tensor] | None = None,
     sampled_by_policy: bool = False,
+    token_advantages: Sequence[Tensor] | None = None,
 ) -> Tally:
     """One or more optimiser steps on a batch of samples, cut into micro-batches in any way.
 
-    `reference_logprobs`: [N] for each stream, needed where the KL has a weight. `sampled_by_policy`: the samples come from
-    these very weights. Then pi_old is what the first update computes, and the ratio starts at exactly 1; how far the
-    sampler's own log-probabilities lie from it, through rounding, is the metric "policy/sampler_gap_max".
+    `objective`: the one that `settings` names, unless given. `reference_logprobs`: [N] for each stream, needed where the KL
+    has a weight in the loss and where the objective asks for them; `reference` itself only for the exact KL.
+    `token_advantages`: [N] for each stream, in place of the streams' own, one per row.
+    `sampled_by_policy`: the samples come from these very weights. Then pi_old is what the first update computes, and the
+    ratio starts at exactly 1; how far the sampler's own log-probabilities lie from it is the metric
+    "policy/sampler_gap_max". A correction for the sampler makes pi_old the same, and weighs each token or row by how much
+    likelier pi_old makes it than the sampler did.
     """
+    objective = objective or load_objective(settings.loss)
+    recompute = sampled_by_policy or settings.correction.kind != "none"
     tally = Tally()
     old_logprobs = [stream.sampler_logprobs.to(policy.device) for stream in streams]
     for update in range(settings.num_updates):
         losses: list[float] = []
 
-        def loss_of(
-            number: int,
-            stream: Stream,
-            policy_logprobs: Tensor,
-            first: bool = update == 0,
-            losses: list[float] = losses,
-        ) -> Tensor:
-            if first and sampled_by_policy:
-                old_logprobs[number] = policy_logprobs.detach()
+        def loss_of(number: int, stream: Stream, first: bool = update == 0, losses: list[float] = losses) -> Tensor:
+            statistics = token_statistics(
+                policy,
+                stream,
+                temperature=settings.temperature,
+                entropy=settings.entropy_weight > 0,
+                reference=reference if settings.exact_kl else None,
+            )
+            if first and recompute:
+                old_logprobs[number] = statistics.logprobs.detach()
                 tally.add_maximum("policy/sampler_gap_max", (old_logprobs[number] - stream.sampler_logprobs).abs())
-            reference = reference_logprobs[number] if reference_logprobs is not None else None
-            loss = _policy_loss(stream, policy_logprobs, old_logprobs[number], reference, totals, settings, tally)
+            of_rows = stream.row
+            given = token_advantages[number] if token_advantages is not None else None
+            terms = TokenTerms(
+                policy_logprobs=statistics.logprobs,
+                old_logprobs=old_logprobs[number],
+                advantages=given if given is not None else stream.advantages[of_rows],
+                rewards=stream.rewards[of_rows],
+                row=of_rows,
+                num_rows=stream.num_rows,
+                reference_logprobs=reference_logprobs[number] if reference_logprobs is not None else None,
+            )
+            per_token = _loss_per_token(
+                terms, stream, settings, objective, statistics.entropies, statistics.exact_kls, tally
+            )
+            aggregation = settings.loss.aggregation
+            loss = aggregate(per_token, of_rows, stream.row_lengths, aggregation=aggregation, totals=totals)
             losses.append(loss.item())
+            _add_ratio_metrics(terms, settings, tally)
             return loss
 
-        tally.merge(take_step(policy, optimiser, streams, loss_of, settings.temperature, settings.max_grad_norm))
+        tally.merge(take_step(optimiser, streams, loss_of, policy.device, settings.max_grad_norm))
         tally.add("loss/total", sum(losses))
     return tally
 
 
-def _policy_loss(
+def _loss_per_token(
+    terms: TokenTerms,
     stream: Stream,
-    policy_logprobs: Tensor,
-    old_logprobs: Tensor,
-    reference_logprobs: Tensor | None,
-    totals: BatchTotals,
     settings: UpdateSettings,
+    objective: Objective,
+    entropies: Tensor | None,
+    exact_kls: Tensor | None,
     tally: Tally,
 ) -> Tensor:
-    """This micro-batch's share of the loss of the optimiser step, and its metrics."""
-    loss, row, row_lengths = settings.loss, stream.row, stream.row_lengths
-    log_ratio = policy_logprobs - old_logprobs
-    ratio = RATIOS[loss.ratio](log_ratio, row, stream.num_rows)  # [N]
-    advantages = stream.advantages[row]  # [N]
-    per_token = clipped_loss(ratio, advantages, low=loss.clip_low, high=loss.clip_high)
-    if loss.kl_weight:
-        assert reference_logprobs is not None
-        penalty = kl_penalty(
-            policy_logprobs, reference_logprobs, estimator=settings.kl_estimator, sampler_logprobs=old_logprobs
+    """The objective, corrected for the sampler; plus the KL, less the entropy, each with its weight: [N]."""
+    per_token = _checked(objective(terms), terms)
+    if settings.correction.kind != "none":
+        correction = settings.correction
+        weights = importance_weights(
+            terms.old_logprobs,
+            stream.sampler_logprobs,
+            terms.row,
+            terms.num_rows,
+            level=correction.level,
+            kind=correction.kind,
+            limit=correction.limit,
         )
-        per_token = per_token + loss.kl_weight * penalty
-    total = aggregate(per_token, row, row_lengths, aggregation=loss.aggregation, totals=totals)
-    with torch.no_grad():
-        low, high = clipped_at(ratio, advantages, low=loss.clip_low, high=loss.clip_high)
-        tally.add_values("policy/clip_low_share", low)
-        tally.add_values("policy/clip_high_share", high)
-        tally.add_values("policy/ratio_mean", ratio)
-        tally.add_maximum("policy/ratio_max", ratio)
-        tally.add_values("policy/kl_to_sampler", k3(-log_ratio))
-    return total
+        tally.add_values("policy/correction_mean", weights)
+        tally.add_values("policy/correction_cut_share", (weights == 0) | (weights >= correction.limit))
+        per_token = weights * per_token
+    if exact_kls is not None:
+        per_token = per_token + settings.kl_weight * exact_kls
+    elif settings.kl_weight:
+        assert terms.reference_logprobs is not None
+        penalty = kl_penalty(
+            terms.policy_logprobs,
+            terms.reference_logprobs,
+            estimator=settings.kl.estimator,
+            sampler_logprobs=terms.old_logprobs,
+        )
+        per_token = per_token + settings.kl_weight * penalty
+    if entropies is not None:
+        per_token = per_token - settings.entropy_weight * entropies
+    return per_token
+
+
+def _checked(per_token: Tensor, terms: TokenTerms) -> Tensor:
+    """An objective's answer, which may be a user's: one loss per token."""
+    if not isinstance(per_token, Tensor) or per_token.shape != terms.policy_logprobs.shape:
+        given = tuple(per_token.shape) if isinstance(per_token, Tensor) else type(per_token).__name__
+        wanted = tuple(terms.policy_logprobs.shape)
+        raise UserError(f"loss.objective: returned {given}; a tensor with one loss per token, {wanted}, is needed")
+    return per_token
+
+
+@torch.no_grad()
+def _add_ratio_metrics(terms: TokenTerms, settings: UpdateSettings, tally: Tally) -> None:
+    """How far the policy is from the one that sampled, and how often each clip bound acts (R36)."""
+    loss = settings.loss
+    ratio = terms.ratio(loss.ratio)
+    low, high = terms.bounds(loss.clip_bounds, loss.clip_low, loss.clip_high)
+    if loss.objective == "gmpo":  # its bounds are on the logarithm
+        at_low, at_high = clipped_at(1 + terms.log_ratio, terms.advantages, low=low, high=high)
+    else:
+        at_low, at_high = clipped_at(ratio, terms.advantages, low=low, high=high)
+    if loss.objective in ("clip", "dual_clip", "cispo", "gmpo") or ":" in loss.objective:
+        tally.add_values("policy/clip_low_share", at_low)
+        tally.add_values("policy/clip_high_share", at_high)
+    tally.add_values("policy/ratio_mean", ratio)
+    tally.add_maximum("policy/ratio_max", ratio)
+    tally.add_values("policy/kl_to_sampler", k3(-terms.log_ratio))
 
 
 def take_step(
-    policy: Policy,
     optimiser: torch.optim.Optimizer,
     streams: Sequence[Stream],
-    loss_of: Callable[[int, Stream, Tensor], Tensor],
-    temperature: float,
+    loss_of: Callable[[int, Stream], Tensor],
+    device: torch.device,
     max_grad_norm: float,
 ) -> Tally:
-    """Backward over every micro-batch, clip the gradient's norm, step. `loss_of(number, stream, logprobs [N])` -> scalar.
+    """Backward over every micro-batch, clip the gradient's norm, step. `loss_of(number, stream on the device)` -> scalar.
 
     The gradient is the sum over micro-batches. A loss or gradient that is not finite never reaches the weights: the step
     is skipped and counted.
@@ -154,8 +268,7 @@ def take_step(
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
     finite = True
     for number, stream in enumerate(streams):
-        on_device = stream.to(policy.device)
-        loss = loss_of(number, on_device, token_logprobs(policy, on_device, temperature=temperature))
+        loss = loss_of(number, stream.to(device))
         finite = finite and bool(loss.isfinite())
         if not finite:
             break
@@ -175,6 +288,6 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, learning_rate: float) ->
 
 
 @torch.no_grad()
-def reference_logprobs_of(reference: Policy, streams: Sequence[Stream], *, temperature: float) -> list[Tensor]:
-    """The reference's log-probabilities of each stream's tokens: [N] each."""
-    return [token_logprobs(reference, stream.to(reference.device), temperature=temperature) for stream in streams]
+def logprobs_of(policy: Policy, streams: Sequence[Stream], *, temperature: float) -> list[Tensor]:
+    """A policy's log-probabilities of each stream's tokens, without gradient: [N] each, on its device."""
+    return [token_logprobs(policy, stream.to(policy.device), temperature=temperature) for stream in streams]

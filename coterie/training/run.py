@@ -20,13 +20,13 @@ from torch import Tensor
 import coterie
 from coterie.errors import UserError
 from coterie.evals.evaluate import Evaluation
-from coterie.models.policy import Policy
 from coterie.recipe import Recipe, load_recipe
 from coterie.runs.console import Console
 from coterie.runs.store import Store
 from coterie.training.checkpoint import (
     STAGES,
     Position,
+    TrainState,
     find_checkpoint,
     load_checkpoint,
     prune_checkpoints,
@@ -115,10 +115,10 @@ class Run:
                     self._stop_requested = step < num_steps or stage != STAGES[-1]
                     return
 
-    def restore(self, stage: str, policy: Policy, optimiser: torch.optim.Optimizer) -> None:
-        """Put the checkpoint's weights and optimiser state in place, if the run was resumed inside this stage."""
+    def restore(self, stage: str, state: TrainState) -> None:
+        """Put what the checkpoint holds in place, if the run was resumed inside this stage."""
         if self.position and self.position.stage == stage:
-            load_checkpoint(self.folder / "checkpoints" / self.position.name, policy, optimiser)
+            load_checkpoint(self.folder / "checkpoints" / self.position.name, state)
 
     def record(
         self,
@@ -159,15 +159,13 @@ class Run:
             for number, (prompt, text) in enumerate(examples or ()):
                 self.store.example(stage, step, number, prompt, text)
 
-    def checkpoint(
-        self, stage: str, step: int, policy: Policy, optimiser: torch.optim.Optimizer, *, last: bool = False
-    ) -> None:
+    def checkpoint(self, stage: str, step: int, state: TrainState, *, last: bool = False) -> None:
         """Save if it is time to, at the end of a stage, and before a stop."""
         settings = self.recipe.checkpoint
         if last or step % settings.every == 0 or self._should_stop(stage, step):
             folder = self.folder / "checkpoints"
             try:
-                save_checkpoint(folder, Position(stage, step, self.seconds), policy, optimiser)
+                save_checkpoint(folder, Position(stage, step, self.seconds), state)
             except OSError as error:
                 raise RunFailedError(f"{folder}: the checkpoint can't be written: {error}") from error
             prune_checkpoints(folder, settings.keep_last)

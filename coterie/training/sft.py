@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on a task's demonstrations: the cold start (R15)."""
+"""Supervised fine-tuning on a task's demonstrations (R15): the cold start, or a method of its own."""
 
 from __future__ import annotations
 
@@ -6,46 +6,48 @@ import torch
 from torch import Tensor
 
 from coterie.algorithms.aggregate import aggregate
+from coterie.models.logprobs import token_logprobs
 from coterie.models.policy import Policy
-from coterie.recipe import Recipe
+from coterie.recipe import ColdStart, Recipe
 from coterie.rollouts.pack import Row, make_stream, split_by_tokens
 from coterie.tasks.base import Task
+from coterie.training.checkpoint import TrainState
 from coterie.training.metrics import Tally
-from coterie.training.optimise import learning_rate_at, set_learning_rate, take_step
+from coterie.training.optimise import learning_rate_at, make_optimiser, set_learning_rate, take_step
 from coterie.training.run import Run
 from coterie.types import BatchTotals, Stream
 
 
-def train_sft(run: Run, recipe: Recipe, task: Task, policy: Policy, optimiser: torch.optim.Optimizer) -> None:
+def train_sft(run: Run, recipe: Recipe, task: Task, policy: Policy, *, stage: str, settings: ColdStart) -> None:
     """The loop: demonstrations -> stream -> log-probabilities -> mean negative log-likelihood -> step."""
-    settings = recipe.cold_start
-    assert settings is not None
-    run.restore("sft", policy, optimiser)
-    for step in run.remaining("sft", settings.steps):
+    optimiser = make_optimiser(policy.model, recipe.optimiser)
+    state = TrainState({"model": policy.model}, {"optimiser": (policy.model, optimiser)})
+    run.restore(stage, state)
+    for step in run.remaining(stage, settings.steps):
         pairs = task.demonstrations(settings.rows_per_step, seed=recipe.seed, step=step)
-        groups = [(prompt, [Row(answer, torch.zeros(len(answer)))]) for prompt, answer in pairs]
+        groups = [(prompt, [Row.written(answer)]) for prompt, answer in pairs]
         streams = [make_stream(part) for part in split_by_tokens(groups, recipe.optimiser.micro_batch_tokens)]
         learning_rate = learning_rate_at(step, settings.steps, settings)
         set_learning_rate(optimiser, learning_rate)
         tally = fit(policy, optimiser, streams, max_grad_norm=recipe.optimiser.max_grad_norm)
         metrics = {**tally.values(), "optimiser/learning_rate": learning_rate}
-        run.record("sft", step, metrics)
+        run.record(stage, step, metrics)
         if step == 1 or step % 20 == 0 or step == settings.steps:
             run.console.say(f"sft {step}/{settings.steps}  loss {metrics['loss/total']:.3f}  lr {learning_rate:.1e}")
-        run.checkpoint("sft", step, policy, optimiser, last=step == settings.steps)
+        run.checkpoint(stage, step, state, last=step == settings.steps)
 
 
 def fit(policy: Policy, optimiser: torch.optim.Optimizer, streams: list[Stream], *, max_grad_norm: float) -> Tally:
     """One optimiser step on the mean negative log-likelihood of every target token."""
-    num_rows, num_tokens = sum(s.num_rows for s in streams), sum(len(s.targets) for s in streams)
-    totals = BatchTotals(num_rows, num_tokens, max_length=1)
+    totals = BatchTotals(sum(s.num_rows for s in streams), sum(len(s.targets) for s in streams), max_length=1)
     losses = []
 
-    def loss_of(number: int, stream: Stream, logprobs: Tensor) -> Tensor:
-        loss = aggregate(-logprobs, stream.row, stream.row_lengths, aggregation="token_mean", totals=totals)
+    def loss_of(number: int, stream: Stream) -> Tensor:
+        losses_of_tokens = -token_logprobs(policy, stream)
+        loss = aggregate(losses_of_tokens, stream.row, stream.row_lengths, aggregation="token_mean", totals=totals)
         losses.append(loss.item())
         return loss
 
-    tally = take_step(policy, optimiser, streams, loss_of, 1.0, max_grad_norm)
+    tally = take_step(optimiser, streams, loss_of, policy.device, max_grad_norm)
     tally.add("loss/total", sum(losses))
     return tally

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 import warnings
@@ -10,21 +9,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from coterie.errors import UserError
 from coterie.evals.evaluate import Evaluation, answer_examples, evaluate, heldout_prompts
 from coterie.models.codec import Codec
+from coterie.models.heads import Scorer
 from coterie.models.load import choose_device, start_model
 from coterie.models.policy import Policy, quiet_transformers
-from coterie.recipe import Recipe, find_recipe, load_recipe
+from coterie.recipe import ColdStart, Recipe, find_recipe, load_recipe
 from coterie.rewards.score import Reward
 from coterie.rollouts.collect import make_engine
 from coterie.runs.console import Console
 from coterie.runs.report import write_report
 from coterie.tasks.base import Task
 from coterie.tasks.load import prepare
-from coterie.training.checkpoint import Position, load_checkpoint
+from coterie.training.checkpoint import Position, TrainState, load_checkpoint
 from coterie.training.grpo import train_grpo
 from coterie.training.optimise import make_optimiser
+from coterie.training.ppo import train_ppo
+from coterie.training.preferences import evaluate_pairs, train_dpo, train_reward_model
+from coterie.training.reference import frozen_copy
 from coterie.training.run import Run
 from coterie.training.sft import train_sft
 
@@ -40,7 +45,7 @@ def train(
     """Train a recipe, or go on with an earlier run exactly where its newest checkpoint is.
 
     recipe: a file, the name of a bundled recipe, or a Recipe. overrides: `section.key=value`. out: the run folder; the
-    default is runs/NAME. stop_after: end after this many GRPO steps, saved, to be resumed later. Returns the closed run.
+    default is runs/NAME. stop_after: end after this many steps, cold start aside, saved, to be resumed later. Returns the closed run.
     Raises UserError for what the user can mend, before the model is loaded where that is possible.
     """
     console = Console()
@@ -84,28 +89,62 @@ def _train(run: Run, rewards: list[Reward], codec: Codec, task: Task) -> None:
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     console.say(f"run {run.folder}: {type(model).__name__}, {num_parameters:,} parameters, on {device}")
     console.say(recipe.in_short())
-    engine = make_engine(policy)
-    in_grpo = run.position is not None and run.position.stage == "grpo"
-    if not in_grpo:
-        if recipe.cold_start is not None:
-            train_sft(run, recipe, task, policy, make_optimiser(policy, recipe.optimiser))
+    if not (run.position and run.position.stage == "train"):
+        if recipe.cold_start is not None and recipe.method != "sft":
+            train_sft(run, recipe, task, policy, stage="cold_start", settings=recipe.cold_start)
             if run.stopped:
                 _say_how_to_resume(run)
                 return
-        _evaluate_and_record(run, 0, "before", task, rewards, codec, policy)
-        run.checkpoint("grpo", 0, policy, make_optimiser(policy, recipe.optimiser), last=True)
-    start = run.folder / "checkpoints" / Position("grpo", 0).name
-    reference = Policy(copy.deepcopy(model).requires_grad_(False), policy.served)
-    load_checkpoint(start, reference)
-    train_grpo(run, recipe, task, rewards, codec, policy, reference, engine, make_optimiser(policy, recipe.optimiser))
+        if recipe.method != "reward_model":
+            _evaluate_and_record(run, 0, "before", task, rewards, codec, policy)
+        run.checkpoint(
+            "train", 0, TrainState({"model": model}, {"optimiser": (model, make_optimiser(model))}), last=True
+        )
+    start = frozen_copy(policy)
+    load_checkpoint(run.folder / "checkpoints" / Position("train", 0).name, TrainState({"model": start.model}))
+    trained = _train_method(run, task, rewards, codec, policy, start)
     if run.stopped:
         _say_how_to_resume(run)
         return
-    _evaluate_and_record(run, recipe.steps, "after", task, rewards, codec, policy)
-    _save_model(run.folder / "model", policy, codec)
+    if recipe.method != "reward_model":
+        _evaluate_and_record(run, recipe.steps, "after", task, rewards, codec, policy)
+    _save_model(run.folder / "model", trained, codec)
     summary = write_summary(run)
     write_report(run.folder)
     _say_results(run, summary)
+
+
+def _train_method(
+    run: Run, task: Task, rewards: list[Reward], codec: Codec, policy: Policy, start: Policy
+) -> PreTrainedModel:
+    """The loop that the recipe names, from weights that may be a checkpoint's. `start` is frozen. Returns what it trained."""
+    recipe = run.recipe
+    if recipe.method == "reward_model":
+        scorer = Scorer.from_policy(start)
+        if run.position is None:
+            run.record_evaluation("train", 0, evaluate_pairs(scorer, task, recipe))
+        train_reward_model(run, recipe, task, scorer)
+        if not run.stopped:
+            run.record_evaluation("train", recipe.steps, evaluate_pairs(scorer, task, recipe))
+        return scorer.model
+    if recipe.method == "sft":
+        train_sft(run, recipe, task, policy, stage="train", settings=_as_sft(recipe))
+    else:
+        loop = {"grpo": train_grpo, "ppo": train_ppo, "dpo": train_dpo}[recipe.method]
+        loop(run, recipe, task, rewards, codec, policy, start, make_engine(policy))
+    return policy.model
+
+
+def _as_sft(recipe: Recipe) -> ColdStart:
+    """SFT as a method of its own takes its steps and learning rate from where every method has them."""
+    optimiser = recipe.optimiser
+    return ColdStart(
+        steps=recipe.steps,
+        rows_per_step=recipe.prompts_per_step,
+        learning_rate=optimiser.learning_rate,
+        warmup_steps=optimiser.warmup_steps,
+        schedule=optimiser.schedule,
+    )
 
 
 def _evaluate_and_record(
@@ -129,15 +168,15 @@ def _evaluate_and_record(
         num_samples=recipe.evaluation.samples,
         seed=recipe.seed,
     )
-    run.record_evaluation("grpo", step, evaluation, examples)
+    run.record_evaluation("train", step, evaluation, examples)
     return evaluation
 
 
-def _save_model(folder: Path, policy: Policy, codec: Codec) -> None:
+def _save_model(folder: Path, model: PreTrainedModel, codec: Codec) -> None:
     """The trained model and its tokenizer, in Hugging Face format."""
     aside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
-    policy.model.save_pretrained(aside)
+    model.save_pretrained(aside)
     codec.tokenizer.save_pretrained(aside)
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
@@ -147,7 +186,7 @@ def write_summary(run: Run) -> dict[str, Any]:
     """summary.json, from what run.db holds: the figures before and after, the examples, the seconds and the seed."""
     summary: dict[str, Any] = {}
     for when, step in (("before", 0), ("after", run.recipe.steps)):
-        rows = run.store.read("SELECT * FROM evaluations WHERE stage = 'grpo' AND step = ?", step)
+        rows = run.store.read("SELECT * FROM evaluations WHERE stage = 'train' AND step = ?", step)
         entry = summary[when] = {}
         for row in rows:
             name = row["name"] if row["mode"] == "sampled" else f"{row['mode']}_{row['name']}"

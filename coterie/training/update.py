@@ -17,7 +17,8 @@ from coterie.models.policy import Policy
 from coterie.recipe import Recipe, make_recipe
 from coterie.rollouts.pack import Row, make_stream, split_by_tokens
 from coterie.training.metrics import Tally
-from coterie.training.optimise import UpdateSettings, optimise, reference_logprobs_of
+from coterie.training.optimise import UpdateSettings, logprobs_of, optimise
+from coterie.training.sample import own_advantages
 from coterie.types import BatchTotals, Stream
 
 
@@ -48,18 +49,19 @@ def update(
     recipe = _recipe(preset, settings or {})
     rewards = _rewards(rewards)
     _check_shapes(prompts, completions, rewards, sampler_logprobs)
-    if recipe.loss.kl_weight and reference is None:
-        raise UserError(f"update: loss.kl_weight is {recipe.loss.kl_weight:g}, which needs a reference policy")
+    _check_method(recipe, reference)
     policy = policy if isinstance(policy, Policy) else Policy.of(policy)
     reference = Policy.of(reference) if isinstance(reference, PreTrainedModel) else reference
 
-    advantages = group_advantages(rewards, scale=recipe.advantage.scale, epsilon=recipe.advantage.epsilon)  # [P, G]
+    advantages = _advantages(recipe, rewards)  # [P, G]
     streams, totals = _pack(recipe, prompts, completions, sampler_logprobs, rewards, advantages)
     if sampler_logprobs is None:
         streams = [_with_own_logprobs(policy, stream, temperature) for stream in streams]
-    held = reference_logprobs_of(reference, streams, temperature=temperature) if reference is not None else None
-    chosen = UpdateSettings.of(recipe.loss, recipe.kl, temperature, recipe.optimiser)
-    tally = optimise(policy, optimiser, streams, totals, chosen, reference_logprobs=held)
+    held = logprobs_of(reference, streams, temperature=temperature) if reference is not None else None
+    chosen = UpdateSettings.of(
+        recipe, kl_weight=recipe.loss.kl_weight, entropy_weight=recipe.entropy.weight, temperature=temperature
+    )
+    tally = optimise(policy, optimiser, streams, totals, chosen, reference=reference, reference_logprobs=held)
     for stream, logprobs in zip(streams, held or (), strict=False):
         tally.add_values("policy/kl", k3(logprobs.cpu() - stream.sampler_logprobs))
     return {**tally.values(), **_batch_metrics(rewards).values()}
@@ -69,6 +71,27 @@ def _recipe(preset: str, settings: dict[str, dict[str, object]]) -> Recipe:
     """The settings of an update, checked as a recipe's are. What an update does not need is filled in."""
     unused = {"model": "given", "task": {"data": "given"}, "rewards": ["given:given"]}
     return make_recipe({**unused, **settings, "preset": preset}, source="update")
+
+
+def _check_method(recipe: Recipe, reference: Policy | PreTrainedModel | None) -> None:
+    """An update is GRPO's, on rewards that are there already."""
+    if recipe.method != "grpo":
+        raise UserError(f"update: the preset {recipe.preset!r} is a method of its own; coterie.train runs it")
+    if recipe.loss.kl_weight and recipe.kl.place == "reward":
+        raise UserError(
+            "update: kl.place is reward, but the rewards are given; subtract the KL from them and set loss.kl_weight to 0"
+        )
+    if recipe.needs_reference and reference is None:
+        why = f"loss.kl_weight is {recipe.loss.kl_weight:g}" if recipe.loss.kl_weight else "the objective is anchored"
+        raise UserError(f"update: {why}, which needs a reference policy")
+
+
+def _advantages(recipe: Recipe, rewards: Tensor) -> Tensor:
+    """[P, G]: the recipe's settings, or the user's own function."""
+    settings = recipe.advantage
+    if settings.function is None:
+        return group_advantages(rewards, baseline=settings.baseline, scale=settings.scale, epsilon=settings.epsilon)
+    return own_advantages(settings)(rewards)
 
 
 def _rewards(rewards: Sequence[Sequence[float | None]] | Tensor) -> Tensor:
@@ -129,7 +152,14 @@ def _pack(
         for c in (~rewards[p].isnan()).nonzero().flatten().tolist():
             tokens = list(completions[p][c])
             given = sampler_logprobs[p][c] if sampler_logprobs is not None else [0.0] * len(tokens)
-            rows.append(Row(tokens, torch.as_tensor(given, dtype=torch.float32).cpu(), advantages[p, c].item()))
+            rows.append(
+                Row(
+                    tokens,
+                    torch.as_tensor(given, dtype=torch.float32).cpu(),
+                    advantages[p, c].item(),
+                    rewards[p, c].item(),
+                )
+            )
         groups.append((list(prompt), rows))
     lengths = [len(row.tokens) for _, rows in groups for row in rows]
     if not lengths:

@@ -94,7 +94,9 @@ def test_rows_come_and_go_without_changing_any(make_model):
 def test_sampler_and_trainer_agree_on_the_logprobs(make_model, sampling):
     policy, prompts = Policy.of(make_model("qwen3")), some_prompts()
     groups = NativeEngine(policy).generate(prompts, some_keys(6, 4), sampling, ENDS)
-    rows = [(p, [Row(c.tokens, c.logprobs, 0.0, c.support) for c in g]) for p, g in zip(prompts, groups, strict=True)]
+    rows = [
+        (p, [Row(c.tokens, c.logprobs, support=c.support) for c in g]) for p, g in zip(prompts, groups, strict=True)
+    ]
     stream = make_stream(rows)
     with torch.no_grad():
         trainer = token_logprobs(policy, stream, temperature=sampling.temperature)

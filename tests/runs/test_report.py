@@ -22,9 +22,9 @@ def write_run(folder, *, num_steps=3, max_bytes=1e6):
         failures = [RewardFailure("b", 1, 1, HOSTILE)]
         scored = Scored(groups, rewards, {"b": rewards}, failures)
         with store.transaction():
-            store.metrics("grpo", step, {"reward/mean": 0.5, "policy/entropy": float("nan")})
+            store.metrics("train", step, {"reward/mean": 0.5, "policy/entropy": float("nan")})
             left_out += store.completions(
-                "grpo", step, scored, torch.zeros(3, 2), lambda tokens: [HOSTILE] * len(tokens), max_bytes=max_bytes
+                "train", step, scored, torch.zeros(3, 2), lambda tokens: [HOSTILE] * len(tokens), max_bytes=max_bytes
             )
     store.close()
     return left_out
@@ -54,9 +54,9 @@ def test_what_is_kept_of_a_step_is_bounded_in_whole_groups(tmp_path):
 def test_a_resume_removes_what_came_after(tmp_path):
     write_run(tmp_path)
     store = Store(tmp_path / "run.db")
-    store.truncate("grpo", 1, ())
+    store.truncate("train", 1, ())
     assert [row["step"] for row in store.read("SELECT DISTINCT step FROM completions")] == [1]
     assert [row["step"] for row in store.read("SELECT DISTINCT step FROM metrics")] == [1]
-    store.truncate("sft", 5, ("grpo",))
+    store.truncate("cold_start", 5, ("train",))
     assert store.read("SELECT * FROM metrics") == []
     store.close()

@@ -70,7 +70,7 @@ def test_r36_every_step_has_its_metrics_and_every_completion_its_record(finished
     with sqlite3.connect(finished / "run.db") as db:
         for step in range(1, 7):
             names = {
-                name for (name,) in db.execute("SELECT name FROM metrics WHERE stage = 'grpo' AND step = ?", (step,))
+                name for (name,) in db.execute("SELECT name FROM metrics WHERE stage = 'train' AND step = ?", (step,))
             }
             assert names >= {
                 "reward/mean", "reward/right_answer", "reward/written_steps", "policy/entropy", "policy/kl",

@@ -1,0 +1,82 @@
+"""What benchmark results have in common: what they were measured with and on, tables and plots."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+import transformers
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def stamp(command: list[str]) -> dict:
+    """The command, commit, versions and hardware of a measurement."""
+    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    return {
+        "command": f"python {Path(command[0]).relative_to(ROOT) if Path(command[0]).is_absolute() else command[0]} "
+        f"{' '.join(command[1:])}".strip(),
+        "commit": commit.stdout.strip(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "hardware": {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+    }
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def write_json(name: str, values: dict) -> None:
+    (RESULTS / f"{name}.json").write_text(json.dumps(values, indent=1) + "\n")
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def write_objectives(measured: dict, results: dict[str, list[dict]], steps: int) -> None:
+    """objectives.json, objectives.md and objectives.svg."""
+    write_json("objectives", {**measured, "steps": steps, "methods": results})
+    lines = [
+        "| method | before | accuracy | per seed | every step | entropy | KL | seconds a step | peak MB | trained MB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for method, rows in results.items():
+        seeds = ", ".join(f"{row['accuracy']:.3f}" for row in rows)
+        cells = [f"{mean([row[name] for row in rows]):.3f}" for name in ("before", "accuracy")] + [seeds]
+        cells.append(f"{mean([row['all_steps'] for row in rows]):.3f}")
+        for name, shape in (("entropy", ".3f"), ("kl", ".3f"), ("step_seconds", ".2f"), ("peak_megabytes", ".0f"), ("trained_megabytes", ".1f")):  # fmt: skip
+            values = [row[name] for row in rows if row[name] is not None]
+            cells.append(f"{mean(values):{shape}}" if values else "-")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    (RESULTS / "objectives.md").write_text("\n".join(lines) + "\n")
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "coterie"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 5))
+    for number, (method, rows) in enumerate(results.items()):
+        curves = [row["rewards"] for row in rows if row["rewards"]]
+        if not curves:
+            continue
+        means = [mean(list(values)) for values in zip(*curves, strict=True)]
+        smooth = [mean(means[max(0, i - 4) : i + 1]) for i in range(len(means))]
+        axes.plot(range(1, len(smooth) + 1), smooth, label=method, linestyle=("-", "--", ":")[number // 7])
+    axes.set(xlabel="step", ylabel="mean reward of the samples, over 5 steps and all seeds")
+    axes.legend(fontsize=8, ncols=2)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "objectives.svg", metadata={"Date": None})

@@ -1,0 +1,195 @@
+"""Proximal policy optimisation with a trained value model: the loop (R13).
+
+It differs from GRPO's in one thing: what a token's advantage is measured against. There the group's mean, here what a second
+model, trained beside the policy, expected at that token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from coterie.algorithms.advantages import generalised_advantages
+from coterie.algorithms.objectives import clipped_value_loss
+from coterie.models.codec import Codec
+from coterie.models.heads import Scorer
+from coterie.models.policy import Policy
+from coterie.recipe import Recipe
+from coterie.rewards.score import Reward
+from coterie.rollouts.engine import Engine
+from coterie.rollouts.pack import pack
+from coterie.tasks.base import Task
+from coterie.training.checkpoint import TrainState
+from coterie.training.grpo import (
+    adapt,
+    controlled,
+    divergence_metrics,
+    evaluate_on_the_way,
+    metrics_line,
+    rollout_metrics,
+)
+from coterie.training.metrics import Clock, Tally
+from coterie.training.optimise import (
+    UpdateSettings,
+    learning_rate_at,
+    load_objective,
+    logprobs_of,
+    make_optimiser,
+    optimise,
+    set_learning_rate,
+    take_step,
+)
+from coterie.training.run import Run
+from coterie.training.sample import kl_of, sample_step
+from coterie.types import BatchTotals, Stream
+
+
+def train_ppo(
+    run: Run,
+    recipe: Recipe,
+    task: Task,
+    rewards: Sequence[Reward],
+    codec: Codec,
+    policy: Policy,
+    reference: Policy,
+    engine: Engine,
+) -> None:
+    """Every step samples, scores, values, updates both models, records, and where it is time evaluates and saves."""
+    temperature, in_reward = recipe.sampling.temperature, recipe.kl.place == "reward"
+    objective = load_objective(recipe.loss)
+    value = Scorer.from_policy(reference)
+    optimiser = make_optimiser(policy.model, recipe.optimiser)
+    value_optimiser = make_optimiser(value.model, recipe.optimiser, recipe.value.learning_rate)
+    weights = {"kl_weight": recipe.loss.kl_weight, "entropy_weight": recipe.entropy.weight}
+    state = TrainState(
+        {"model": policy.model, "value": value.model},
+        {"optimiser": (policy.model, optimiser), "value_optimiser": (value.model, value_optimiser)},
+        weights,
+    )
+    run.restore("train", state)
+    for step in run.remaining("train", recipe.steps):
+        clock = Clock()
+        scored = sample_step(recipe, task, rewards, codec, engine, step, clock).scored
+        streams, totals = pack(
+            scored,
+            torch.zeros_like(scored.rewards),
+            max_length=recipe.sampling.max_new_tokens,
+            micro_batch_tokens=recipe.optimiser.micro_batch_tokens,
+            drop_silent=False,
+        )
+        settings = UpdateSettings.of(recipe, **weights, temperature=temperature)
+        penalties = None
+        if in_reward and recipe.loss.kl_weight:
+            kls = kl_of(streams, policy, reference, estimator=recipe.kl.estimator, temperature=temperature)
+            penalties = [weights["kl_weight"] * kl for kl in kls]
+        old_values = [values_of(value, stream) for stream in streams]
+        advantages, returns = advantages_and_returns(streams, old_values, penalties, recipe)
+        reference_logprobs = logprobs_of(reference, streams, temperature=temperature)
+        learning_rate = learning_rate_at(step, recipe.steps, recipe.optimiser)
+        set_learning_rate(optimiser, learning_rate)
+        tally = Tally()
+        if step > recipe.value.warmup_steps:
+            tally = optimise(
+                policy,
+                optimiser,
+                streams,
+                totals,
+                settings,
+                objective=objective,
+                reference=reference,
+                reference_logprobs=reference_logprobs,
+                sampled_by_policy=True,
+                token_advantages=whitened(advantages),
+            )
+        tally.merge(fit_values(value, value_optimiser, streams, totals, old_values, returns, recipe))
+        engine.load_weights(policy, step)
+        clock.lap("time/train_seconds")
+        tally.merge(rollout_metrics(scored))
+        tally.merge(divergence_metrics(streams, reference_logprobs))
+        metrics = {
+            **tally.values(),
+            "optimiser/learning_rate": learning_rate,
+            **controlled(recipe, weights),
+            **clock.seconds,
+        }
+        adapt(weights, recipe, metrics)
+        of_rows = mean_of_rows(scored.valid, streams, advantages)
+        run.record("train", step, metrics, scored, of_rows, codec.pieces)
+        run.console.say(metrics_line("ppo", step, recipe.steps, metrics, list(scored.parts)))
+        evaluate_on_the_way(run, recipe, task, rewards, codec, engine, step)
+        run.checkpoint("train", step, state, last=step == recipe.steps)
+
+
+@torch.no_grad()
+def values_of(value: Scorer, stream: Stream) -> Tensor:
+    """What the value model expects before each token: [N]."""
+    return value.values(stream.to(value.device))
+
+
+def advantages_and_returns(
+    streams: Sequence[Stream], values: Sequence[Tensor], penalties: Sequence[Tensor] | None, recipe: Recipe
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Per token: the completion's reward at its last token, less the KL's penalty at each; then GAE. [N] each."""
+    advantages, returns = [], []
+    for number, stream in enumerate(streams):
+        stream = stream.to(values[number].device)
+        lengths = stream.row_lengths
+        token_rewards = torch.zeros_like(values[number]) if penalties is None else -penalties[number].float()
+        token_rewards[lengths.cumsum(0) - 1] += stream.rewards
+        of_stream = generalised_advantages(
+            token_rewards, values[number], lengths, discount=recipe.value.discount, trace=recipe.value.trace
+        )
+        advantages.append(of_stream[0])
+        returns.append(of_stream[1])
+    return advantages, returns
+
+
+def whitened(advantages: Sequence[Tensor], epsilon: float = 1e-8) -> list[Tensor]:
+    """Mean 0 and std 1 over all tokens of the step."""
+    everything = torch.cat(list(advantages)).double()
+    mean, std = everything.mean(), everything.std() if len(everything) > 1 else everything.new_zeros(())
+    return [((a.double() - mean) / (std + epsilon)).to(a.dtype) for a in advantages]
+
+
+def fit_values(
+    value: Scorer,
+    optimiser: torch.optim.Optimizer,
+    streams: Sequence[Stream],
+    totals: BatchTotals,
+    old_values: Sequence[Tensor],
+    returns: Sequence[Tensor],
+    recipe: Recipe,
+) -> Tally:
+    """As many steps of the value model as the policy takes, on the mean clipped squared error of every token."""
+    tally = Tally()
+    for _ in range(recipe.optimiser.updates_per_batch):
+        losses: list[float] = []
+
+        def loss_of(number: int, stream: Stream, losses: list[float] = losses) -> Tensor:
+            values = value.values(stream)
+            per_token = clipped_value_loss(values, old_values[number], returns[number], clip=recipe.value.clip)
+            loss = per_token.sum() / totals.num_tokens
+            losses.append(loss.item())
+            return loss
+
+        step = take_step(optimiser, streams, loss_of, value.device, recipe.optimiser.max_grad_norm)
+        tally.add("value/skipped_share", step.sums["optimiser/skipped_share"])
+        tally.add("value/loss", sum(losses))
+    target, guess = torch.cat(list(returns)).double(), torch.cat(list(old_values)).double()
+    if len(target) > 1 and target.var() > 0:
+        tally.add("value/explained_variance", 1 - (target - guess).var() / target.var())
+    tally.add_values("value/mean", guess)
+    return tally
+
+
+def mean_of_rows(valid: Tensor, streams: Sequence[Stream], advantages: Sequence[Tensor]) -> Tensor:
+    """Each completion's mean advantage, for the record: [P, G], 0 where it abstained."""
+    means = [
+        torch.zeros(s.num_rows, dtype=torch.float64).index_add(0, s.row, a.cpu().double()) / s.row_lengths
+        for s, a in zip(streams, advantages, strict=True)
+    ]
+    whole = torch.zeros(valid.shape, dtype=torch.float64)
+    whole[valid] = torch.cat(means)
+    return whole

@@ -1,0 +1,154 @@
+"""Learning from preference pairs: DPO (R14) and the reward model (R16), a loop each.
+
+A pair is a group of two on the stream: the prompt once, then the preferred completion, then the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from coterie.algorithms.preferences import bradley_terry_loss, dpo_loss
+from coterie.algorithms.ratios import row_sum
+from coterie.evals.evaluate import Evaluation
+from coterie.evals.statistics import wilson
+from coterie.models.codec import Codec
+from coterie.models.heads import Scorer
+from coterie.models.logprobs import token_logprobs
+from coterie.models.policy import Policy
+from coterie.recipe import Recipe
+from coterie.rewards.score import Reward
+from coterie.rollouts.engine import Engine
+from coterie.rollouts.pack import Row, make_stream, split_by_tokens
+from coterie.tasks.base import Preference, Task
+from coterie.training.checkpoint import TrainState
+from coterie.training.grpo import evaluate_on_the_way
+from coterie.training.metrics import Clock, Tally
+from coterie.training.optimise import learning_rate_at, logprobs_of, make_optimiser, set_learning_rate, take_step
+from coterie.training.run import Run
+from coterie.types import Stream
+
+
+def train_dpo(
+    run: Run,
+    recipe: Recipe,
+    task: Task,
+    rewards: Sequence[Reward],
+    codec: Codec,
+    policy: Policy,
+    reference: Policy,
+    engine: Engine,
+) -> None:
+    """The loop: pairs -> stream -> log-probabilities of policy and reference -> loss -> step. Nothing is sampled."""
+    optimiser = make_optimiser(policy.model, recipe.optimiser)
+    state = TrainState({"model": policy.model}, {"optimiser": (policy.model, optimiser)})
+    run.restore("train", state)
+    for step in run.remaining("train", recipe.steps):
+        clock = Clock()
+        pairs = task.preferences(recipe.prompts_per_step, seed=recipe.seed, step=step)
+        streams = pair_streams(pairs, recipe.optimiser.micro_batch_tokens)
+        reference_logprobs = logprobs_of(reference, streams, temperature=1.0)
+        learning_rate = learning_rate_at(step, recipe.steps, recipe.optimiser)
+        set_learning_rate(optimiser, learning_rate)
+        tally = fit_dpo(policy, optimiser, streams, reference_logprobs, recipe)
+        clock.lap("time/train_seconds")
+        metrics = {**tally.values(), "optimiser/learning_rate": learning_rate, **clock.seconds}
+        run.record("train", step, metrics)
+        run.console.say(_line("dpo", step, recipe.steps, metrics))
+        evaluate_on_the_way(run, recipe, task, rewards, codec, engine, step)
+        run.checkpoint("train", step, state, last=step == recipe.steps)
+
+
+def fit_dpo(
+    policy: Policy,
+    optimiser: torch.optim.Optimizer,
+    streams: Sequence[Stream],
+    reference_logprobs: Sequence[Tensor],
+    recipe: Recipe,
+) -> Tally:
+    """One optimiser step on the mean loss over all pairs."""
+    tally, settings = Tally(), recipe.preference
+    num_pairs = sum(stream.num_rows for stream in streams) // 2
+
+    def loss_of(number: int, stream: Stream) -> Tensor:
+        differences = token_logprobs(policy, stream) - reference_logprobs[number]
+        chosen, rejected = row_sum(differences, stream.row, stream.num_rows).view(-1, 2).unbind(1)  # [pairs]
+        losses = dpo_loss(chosen, rejected, beta=settings.beta, label_smoothing=settings.label_smoothing)
+        _add_pair_metrics(tally, losses, settings.beta * chosen.detach(), settings.beta * rejected.detach())
+        return losses.sum() / num_pairs
+
+    tally.merge(take_step(optimiser, streams, loss_of, policy.device, recipe.optimiser.max_grad_norm))
+    return tally
+
+
+def train_reward_model(run: Run, recipe: Recipe, task: Task, scorer: Scorer) -> None:
+    """The loop: pairs -> stream -> scores -> Bradley-Terry loss -> step."""
+    optimiser = make_optimiser(scorer.model, recipe.optimiser)
+    state = TrainState({"model": scorer.model}, {"optimiser": (scorer.model, optimiser)})
+    run.restore("train", state)
+    for step in run.remaining("train", recipe.steps):
+        clock = Clock()
+        pairs = task.preferences(recipe.prompts_per_step, seed=recipe.seed, step=step)
+        streams = pair_streams(pairs, recipe.optimiser.micro_batch_tokens)
+        learning_rate = learning_rate_at(step, recipe.steps, recipe.optimiser)
+        set_learning_rate(optimiser, learning_rate)
+        tally = fit_reward_model(scorer, optimiser, streams, recipe.optimiser.max_grad_norm)
+        clock.lap("time/train_seconds")
+        metrics = {**tally.values(), "optimiser/learning_rate": learning_rate, **clock.seconds}
+        run.record("train", step, metrics)
+        run.console.say(_line("reward model", step, recipe.steps, metrics))
+        if recipe.evaluation.every and step % recipe.evaluation.every == 0 and step < recipe.steps:
+            run.record_evaluation("train", step, evaluate_pairs(scorer, task, recipe))
+        run.checkpoint("train", step, state, last=step == recipe.steps)
+
+
+def fit_reward_model(
+    scorer: Scorer, optimiser: torch.optim.Optimizer, streams: Sequence[Stream], max_grad_norm: float
+) -> Tally:
+    """One optimiser step on the mean loss over all pairs."""
+    tally = Tally()
+    num_pairs = sum(stream.num_rows for stream in streams) // 2
+
+    def loss_of(number: int, stream: Stream) -> Tensor:
+        chosen, rejected = scorer.scores(stream).view(-1, 2).unbind(1)  # [pairs]
+        losses = bradley_terry_loss(chosen, rejected)
+        _add_pair_metrics(tally, losses, chosen.detach(), rejected.detach())
+        return losses.sum() / num_pairs
+
+    tally.merge(take_step(optimiser, streams, loss_of, scorer.device, max_grad_norm))
+    return tally
+
+
+@torch.no_grad()
+def evaluate_pairs(scorer: Scorer, task: Task, recipe: Recipe) -> Evaluation:
+    """How many held-out pairs the scorer puts in the right order. Equal scores count as wrong."""
+    pairs = task.heldout_preferences(recipe.evaluation.prompts, seed=recipe.seed)
+    right: list[bool] = []
+    for stream in pair_streams(pairs, recipe.optimiser.micro_batch_tokens):
+        chosen, rejected = scorer.scores(stream.to(scorer.device)).view(-1, 2).unbind(1)
+        right += (chosen > rejected).tolist()
+    return Evaluation({"pairs": {"accuracy": wilson(sum(right), len(right))}} if right else {}, {"accuracy": right}, 1)
+
+
+def pair_streams(pairs: Sequence[Preference], micro_batch_tokens: int) -> list[Stream]:
+    """Pairs as micro-batches, each pair whole."""
+    groups = [(prompt, [Row.written(chosen), Row.written(rejected)]) for prompt, chosen, rejected in pairs]
+    return [make_stream(part) for part in split_by_tokens(groups, micro_batch_tokens, whole_groups=True)]
+
+
+def _add_pair_metrics(tally: Tally, losses: Tensor, chosen: Tensor, rejected: Tensor) -> None:
+    tally.add_values("loss/total", losses.detach())
+    tally.add_values("preference/accuracy", chosen > rejected)
+    tally.add_values("preference/margin", chosen - rejected)
+    tally.add_values("preference/chosen", chosen)
+    tally.add_values("preference/rejected", rejected)
+
+
+def _line(method: str, step: int, num_steps: int, metrics: dict[str, float]) -> str:
+    return (
+        f"{method} {step}/{num_steps}  loss {metrics['loss/total']:.3f}  "
+        f"pairs right {metrics['preference/accuracy']:.0%}  margin {metrics['preference/margin']:.2f}  "
+        f"{metrics['time/step_seconds']:.2f} s"
+    )

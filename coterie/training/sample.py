@@ -1,0 +1,208 @@
+"""The first half of a step: prompts -> completions -> rewards -> advantages, with what a recipe adds on the way.
+
+Legend: P prompts, G completions per prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from coterie.algorithms.advantages import group_advantages, has_signal, normalised_then_summed
+from coterie.algorithms.kl import ESTIMATORS
+from coterie.algorithms.ratios import row_sum
+from coterie.errors import UserError
+from coterie.models.codec import Codec
+from coterie.models.logprobs import token_statistics
+from coterie.models.policy import Policy
+from coterie.recipe import Advantage, Overlong, Recipe
+from coterie.rewards.load import load_function
+from coterie.rewards.score import Reward, score
+from coterie.rollouts.collect import collect
+from coterie.rollouts.engine import Engine
+from coterie.rollouts.pack import Row, make_stream, split_by_tokens
+from coterie.tasks.base import Task, draw, draw_again
+from coterie.training.metrics import Clock
+from coterie.training.optimise import chosen_keywords
+from coterie.types import RewardFailure, Scored, Stream
+
+Advantages = Callable[[Scored], Tensor]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a step sampled. scored: every group that was drawn. kept [P]: which of them are learned from, in order."""
+
+    scored: Scored
+    kept: list[int]
+
+    @property
+    def learned(self) -> Scored:
+        """The groups that are learned from."""
+        if len(self.kept) == len(self.scored.groups):
+            return self.scored
+        place = {group: number for number, group in enumerate(self.kept)}
+        failures = [replace(f, group=place[f.group]) for f in self.scored.failures if f.group in place]
+        parts = {name: part[self.kept] for name, part in self.scored.parts.items()}
+        return Scored([self.scored.groups[i] for i in self.kept], self.scored.rewards[self.kept], parts, failures)
+
+    def spread(self, advantages: Tensor) -> Tensor:
+        """Advantages of the learned groups -> of every group, 0 where it was dropped."""
+        whole = advantages.new_zeros(self.scored.rewards.shape)
+        whole[self.kept] = advantages
+        return whole
+
+
+def sample_step(
+    recipe: Recipe, task: Task, rewards: Sequence[Reward], codec: Codec, engine: Engine, step: int, clock: Clock
+) -> Drawn:
+    """Draw, sample and score the groups of a step.
+
+    With `redraw.rounds` groups without signal are dropped and others drawn in their place, until there are enough or the
+    rounds are spent. Where none has signal the last ones drawn are kept, and the step learns nothing from their rewards.
+    """
+    wanted = recipe.prompts_per_step
+    scored: Scored | None = None
+    kept: list[int] = []
+    for attempt in range(recipe.redraw.rounds + 1):
+        if attempt == 0:
+            prompts = draw(task, wanted, seed=recipe.seed, step=step)
+        else:
+            prompts = draw_again(task, wanted - len(kept), seed=recipe.seed, step=step, attempt=attempt)
+        noise = (recipe.seed, "train", step, *((attempt,) if attempt else ()))
+        groups = collect(engine, prompts, codec, recipe.sampling, num_completions=recipe.group_size, noise=noise)
+        clock.lap("time/sample_seconds")
+        new = score(groups, rewards, max_failed_share=recipe.max_failed_rewards)
+        new = with_overlong(new, recipe.overlong, recipe.sampling.max_new_tokens)
+        clock.lap("time/score_seconds")
+        start = len(scored.groups) if scored is not None else 0
+        scored = _joined(scored, new) if scored is not None else new
+        if recipe.redraw.rounds == 0:
+            return Drawn(scored, list(range(len(scored.groups))))
+        kept += [start + i for i in has_signal(new.rewards).nonzero().flatten().tolist()]
+        if len(kept) >= wanted:
+            break
+    assert scored is not None
+    return Drawn(scored, kept or list(range(start, len(scored.groups))))
+
+
+def with_overlong(scored: Scored, settings: Overlong, limit: int) -> Scored:
+    """Completions at the length limit: as they are, abstaining, or with a reward that falls over the last tokens.
+
+    Source: DAPO, arXiv 2503.14476, equation 13.
+    """
+    if settings.treatment == "keep":
+        return scored
+    completions = [completion for group in scored.groups for completion in group.completions]
+    if settings.treatment == "leave_out":
+        cut = torch.tensor([c.ended == "length" for c in completions]).view(scored.rewards.shape)
+        return replace(scored, rewards=scored.rewards.masked_fill(cut, math.nan))
+    margin = max(1.0, settings.margin * limit)
+    lengths = torch.tensor([float(len(c.tokens)) for c in completions], dtype=torch.float64)
+    too_long = ((lengths - (limit - margin)) / margin).clamp(0, 1)
+    return with_part(scored, "overlong", (-settings.penalty * too_long).view(scored.rewards.shape))
+
+
+def with_kl(scored: Scored, policy: Policy, reference: Policy, recipe: Recipe, *, weight: float) -> Scored:
+    """The KL to the reference in the reward: -weight * its sum over each completion, as a part of its own (R5)."""
+    streams = streams_of(scored, recipe.optimiser.micro_batch_tokens)
+    found = kl_of(streams, policy, reference, estimator=recipe.kl.estimator, temperature=recipe.sampling.temperature)
+    sums = (row_sum(kl.cpu().double(), s.row, s.num_rows) for s, kl in zip(streams, found, strict=True))
+    totals = iter(torch.cat(list(sums)).tolist())
+    values = [next(totals) if valid else math.nan for valid in scored.valid.flatten().tolist()]
+    return with_part(scored, "kl", -weight * torch.tensor(values, dtype=torch.float64).view(scored.rewards.shape))
+
+
+@torch.no_grad()
+def kl_of(
+    streams: Sequence[Stream], policy: Policy, reference: Policy, *, estimator: str, temperature: float
+) -> list[Tensor]:
+    """The KL of the policy that sampled to the reference at each token of each stream: [N] each, on the policy's device."""
+    found = []
+    for stream in (stream.to(policy.device) for stream in streams):
+        if estimator == "exact":
+            exact = token_statistics(policy, stream, temperature=temperature, reference=reference).exact_kls
+            assert exact is not None
+            found.append(exact)
+        else:
+            logprobs = token_statistics(reference, stream, temperature=temperature).logprobs
+            found.append(ESTIMATORS[estimator](logprobs - stream.sampler_logprobs))
+    return found
+
+
+def streams_of(scored: Scored, micro_batch_tokens: int, *, per_group: int | None = None) -> list[Stream]:
+    """The valid completions, or the first `per_group` of each group, as streams without advantages."""
+    groups = []
+    for group, valid in zip(scored.groups, scored.valid.tolist(), strict=True):
+        rows = [
+            Row(c.tokens, c.logprobs, support=c.support)
+            for c, counts in zip(group.completions, valid, strict=True)
+            if counts
+        ]
+        groups.append((group.prompt.tokens, rows[:per_group]))
+    return [make_stream(part) for part in split_by_tokens(groups, micro_batch_tokens)]
+
+
+def with_part(scored: Scored, name: str, values: Tensor) -> Scored:
+    """Another part of the reward, [P, G], added to the sum where the completion has one."""
+    return replace(scored, rewards=scored.rewards + values, parts={**scored.parts, name: values})
+
+
+def load_advantages(recipe: Recipe, rewards: Sequence[Reward]) -> Advantages:
+    """How scored groups become advantages [P, G]: the recipe's settings, or the user's own function."""
+    settings = recipe.advantage
+    if settings.function is not None:
+        own = own_advantages(settings)
+        return lambda scored: own(scored.rewards)
+    if settings.combine == "sum":
+        return lambda scored: group_advantages(
+            scored.rewards, baseline=settings.baseline, scale=settings.scale, epsilon=settings.epsilon
+        )
+    weights = {reward.name: reward.weight for reward in rewards}
+    return lambda scored: _each(scored, weights, settings)
+
+
+def own_advantages(settings: Advantage) -> Callable[[Tensor], Tensor]:
+    """The user's function, with `group_advantages`' signature: rewards [P, G], NaN where one abstains -> [P, G].
+
+    As keywords it gets what it names of the `advantage` section. Raises UserError where it is missing, or asks for a keyword
+    that is no such setting.
+    """
+    assert settings.function is not None
+    function = load_function(settings.function, "advantage.function")
+    keywords = chosen_keywords(function, settings.model_dump(), f"advantage.function: {settings.function}")
+    return lambda rewards: _checked(function(rewards.clone(), **keywords), rewards)
+
+
+def _each(scored: Scored, weights: Mapping[str, float], settings: Advantage) -> Tensor:
+    parts = [part.masked_fill(~scored.valid, math.nan) for part in scored.parts.values()]
+    of_parts = [weights.get(name, 1.0) for name in scored.parts]
+    return normalised_then_summed(
+        parts, of_parts, baseline=settings.baseline, scale=settings.scale, epsilon=settings.epsilon
+    )
+
+
+def _checked(advantages: Tensor, rewards: Tensor) -> Tensor:
+    """A user's advantages: a finite [P, G], and 0 where the completion abstains."""
+    if not isinstance(advantages, Tensor) or advantages.shape != rewards.shape:
+        given = tuple(advantages.shape) if isinstance(advantages, Tensor) else type(advantages).__name__
+        raise UserError(
+            f"advantage.function: returned {given}; a tensor with one number per completion, {tuple(rewards.shape)}, is needed"
+        )
+    advantages = torch.where(rewards.isnan(), 0.0, advantages.detach().to(rewards.dtype))
+    if not advantages.isfinite().all():
+        raise UserError("advantage.function: returned numbers that are not finite")
+    return advantages
+
+
+def _joined(first: Scored, second: Scored) -> Scored:
+    """The groups of one, then those of the other."""
+    shift = len(first.groups)
+    failures = [RewardFailure(f.reward, f.group + shift, f.completion, f.reason) for f in second.failures]
+    parts = {name: torch.cat([part, second.parts[name]]) for name, part in first.parts.items()}
+    rewards = torch.cat([first.rewards, second.rewards])
+    return Scored([*first.groups, *second.groups], rewards, parts, [*first.failures, *failures])

@@ -1,0 +1,232 @@
+"""Every preset and method trains, records its metrics, and resumes to the same bits (R2 to R16)."""
+
+import hashlib
+import json
+import math
+import sqlite3
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+import coterie
+from coterie.algorithms.presets import PRESETS
+from coterie.errors import UserError
+
+REWARD = """
+def letters(completions, **columns):
+    return [sum(c.isalpha() for c in completion[0]["content"]) for completion in completions]
+
+def short(completions, **columns):
+    return [-len(completion[0]["content"]) / 10 for completion in completions]
+"""
+OF_SAMPLING = {
+    "reward/mean", "policy/entropy", "policy/kl", "completion/tokens_mean", "completion/truncated_share",
+    "group/no_signal_share", "policy/ratio_max", "loss/total", "optimiser/grad_norm", "optimiser/learning_rate",
+}  # fmt: skip
+
+
+@pytest.fixture
+def train(tiny_recipe, tmp_path):
+    """Train the tiny recipe with rewards that an untrained model earns, and say where the run is."""
+    (tmp_path / "letters.py").write_text(REWARD)
+    rewards = f"rewards=['{tmp_path}/letters.py:letters', '{tmp_path}/letters.py:short']"
+
+    def run(name, *overrides, **options):
+        given = [*tiny_recipe, rewards, "loss=", "steps=4", "optimiser={learning_rate: 1.0e-3}", *overrides]
+        return coterie.train("equations", overrides=given, out=str(tmp_path / name), **options).folder
+
+    return run
+
+
+METHODS = {
+    **{preset: [f"preset={preset}"] for preset, values in PRESETS.items() if "method" not in values},
+    "ppo": ["preset=ppo", "value.learning_rate=1.0e-3"],
+    "dpo": ["preset=dpo", "group_size=", "rewards="],
+    "reward_model": ["preset=reward_model", "group_size=", "sampling=", "rewards="],
+    "sft": ["preset=sft", "cold_start=", "group_size=", "rewards="],
+    "replaced": ["preset=grpo", "reference={kind: replaced, every: 2}"],
+    "adaptive": [
+        "preset=grpo", "kl={target: 0.001}", "entropy={weight: 0.01, target: 5.0}", "loss={kl_weight: 0.1}",
+    ],
+    "exact": ["preset=grpo", "kl={estimator: exact}", "loss={kl_weight: 0.1}"],
+    "corrected": ["preset=grpo", "correction={kind: truncate, level: sequence}"],
+    "left_out": ["preset=grpo", "overlong={treatment: leave_out}", "sampling.max_new_tokens=30"],
+    "reinforce": ["preset=reinforce++", "group_size=1"],
+    "ppo_in_loss": ["preset=ppo", "kl={place: loss, estimator: k3}"],
+}  # fmt: skip
+
+
+def digests(folder):
+    tensors = load_file(folder / "model" / "model.safetensors")
+    return {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
+
+
+def recorded(folder):
+    """Everything in run.db that does not depend on the clock."""
+    queries = (
+        "SELECT * FROM metrics WHERE name NOT LIKE 'time/%' ORDER BY stage, step, name",
+        "SELECT * FROM completions ORDER BY stage, step, prompt_number, completion_number",
+        "SELECT * FROM evaluations ORDER BY stage, step, mode, name",
+    )
+    with sqlite3.connect(folder / "run.db") as db:
+        return [db.execute(query).fetchall() for query in queries]
+
+
+def metrics(folder, step):
+    with sqlite3.connect(folder / "run.db") as db:
+        rows = db.execute("SELECT name, value FROM metrics WHERE stage = 'train' AND step = ?", (step,))
+        return dict(rows.fetchall())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_resumes_to_the_same_bits(train, method):
+    whole = train("whole", *METHODS[method])
+    first, last = (load_file(whole / "checkpoints" / f"step_00000{n}" / "model.safetensors") for n in (0, 4))
+    if method != "reward_model":  # it starts from another head
+        assert any(not torch.equal(first[name], last[name]) for name in first)
+    for step in range(1, 5):
+        found = metrics(whole, step)
+        assert all(math.isfinite(value) for value in found.values()), found
+        assert found["optimiser/skipped_share"] == 0
+        samples = method not in ("dpo", "reward_model", "sft")
+        assert not samples or found.keys() >= OF_SAMPLING
+    stopped = train("stopped", *METHODS[method], stop_after=3)
+    assert not (stopped / "model").exists()
+    coterie.train(resume=str(stopped))
+    assert digests(stopped) == digests(whole)
+    assert recorded(stopped) == recorded(whole)
+
+
+def test_r13_ppo_trains_a_value_model_and_saves_it(train):
+    folder = train("run", *METHODS["ppo"])
+    found = metrics(folder, 4)
+    assert {"value/loss", "value/mean", "value/explained_variance"} <= found.keys()
+    value = load_file(folder / "checkpoints" / "step_000004" / "value.safetensors")
+    assert value["score.weight"].abs().max() > 0
+    assert (folder / "checkpoints" / "step_000004" / "value_optimiser.safetensors").is_file()
+
+
+def test_r13_the_policy_waits_while_the_value_model_warms_up(train):
+    folder = train("run", *METHODS["ppo"], "value.warmup_steps=4")
+    first, last = (load_file(folder / "checkpoints" / f"step_00000{n}" / "model.safetensors") for n in (0, 4))
+    assert all(torch.equal(first[name], last[name]) for name in first)
+
+
+def test_r11_references_move_as_they_are_told(train):
+    """frozen: the start. replaced: the policy of the last multiple. moving: an exponential average, saved with the rest."""
+    folder = train(
+        "replaced", "preset=grpo", "reference={kind: replaced, every: 2}", "checkpoint={every: 1, keep_last: 9}"
+    )
+
+    def saved(run, step, name):
+        return load_file(run / "checkpoints" / f"step_00000{step}" / f"{name}.safetensors")
+
+    for step, source in ((1, 0), (2, 2), (3, 2), (4, 4)):
+        held, policy = saved(folder, step, "reference"), saved(folder, source, "model")
+        assert all(torch.equal(held[name], policy[name]) for name in held), step
+    folder = train("moving", "preset=anchored", "reference.decay=0.5", "checkpoint={every: 1, keep_last: 9}")
+    average = saved(folder, 0, "model")
+    for step in range(1, 5):
+        policy = saved(folder, step, "model")
+        average = {name: 0.5 * average[name] + 0.5 * policy[name] for name in average}
+        for name, held in saved(folder, step, "reference").items():
+            torch.testing.assert_close(held, average[name], rtol=1e-5, atol=1e-7)
+    assert metrics(train("frozen", "preset=grpo", "steps=1"), 1)["policy/kl"] == pytest.approx(0, abs=1e-8)
+
+
+def test_r5_weights_that_adapt_move_towards_their_target(train):
+    folder = train("run", *METHODS["adaptive"])
+    weights = [metrics(folder, step) for step in range(1, 5)]
+    assert weights[0]["loss/kl_weight"] == 0.1
+    assert weights[1]["loss/kl_weight"] == pytest.approx(0.09)  # at the start the KL is 0, below its target
+    for before, after in zip(weights, weights[1:], strict=False):
+        lacking = 5.0 - before["policy/entropy"]
+        assert after["loss/entropy_weight"] == pytest.approx(before["loss/entropy_weight"] + 1e-3 * lacking)
+
+
+def test_dynamic_sampling_counts_what_it_drops(train, tmp_path):
+    """A reward that is the same for most groups: others are drawn in their place, and the tokens are counted."""
+    (tmp_path / "rare.py").write_text(
+        "def rare(prompts, completions, **columns):\n"
+        "    return [len(c[0]['content']) if '解' in p[0]['content'] else 1.0 for p, c in zip(prompts, completions)]\n"
+    )
+    folder = train("run", "preset=dapo", "overlong=", f"rewards={tmp_path}/rare.py:rare", "steps=6")
+    with sqlite3.connect(folder / "run.db") as db:
+        for step in range(1, 7):
+            found = metrics(folder, step)
+            rows = db.execute(
+                "SELECT prompt_number, reward, advantage, tokens FROM completions WHERE stage = 'train' AND step = ?",
+                (step,),
+            ).fetchall()
+            flat = {n for n, *_ in rows if len({r for m, r, *_ in rows if m == n}) == 1}
+            assert found.get("redraw/num_dropped_groups", 0) == len(flat)
+            assert len({n for n, *_ in rows}) >= 3
+            assert all(advantage == 0 for n, _, advantage, _ in rows if n in flat)
+            assert found["group/no_signal_share"] == pytest.approx(len(flat) / len({n for n, *_ in rows}))
+    assert any(metrics(folder, step).get("redraw/num_dropped_tokens", 0) > 0 for step in range(1, 7))
+
+
+def test_overlong_completions_lose_over_the_last_tokens(train):
+    folder = train("run", "preset=grpo", "overlong={treatment: punish, margin: 0.5, penalty: 2.0}", "steps=2")
+    with sqlite3.connect(folder / "run.db") as db:
+        rows = db.execute("SELECT tokens, json_extract(reward_parts, '$.overlong') FROM completions").fetchall()
+    lengths = [tokens.count(",") + 1 for tokens, _ in rows]
+    assert max(lengths) == 12  # the limit
+    for length, (_, part) in zip(lengths, rows, strict=True):
+        assert part == pytest.approx(-2.0 * min(1, max(0, (length - 6) / 6)))
+
+
+def test_r5_the_kl_in_the_reward_is_a_part_of_its_own(train):
+    folder = train("run", "preset=rloo", "loss={kl_weight: 0.5}", "steps=3", "optimiser.learning_rate=0.01")
+    with sqlite3.connect(folder / "run.db") as db:
+        rows = db.execute("SELECT step, reward, reward_parts FROM completions ORDER BY step").fetchall()
+    parts = [(step, reward, json.loads(of)) for step, reward, of in rows]
+    for _, reward, of in parts:
+        assert reward == pytest.approx(of["letters"] + of["short"] + of["kl"])
+    assert all(abs(of["kl"]) < 1e-4 for step, _, of in parts if step == 1)
+    assert any(abs(of["kl"]) > 1e-3 for step, _, of in parts if step == 3)
+
+
+def test_r16_a_reward_model_learns_to_rank_and_loads_in_transformers(train):
+    folder = train(
+        "run", *METHODS["reward_model"], "steps=60", "prompts_per_step=16", "optimiser={learning_rate: 3.0e-3}"
+    )
+    with sqlite3.connect(folder / "run.db") as db:
+        estimates = db.execute(
+            "SELECT step, value, low, high FROM evaluations WHERE mode = 'pairs' AND name = 'accuracy' ORDER BY step"
+        ).fetchall()
+    assert estimates[0][1] == 0  # scores start equal, and equal is not right
+    assert estimates[-1][1] > 0.6
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "model")
+    assert model.config.num_labels == 1
+    assert metrics(folder, 60)["preference/accuracy"] > metrics(folder, 1)["preference/accuracy"]
+
+
+def test_r14_dpo_moves_the_chosen_above_the_rejected(train):
+    folder = train("run", *METHODS["dpo"], "steps=30", "prompts_per_step=8")
+    first, last = metrics(folder, 1), [metrics(folder, step) for step in range(21, 31)]
+    assert first["loss/total"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["preference/margin"] == pytest.approx(0, abs=1e-4)
+    assert all(step["loss/total"] < first["loss/total"] for step in last)
+    assert (
+        sum(step["preference/accuracy"] for step in last) / 10 > 0.7
+    )  # of 80 pairs: chance would have to be 3.5 sigma off
+
+
+@pytest.mark.parametrize(
+    ("body", "setting", "said"),
+    [
+        ("def f(terms): return terms.ratio('token').sum()", "loss={objective: FILE:f}", "one loss per token"),
+        ("def f(terms, *, clip_lo): return terms.log_ratio", "loss={objective: FILE:f}", "clip_lo"),
+        ("g = 1", "loss={objective: FILE:f}", "no function 'f'"),
+        ("def f(rewards): return rewards[0]", "advantage={function: FILE:f}", "one number per completion"),
+        ("def f(rewards): return rewards / 0", "advantage={function: FILE:f}", "not finite"),
+        ("def f(rewards, *, scal): return rewards", "advantage={function: FILE:f}", "scal"),
+    ],
+)
+def test_r8_what_is_wrong_with_a_users_function_is_said(train, tmp_path, body, setting, said):
+    (tmp_path / "mine.py").write_text(body + "\n")
+    with pytest.raises(UserError, match=said):
+        train("run", "preset=dr_grpo", setting.replace("FILE", f"{tmp_path}/mine.py"))
