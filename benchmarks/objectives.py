@@ -15,12 +15,22 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 import yaml
 from tables import stamp, write_objectives
 
 import coterie
+from coterie.algorithms.kl import k3
+from coterie.models.load import load_policy
 from coterie.recipe import load_recipe
+from coterie.rewards.steps import check
+from coterie.rollouts.collect import collect, make_engine
 from coterie.runs.store import Store
+from coterie.tasks.equations import ONE_STEP_PROBLEMS
+from coterie.tasks.load import make_task
+from coterie.training.optimise import logprobs_of
+from coterie.training.sample import streams_of
+from coterie.types import Prompt, Scored
 
 ROOT = Path(__file__).parent.parent
 RATE = {"learning_rate": 1.0e-4, "warmup_steps": 5, "schedule": "linear"}
@@ -84,7 +94,37 @@ def train_here(recipe: str, out: str) -> None:
     (run.folder / "measured.json").write_text(json.dumps(measured))
 
 
-def result_of(folder: Path, recipe: str) -> dict:
+def after_training(folder: Path, start: Path) -> dict:
+    """How far the trained model is from its start, and whether it still can do what it learned before (R12).
+
+    kl_from_start: nats per token, on its own held-out samples. one_step_accuracy: greedy answers to equations of one step,
+    which the cold start showed and reinforcement learning did not.
+    """
+    done = folder / "after.json"
+    if not done.is_file():
+        recipe = load_recipe(str(folder / "recipe.yaml"))
+        (policy, codec), (first, _) = (
+            load_policy(str(model), torch.device("cpu")) for model in (folder / "model", start)
+        )
+        task = make_task("equations", codec)
+        engine = make_engine(policy)
+        samples = collect(engine, task.heldout, codec, recipe.sampling, num_completions=2, noise=("after",))
+        scored = Scored(samples, torch.zeros(len(samples), 2), {}, [])
+        streams = streams_of(scored, 1 << 14)
+        nats = torch.cat([k3(before - s.sampler_logprobs) for s, before in zip(streams, logprobs_of(first, streams, temperature=recipe.sampling.temperature), strict=True)])  # fmt: skip
+        problems = ONE_STEP_PROBLEMS[::5]
+        prompts = [
+            Prompt(number, content := [{"role": "user", "content": problem.prompt("en")}], codec.encode_prompt(content))
+            for number, problem in enumerate(problems)
+        ]
+        greedy = recipe.sampling.model_copy(update={"temperature": 0.0})
+        answers = collect(engine, prompts, codec, greedy, num_completions=1, noise=("one step",))
+        right = [check(p.equation, g.completions[0].text).right for p, g in zip(problems, answers, strict=True)]
+        done.write_text(json.dumps({"kl_from_start": nats.mean().item(), "one_step_accuracy": sum(right) / len(right)}))
+    return json.loads(done.read_text())
+
+
+def result_of(folder: Path, recipe: str, start: Path) -> dict:
     """What a finished run came to."""
     summary = json.loads((folder / "summary.json").read_text())
     store = Store(folder / "run.db")
@@ -109,6 +149,7 @@ def result_of(folder: Path, recipe: str) -> dict:
         "step_seconds": last("time/step_seconds"),
         "trained_megabytes": sum(f.stat().st_size for f in trained if f.name != "reference.safetensors") / 1e6,
         **json.loads((folder / "measured.json").read_text()),
+        **after_training(folder, start),
         "rewards": [round(row["value"], 4) for row in curve],
     }
     store.close()
@@ -119,7 +160,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments.add_argument("--methods", nargs="+", default=list(METHODS))
-    arguments.add_argument("--steps", type=int, default=60)
+    arguments.add_argument("--steps", type=int, default=50)
     arguments.add_argument("--one", help=argparse.SUPPRESS)
     arguments.add_argument("--out", default="runs/objectives")
     given = arguments.parse_args()
@@ -148,7 +189,7 @@ def main() -> None:
             folder = home / f"{method.replace(', ', '-')}-{seed}"
             if not (folder / "measured.json").is_file():
                 train(values, folder)
-            result = result_of(folder, str(folder / "recipe.yaml"))
+            result = result_of(folder, str(folder / "recipe.yaml"), model)
             results.setdefault(method, []).append({"seed": seed, **result})
             print(method, seed, {k: v for k, v in result.items() if k != "rewards"}, flush=True)
     write_objectives(stamp(sys.argv), results, given.steps)

@@ -49,14 +49,14 @@ def write_objectives(measured: dict, results: dict[str, list[dict]], steps: int)
     """objectives.json, objectives.md and objectives.svg."""
     write_json("objectives", {**measured, "steps": steps, "methods": results})
     lines = [
-        "| method | before | accuracy | per seed | every step | entropy | KL | seconds a step | peak MB | trained MB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| method | before | accuracy | per seed | every step | entropy | KL from the start | one-step | seconds a step | peak MB | trained MB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for method, rows in results.items():
         seeds = ", ".join(f"{row['accuracy']:.3f}" for row in rows)
         cells = [f"{mean([row[name] for row in rows]):.3f}" for name in ("before", "accuracy")] + [seeds]
         cells.append(f"{mean([row['all_steps'] for row in rows]):.3f}")
-        for name, shape in (("entropy", ".3f"), ("kl", ".3f"), ("step_seconds", ".2f"), ("peak_megabytes", ".0f"), ("trained_megabytes", ".1f")):  # fmt: skip
+        for name, shape in (("entropy", ".3f"), ("kl_from_start", ".3f"), ("one_step_accuracy", ".3f"), ("step_seconds", ".2f"), ("peak_megabytes", ".0f"), ("trained_megabytes", ".1f")):  # fmt: skip
             values = [row[name] for row in rows if row[name] is not None]
             cells.append(f"{mean(values):{shape}}" if values else "-")
         lines.append(f"| {method} | {' | '.join(cells)} |")

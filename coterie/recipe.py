@@ -272,12 +272,6 @@ class Recipe(Settings):
     def _settings_agree(self) -> Recipe:
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature: 0 is greedy, and equal completions teach nothing; use more than 0")
-        for section, name, why in self._without_effect():
-            if section in self.model_fields_set and name in getattr(self, section).model_fields_set:
-                raise ValueError(f"{section}.{name}: has no effect while {why}; change that, or leave this out")
-        for name, why in self._idle_sections().items():
-            if name in self.model_fields_set and name != "cold_start":
-                raise ValueError(f"{name}: has no effect while {why}; change that, or leave this out")
         self._check_data()
         self._check_groups()
         if self.needs_rewards and not self.rewards:
@@ -286,6 +280,15 @@ class Recipe(Settings):
         if len(set(names)) < len(names):
             raise ValueError(f"rewards: two have the same name among {', '.join(names)}; give each a `name`")
         return self
+
+    def refuse_idle(self, given: Mapping[str, Any]) -> None:
+        """Raises ValueError for a setting among `given` that does nothing. A preset's own give way without a word."""
+        for section, name, why in self._without_effect():
+            if isinstance(given.get(section), dict) and name in given[section]:
+                raise ValueError(f"{section}.{name}: has no effect while {why}; change that, or leave this out")
+        for name, why in self._idle_sections().items():
+            if name in given:
+                raise ValueError(f"{name}: has no effect while {why}; change that, or leave this out")
 
     def _check_data(self) -> None:
         """Whether the task has what the method learns from."""
@@ -472,22 +475,18 @@ def make_recipe(values: Mapping[str, Any], *, source: str = "recipe", folder: Pa
         if not isinstance(settings, dict):
             merged.setdefault(section, settings)
         elif given is None or isinstance(given, dict):
-            merged[section] = {**_preset_settings(section, settings, given or {}), **(given or {})}
+            merged[section] = {**settings, **(given or {})}
     _plain_rewards(merged, folder)
     _absolute_paths(merged, folder)
     try:
-        return Recipe.model_validate(merged)
+        recipe = Recipe.model_validate(merged)
     except ValidationError as error:
         raise UserError(_explain(error, source)) from None
-
-
-def _preset_settings(section: str, settings: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """What a preset says of a section, less what the recipe's own choice of an objective leaves without effect."""
-    objective = given.get("objective", settings.get("objective"))
-    if section != "loss" or objective not in OBJECTIVE_SETTINGS or objective == settings.get("objective"):
-        return settings
-    unused = CHOSEN_BY_OBJECTIVE - OBJECTIVE_SETTINGS[objective]
-    return {name: value for name, value in settings.items() if name not in unused}
+    try:
+        recipe.refuse_idle(given_values)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
+    return recipe
 
 
 def _override(values: dict[str, Any], override: str) -> None:

@@ -92,50 +92,78 @@ def _charts(store: Store) -> str:
     rewards = [
         name for name in _names(store) if name.startswith("reward/") and "num_" not in name and name != "reward/std"
     ]
-    panels: list[tuple[str, list[str]]] = [
+    wanted: list[tuple[str, list[str]]] = [
         ("Reward", rewards),
-        ("Held-out, sampled", []),
+        (_HELD_OUT, []),
+        ("Loss", ["loss/total"]),
+        ("Pairs in the right order", ["preference/accuracy"]),
+        ("Margin of the pairs", ["preference/chosen", "preference/rejected", "preference/margin"]),
         ("Entropy (nats per token)", ["policy/entropy"]),
         ("KL to the reference (nats per token)", ["policy/kl"]),
         ("Share of tokens clipped", ["policy/clip_low_share", "policy/clip_high_share"]),
         ("Completion length (tokens)", ["completion/tokens_mean", "completion/tokens_max"]),
         ("Share of completions cut, of groups without signal", ["completion/truncated_share", "group/no_signal_share"]),
+        ("Value model: share of the returns explained", ["value/explained_variance"]),
+        ("Weights that adapt", ["loss/kl_weight", "loss/entropy_weight"]),
         ("Gradient norm", ["optimiser/grad_norm"]),
         ("Learning rate", ["optimiser/learning_rate"]),
         ("Seconds per step", ["time/sample_seconds", "time/score_seconds", "time/train_seconds"]),
     ]
+    recorded = set(_names(store))
+    has_evaluations = bool(store.read("SELECT 1 FROM evaluations LIMIT 1"))
+    panels = [
+        (title, [name for name in names if name in recorded])
+        for title, names in wanted
+        if recorded.intersection(names) or (title == _HELD_OUT and has_evaluations)
+    ]
     num_rows = (len(panels) + 1) // 2
-    figure = make_subplots(num_rows, 2, subplot_titles=[title for title, _ in panels], vertical_spacing=0.06)
-    for number, (_, names) in enumerate(panels):
+    titles = [title for title, _ in panels]
+    figure = make_subplots(num_rows, 2, subplot_titles=titles, vertical_spacing=0.3 / num_rows)
+    for number, (title, names) in enumerate(panels):
         place = {"row": number // 2 + 1, "col": number % 2 + 1}
-        for colour, name in zip(_COLOURS * 3, names, strict=False):
-            steps, values = _series(store, name)
-            label = name.partition("/")[2].replace("_", " ")
-            faint = len(steps) >= _SMOOTHED_FROM
-            line = {"color": colour, "width": 1 if faint else 2}
-            figure.add_trace(
-                go.Scatter(x=steps, y=values, name=label, line=line, opacity=0.3 if faint else 1, showlegend=not faint,
-                           legendgroup=name), **place)  # fmt: skip
-            if faint:
-                figure.add_trace(
-                    go.Scatter(x=steps, y=_running_mean(values), name=label, line={"color": colour, "width": 2},
-                               legendgroup=name), **place)  # fmt: skip
-    _add_evaluations(figure, store, go)
+        legend = "legend" if number == 0 else f"legend{number + 1}"
+        traces = _evaluations(store, go) if title == _HELD_OUT else _curves(store, names, go)
+        for trace in traces:
+            figure.add_trace(trace.update(legend=legend), **place)
+        axis = "" if number == 0 else str(number + 1)
+        corner = {"x": figure.layout[f"xaxis{axis}"].domain[0], "y": figure.layout[f"yaxis{axis}"].domain[0]}
+        figure.update_layout({legend: {**corner, **_LEGEND, "y": corner["y"] - 0.07 / num_rows}})
     figure.update_layout(
-        height=300 * num_rows,
+        height=320 * num_rows,
         template="plotly_white",
         font={"family": "system-ui, sans-serif", "size": 12},
-        margin={"l": 40, "r": 20, "t": 40, "b": 30},
-        legend={"orientation": "h", "y": -0.03},
+        margin={"l": 40, "r": 20, "t": 40, "b": 60},
     )
     body = figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
     return f"<script>{get_plotlyjs()}</script>{body}"
 
 
-def _add_evaluations(figure: Any, store: Store, go: Any) -> None:
-    """Held-out shares with their intervals, in the second panel; the mean reward where there are no shares."""
-    rows = store.read("SELECT * FROM evaluations WHERE mode = 'sampled' ORDER BY step")
+_HELD_OUT = "Held-out"
+_LEGEND = {"orientation": "h", "xanchor": "left", "yanchor": "top", "font": {"size": 11}}
+
+
+def _curves(store: Store, names: list[str], go: Any) -> list[Any]:
+    """A line for each metric; noisy ones faint, with their running mean over them."""
+    traces = []
+    for colour, name in zip(_COLOURS * 3, names, strict=False):
+        steps, values = _series(store, name)
+        label = name.partition("/")[2].replace("_", " ")
+        faint = len(steps) >= _SMOOTHED_FROM and name != "optimiser/learning_rate"
+        line = {"color": colour, "width": 1 if faint else 2}
+        traces.append(
+            go.Scatter(x=steps, y=values, name=label, line=line, opacity=0.3 if faint else 1, showlegend=not faint,
+                       legendgroup=name))  # fmt: skip
+        if faint:
+            line = {"color": colour, "width": 2}
+            traces.append(go.Scatter(x=steps, y=_running_mean(values), name=label, line=line, legendgroup=name))
+    return traces
+
+
+def _evaluations(store: Store, go: Any) -> list[Any]:
+    """Held-out shares with their intervals; the mean reward where there are no shares."""
+    rows = store.read("SELECT * FROM evaluations WHERE mode IN ('sampled', 'pairs') ORDER BY step")
     shares = sorted({row["name"] for row in rows} - {"reward", "tokens"}) or ["reward"]
+    traces = []
     for colour, name in zip(_COLOURS, shares, strict=False):
         points = [row for row in rows if row["name"] == name]
         value = [row["value"] for row in points]
@@ -146,9 +174,10 @@ def _add_evaluations(figure: Any, store: Store, go: Any) -> None:
             "arrayminus": [row["value"] - row["low"] for row in points],
             "thickness": 1,
         }
-        figure.add_trace(
-            go.Scatter(x=[row["step"] for row in points], y=value, error_y=spread, name=f"held-out {name.replace('_', ' ')}",
-                       mode="lines+markers", line={"color": colour}), row=1, col=2)  # fmt: skip
+        traces.append(
+            go.Scatter(x=[row["step"] for row in points], y=value, error_y=spread, name=name.replace("_", " "),
+                       mode="lines+markers", line={"color": colour}))  # fmt: skip
+    return traces
 
 
 def _groups(store: Store) -> str:

@@ -162,7 +162,8 @@ def rollout_metrics(scored: Scored) -> Tally:
         tally.add_values(f"reward/{name}", part[~part.isnan()])
     tally.add("reward/num_abstained", (~valid).sum())
     tally.add("reward/num_failed", len({(f.group, f.completion) for f in scored.failures}))
-    tally.add_values("group/no_signal_share", ~has_signal(scored.rewards))
+    if scored.rewards.shape[1] > 1:
+        tally.add_values("group/no_signal_share", ~has_signal(scored.rewards))
     tally.add_values("policy/entropy", torch.cat([completion.entropies for completion in completions]))
     tally.add_values("completion/tokens_mean", lengths)
     tally.add_maximum("completion/tokens_max", lengths)
@@ -199,7 +200,7 @@ def metrics_line(method: str, step: int, num_steps: int, metrics: dict[str, floa
         f"entropy {metrics['policy/entropy']:.2f}",
         f"kl {metrics.get('policy/kl', float('nan')):.3f}",
         f"length {metrics['completion/tokens_mean']:.0f}",
-        f"no signal {metrics['group/no_signal_share']:.0%}",
+        *([f"no signal {metrics['group/no_signal_share']:.0%}"] if "group/no_signal_share" in metrics else []),
         f"{metrics['time/step_seconds']:.2f} s",
     ]
     if metrics["completion/truncated_share"]:

@@ -18,6 +18,7 @@ from coterie.algorithms.aggregate import aggregate
 from coterie.algorithms.kl import k3, kl_penalty
 from coterie.algorithms.objectives import OBJECTIVES, TokenTerms, clipped_at
 from coterie.algorithms.ratios import importance_weights
+from coterie.distributed.reduce import all_agree, sum_gradients, sum_totals
 from coterie.errors import UserError
 from coterie.models.logprobs import token_logprobs, token_statistics
 from coterie.models.policy import Policy
@@ -140,6 +141,7 @@ def optimise(
     likelier pi_old makes it than the sampler did.
     """
     objective = objective or load_objective(settings.loss)
+    totals = sum_totals(totals)
     recompute = sampled_by_policy or settings.correction.kind != "none"
     tally = Tally()
     old_logprobs = [stream.sampler_logprobs.to(policy.device) for stream in streams]
@@ -273,8 +275,9 @@ def take_step(
         if not finite:
             break
         loss.backward()
+    sum_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    finite = finite and bool(norm.isfinite())
+    finite = all_agree(finite and bool(norm.isfinite()))
     if finite:
         optimiser.step()
         tally.add("optimiser/grad_norm", norm)

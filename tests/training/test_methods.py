@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import sqlite3
+from itertools import pairwise
 
 import pytest
 import torch
@@ -108,6 +109,25 @@ def test_r13_ppo_trains_a_value_model_and_saves_it(train):
     assert (folder / "checkpoints" / "step_000004" / "value_optimiser.safetensors").is_file()
 
 
+def test_r17_grpo_trains_about_half_of_what_ppo_trains(train):
+    """Weights and optimiser state of a checkpoint: the value model is a second body, without the vocabulary's rows."""
+
+    def trained_bytes(folder):
+        files = (folder / "checkpoints" / "step_000004").glob("*.safetensors")
+        return sum(tensor.numel() for file in files for tensor in load_file(file).values())
+
+    share = trained_bytes(train("grpo", "preset=grpo")) / trained_bytes(train("ppo", *METHODS["ppo"]))
+    assert 0.45 < share < 0.55
+
+
+def test_r12_a_moving_anchor_lets_the_policy_go_further_than_a_frozen_one(train):
+    """The same samples and rewards; only what the anchor is made of differs, and with it the steps after the first."""
+    runs = [train(kind, "preset=anchored", f"reference={{kind: {kind}}}", "steps=8") for kind in ("moving", "frozen")]
+    first, last = ([metrics(run, step) for run in runs] for step in (1, 8))
+    assert first[0]["loss/total"] == first[1]["loss/total"]
+    assert last[0]["policy/kl"] < last[1]["policy/kl"]  # to their own references: the moving one follows
+
+
 def test_r13_the_policy_waits_while_the_value_model_warms_up(train):
     folder = train("run", *METHODS["ppo"], "value.warmup_steps=4")
     first, last = (load_file(folder / "checkpoints" / f"step_00000{n}" / "model.safetensors") for n in (0, 4))
@@ -141,7 +161,7 @@ def test_r5_weights_that_adapt_move_towards_their_target(train):
     weights = [metrics(folder, step) for step in range(1, 5)]
     assert weights[0]["loss/kl_weight"] == 0.1
     assert weights[1]["loss/kl_weight"] == pytest.approx(0.09)  # at the start the KL is 0, below its target
-    for before, after in zip(weights, weights[1:], strict=False):
+    for before, after in pairwise(weights):
         lacking = 5.0 - before["policy/entropy"]
         assert after["loss/entropy_weight"] == pytest.approx(before["loss/entropy_weight"] + 1e-3 * lacking)
 
