@@ -316,6 +316,13 @@ class Recipe(Settings):
             raise ValueError(
                 f"advantage.combine: each needs the baseline group or leave_one_out, not {advantage.baseline}"
             )
+        added = [("kl.place", "reward")] if self.loss.kl_weight and self.kl.place == "reward" else []
+        added += [("overlong.treatment", "punish")] if self.overlong.treatment == "punish" else []
+        if added and advantage.combine == "each":
+            raise ValueError(
+                f"{added[0][0]}: {added[0][1]} adds a part to the reward, whose size advantage.combine=each would normalise "
+                "away; use the combine sum, or another treatment"
+            )
         if self.group_size == 1 and of_group:
             raise ValueError(
                 f"group_size: 1 leaves nothing to compare with while advantage.baseline is {advantage.baseline}; "
@@ -382,6 +389,9 @@ class Recipe(Settings):
             idle("optimiser", ("final_share",), "optimiser.schedule is constant")
         if not self.samples:
             idle("optimiser", ("updates_per_batch",), f"method is {self.method}")
+        if self.method == "sft":
+            idle("optimiser", ("final_share",), "method is sft")
+            idle("evaluation", ("every",), "method is sft")
         return found
 
     def to_yaml(self) -> str:

@@ -174,6 +174,8 @@ def test_another_objective_may_be_chosen_over_any_preset(objective):
         ({"preset": "ppo", "advantage": {"scale": "none"}}, "advantage", "method is ppo"),
         ({"preset": "ppo", "redraw": {"rounds": 2}}, "redraw", "method is ppo"),
         ({"group_size": 1}, "group_size", "nothing to compare with"),
+        ({"preset": "gdpo", "overlong": {"treatment": "punish"}}, "overlong.treatment", "normalise away"),
+        ({"preset": "gdpo", "loss": {"kl_weight": 0.1}, "kl": {"place": "reward"}}, "kl.place", "normalise away"),
         ({"advantage": {"baseline": "batch"}}, "advantage.scale", "baseline is batch"),
         ({"advantage": {"baseline": "none", "scale": "batch", "combine": "each"}}, "advantage.combine", "not none"),
         ({"preset": "dpo", "task": {"data": "d.jsonl"}}, "task.chosen", "learns from it"),

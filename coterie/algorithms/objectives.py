@@ -148,7 +148,7 @@ class TokenTerms:
 
     policy_logprobs [N]: with gradient. old_logprobs [N]: under the policy that sampled. advantages [N], rewards [N]: each
     row's own, or per token where a value model gives them. row [N]: which of `num_rows` completions a token belongs to.
-    reference_logprobs [N]: for objectives that ask for them by being named in `NEED_REFERENCE`, else perhaps None.
+    reference_logprobs [N]: for the anchored objective, and wherever the loss has a KL to a reference; else None.
     """
 
     policy_logprobs: Tensor

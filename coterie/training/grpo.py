@@ -92,6 +92,8 @@ def train_grpo(
         clock.lap("time/train_seconds")
         tally.merge(rollout_metrics(drawn.scored))
         tally.merge(redraw_metrics(drawn))
+        if "kl" in scored.parts:
+            tally.add_values("reward/kl", scored.parts["kl"][scored.valid])
         tally.merge(divergence_metrics(watched, reference_logprobs))
         metrics = {
             **tally.values(),

@@ -242,6 +242,8 @@ def _add_ratio_metrics(terms: TokenTerms, settings: UpdateSettings, tally: Tally
     low, high = terms.bounds(loss.clip_bounds, loss.clip_low, loss.clip_high)
     if loss.objective == "gmpo":  # its bounds are on the logarithm
         at_low, at_high = clipped_at(1 + terms.log_ratio, terms.advantages, low=low, high=high)
+    elif loss.objective == "cispo":  # a bound holds the weight, whatever the advantage's sign
+        at_low, at_high = ratio < 1 - low, ratio > 1 + high
     else:
         at_low, at_high = clipped_at(ratio, terms.advantages, low=low, high=high)
     if loss.objective in ("clip", "dual_clip", "cispo", "gmpo") or ":" in loss.objective:

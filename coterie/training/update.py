@@ -42,7 +42,8 @@ def update(
     when it was sampled; without them the policy's own are taken, which is right if it has not changed since.
     reference: what the KL is held to; needed where the preset or `settings` give the KL a weight.
     settings: sections of a recipe that override the preset, as {"loss": {"clip_high": 0.3}}; optimiser.max_grad_norm,
-    optimiser.updates_per_batch and optimiser.micro_batch_tokens act here too, the learning rate is the optimiser's own.
+    optimiser.updates_per_batch and optimiser.micro_batch_tokens act here too, the learning rate is the optimiser's own. What a
+    recipe does before the update (redraw, overlong) is the caller's, and the longest completion is the length limit.
 
     Raises UserError for shapes that do not agree, empty prompts or completions, and rewards or settings out of range.
     """
@@ -77,6 +78,10 @@ def _check_method(recipe: Recipe, reference: Policy | PreTrainedModel | None) ->
     """An update is GRPO's, on rewards that are there already."""
     if recipe.method != "grpo":
         raise UserError(f"update: the preset {recipe.preset!r} is a method of its own; coterie.train runs it")
+    if recipe.advantage.combine == "each":
+        raise UserError("update: advantage.combine is each, but one reward per completion is given, not its parts")
+    if recipe.kl.target is not None or recipe.entropy.target is not None:
+        raise UserError("update: kl.target and entropy.target need what came before; move the weights between updates")
     if recipe.loss.kl_weight and recipe.kl.place == "reward":
         raise UserError(
             "update: kl.place is reward, but the rewards are given; subtract the KL from them and set loss.kl_weight to 0"
