@@ -5,6 +5,7 @@ Legend: P prompts, G completions per prompt, R rows that are being decoded, V vo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -45,9 +46,9 @@ def sample_tokens(logits: Tensor, keys: Tensor, positions: Tensor, sampling: Sam
     """
     greedy = sampling.temperature == 0
     logits = logits.float() / (1.0 if greedy else sampling.temperature)
-    truncated = not greedy and (sampling.top_k > 0 or sampling.top_p < 1)
+    truncated = not greedy and (sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0)
     if truncated:
-        kept = _kept(logits, sampling.top_k, sampling.top_p)
+        kept = _kept(logits, sampling.top_k, sampling.top_p, sampling.min_p)
         logits = logits.masked_fill(~kept, -torch.inf)
     normaliser = logits.logsumexp(1)  # [R]
     logprobs = logits - normaliser[:, None]
@@ -67,15 +68,19 @@ def sample_tokens(logits: Tensor, keys: Tensor, positions: Tensor, sampling: Sam
     )
 
 
-def _kept(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Which tokens truncation keeps: bool [R, V]. Top-p keeps the fewest likeliest tokens whose mass reaches p."""
+def _kept(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """Which tokens truncation keeps: bool [R, V]. Top-p keeps the fewest likeliest tokens whose mass reaches p; min-p those
+    that are at least that share as likely as the likeliest."""
     order = torch.argsort(logits, dim=1, descending=True, stable=True)
     rank = torch.arange(logits.shape[1], device=logits.device)
     by_rank = rank.expand_as(order) < (top_k or logits.shape[1])
     if top_p < 1:
         probabilities = logits.gather(1, order).masked_fill(~by_rank, -torch.inf).softmax(1)
         by_rank = by_rank & (probabilities.cumsum(1) - probabilities < top_p)
-    return torch.zeros_like(by_rank).scatter(1, order, by_rank)
+    kept = torch.zeros_like(by_rank).scatter(1, order, by_rank)
+    if min_p > 0:
+        kept &= logits >= logits.amax(1, keepdim=True) + math.log(min_p)
+    return kept
 
 
 def _last_possible(probabilities: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ SAMPLINGS = {
     "plain": Sampling(max_new_tokens=24),
     "truncated": Sampling(max_new_tokens=24, temperature=0.7, top_p=0.9),
     "top_k": Sampling(max_new_tokens=24, top_k=5),
+    "min_p": Sampling(max_new_tokens=24, temperature=1.3, min_p=0.3, top_k=20),
     "few_rows": Sampling(max_new_tokens=24, max_rows=8),
 }
 
@@ -45,6 +46,7 @@ def plain_completion(model, prompt, noise_key, sampling):
             mass += probabilities[token].item() / (
                 sum(probabilities[t].item() for t in ranked[: sampling.top_k or None]) if sampling.top_k else 1.0
             )
+        kept = [t for t in kept if probabilities[t] >= sampling.min_p * probabilities.max()]
         total = sum(probabilities[token].item() for token in kept)
         threshold = uniform(mix(noise_key, torch.tensor(len(tokens)))).item() * total
         below = 0.0
