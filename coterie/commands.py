@@ -11,6 +11,7 @@ from coterie.errors import UserError
 from coterie.evals.evaluate import Evaluation, evaluate, heldout_prompts
 from coterie.evals.statistics import mean_interval, pass_at_k
 from coterie.models.codec import Codec
+from coterie.models.heads import Scorer
 from coterie.models.load import choose_device, load_policy, start_model
 from coterie.models.policy import Policy, quiet_transformers
 from coterie.recipe import Recipe, Sampling, load_recipe
@@ -21,6 +22,7 @@ from coterie.runs.console import Console
 from coterie.tasks.base import Task, draw
 from coterie.tasks.load import check_lengths, make_task, prepare
 from coterie.training.optimise import load_objective
+from coterie.training.preferences import pair_streams
 from coterie.training.sample import load_advantages
 from coterie.types import Group, Prompt
 
@@ -39,29 +41,45 @@ def check_recipe(name: str, overrides: Sequence[str]) -> None:
     console.say(
         f"model: {type(model).__name__}, {num_parameters:,} parameters, prompts are shared: {policy.served == 'stream'}"
     )
-    prompts = draw(task, 1, seed=recipe.seed, step=1)
-    groups = collect(
-        make_engine(policy),
-        prompts,
-        codec,
-        recipe.sampling,
-        num_completions=recipe.group_size,
-        noise=(recipe.seed, "check"),
-    )
-    if not recipe.samples:
-        console.say("everything that can be checked without training works")
-        return
-    scored = score(groups, rewards, max_failed_share=recipe.max_failed_rewards)
+    if recipe.method in ("dpo", "reward_model"):
+        _check_pair(console, recipe, codec, task, policy)
+    elif recipe.method == "sft":
+        prompt, answer = task.demonstrations(1, seed=recipe.seed, step=1)[0]
+        console.say(f"--- a demonstration\n{codec.decode(prompt)}{codec.decode(answer)}")
+    else:
+        _check_group(console, recipe, rewards, codec, task, policy)
+    console.say("everything that can be checked without training works")
+
+
+def _check_group(
+    console: Console, recipe: Recipe, rewards: list[Reward], codec: Codec, task: Task, policy: Policy
+) -> None:
+    """Sample, score and compare the completions of one prompt, and print them."""
     load_objective(recipe.loss)
-    advantages = load_advantages(recipe, rewards)(scored)
-    _print_group(
-        console, groups[0], {name: part[0].tolist() for name, part in scored.parts.items()}, advantages[0].tolist()
-    )
-    if not has_signal(scored.rewards).any():
+    prompts = draw(task, 1, seed=recipe.seed, step=1)
+    noise, engine = (recipe.seed, "check"), make_engine(policy)
+    groups = collect(engine, prompts, codec, recipe.sampling, num_completions=recipe.group_size, noise=noise)
+    scored = score(groups, rewards, max_failed_share=recipe.max_failed_rewards)
+    advantages: list[float] | None = None
+    if recipe.method == "grpo":
+        advantages = load_advantages(recipe, rewards)(scored)[0].tolist()
+    else:
+        Scorer.from_policy(policy)
+    _print_group(console, groups[0], {name: part[0].tolist() for name, part in scored.parts.items()}, advantages)
+    if recipe.group_size > 1 and not has_signal(scored.rewards).any():
         console.say(
             "all rewards of this group are equal: it would teach nothing. More such groups, and nothing is learned"
         )
-    console.say("everything that can be checked without training works")
+
+
+def _check_pair(console: Console, recipe: Recipe, codec: Codec, task: Task, policy: Policy) -> None:
+    """Print one preference pair, and score it where that is what is trained."""
+    pair = task.preferences(1, seed=recipe.seed, step=1)
+    for name, tokens in zip(("prompt", "chosen", "rejected"), pair[0], strict=True):
+        console.say(f"--- {name}\n{codec.decode(tokens)}")
+    if recipe.method == "reward_model":
+        (stream,) = pair_streams(pair, recipe.optimiser.micro_batch_tokens)
+        Scorer.from_policy(policy).scores(stream.to(policy.device))
 
 
 def evaluate_model(

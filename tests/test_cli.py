@@ -288,3 +288,16 @@ def test_ctrl_c_saves_and_the_run_goes_on_from_there(tmp_path):
     assert resumed.returncode == 0, resumed.stderr
     assert "grpo 1/40" not in resumed.stdout
     assert "grpo 40/40" in resumed.stdout
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml")))
+def test_every_bundled_recipe_passes_its_check(recipe, tmp_path):
+    checked = run("check", recipe, cwd=tmp_path)
+    assert checked.returncode == 0, checked.stderr
+    assert "everything that can be checked without training works" in checked.stdout
+    shown = {
+        "equations_dpo": "--- rejected",
+        "equations_reward_model": "--- rejected",
+        "equations_sft": "--- a demonstration",
+    }
+    assert shown.get(recipe, "--- 1  right_answer") in checked.stdout
