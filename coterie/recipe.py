@@ -139,7 +139,7 @@ class KL(Settings):
     estimator: Literal["k1", "k2", "k3", "exact"] = Field("k3", description="exact sums over the vocabulary")
     place: Literal["loss", "reward"] = "loss"
     target: Positive | None = Field(None, description="nats per token that the weight adapts to; fixed if empty")
-    adapt_rate: Annotated[Number, Field(gt=0, le=1)] = 0.1
+    adapt_rate: Annotated[Number, Field(gt=0, lt=1)] = 0.1
 
 
 class Entropy(Settings):
@@ -277,6 +277,19 @@ class Recipe(Settings):
         self._check_groups()
         if self.needs_rewards and not self.rewards:
             raise ValueError("rewards: at least one is needed, as module:function or file.py:function")
+        if self.method == "ppo" and self.value.warmup_steps >= self.steps:
+            raise ValueError(
+                f"value.warmup_steps: {self.value.warmup_steps} leaves none of the {self.steps} steps to the policy"
+            )
+        for name in {spec.name for spec in self.rewards} & {
+            "mean",
+            "std",
+            "num_abstained",
+            "num_failed",
+            "kl",
+            "overlong",
+        }:
+            raise ValueError(f"rewards: the name {name!r} is taken by a metric; give that reward another `name`")
         names = [spec.name for spec in self.rewards]
         if len(set(names)) < len(names):
             raise ValueError(f"rewards: two have the same name among {', '.join(names)}; give each a `name`")
@@ -284,12 +297,17 @@ class Recipe(Settings):
 
     def refuse_idle(self, given: Mapping[str, Any]) -> None:
         """Raises ValueError for a setting among `given` that does nothing. A preset's own give way without a word."""
-        for section, name, why in self._without_effect():
-            if isinstance(given.get(section), dict) and name in given[section]:
-                raise ValueError(f"{section}.{name}: has no effect while {why}; change that, or leave this out")
-        for name, why in self._idle_sections().items():
-            if name in given:
-                raise ValueError(f"{name}: has no effect while {why}; change that, or leave this out")
+        sections = self._idle_sections()
+        idle = [(name, why) for name, why in sections.items() if name in given]
+        idle += [
+            (f"{section}.{name}", why)
+            for section, name, why in self._without_effect()
+            if section not in sections and isinstance(given.get(section), dict) and name in given[section]
+        ]
+        if idle:
+            raise ValueError(
+                "\n".join(f"{name}: has no effect while {why}; change that, or leave this out" for name, why in idle)
+            )
 
     def _check_data(self) -> None:
         """Whether the task has what the method learns from."""
@@ -350,9 +368,18 @@ class Recipe(Settings):
         idle = {
             "grpo": ("value", "preference"),
             "ppo": ("advantage", "correction", "redraw", "overlong", "preference", "reference"),
-            "dpo": (*of_sampling, "value", "reference"),
-            "sft": (*of_sampling, "value", "preference", "reference", "cold_start"),
-            "reward_model": (*of_sampling, "value", "preference", "reference", "sampling", "rewards"),
+            "dpo": (*of_sampling, "value", "reference", "max_failed_rewards", "record"),
+            "sft": (*of_sampling, "value", "preference", "reference", "cold_start", "max_failed_rewards", "record"),
+            "reward_model": (
+                *of_sampling,
+                "value",
+                "preference",
+                "reference",
+                "sampling",
+                "rewards",
+                "max_failed_rewards",
+                "record",
+            ),
         }
         return dict.fromkeys(idle[self.method], f"method is {self.method}")
 
@@ -390,6 +417,13 @@ class Recipe(Settings):
             idle("optimiser", ("final_share",), "optimiser.schedule is constant")
         if not self.samples:
             idle("optimiser", ("updates_per_batch",), f"method is {self.method}")
+        if self.method == "reward_model":
+            idle("evaluation", ("samples",), "method is reward_model")
+            idle("task", ("correct_above",), "method is reward_model")
+        elif not self.rewards:
+            idle("task", ("correct_above",), "there are no rewards")
+        if self.group_size == 1:
+            idle("redraw", ("rounds",), "group_size is 1")
         if self.method == "sft":
             idle("optimiser", ("final_share",), "method is sft")
             idle("evaluation", ("every",), "method is sft")
@@ -399,7 +433,8 @@ class Recipe(Settings):
         """The resolved recipe: every setting that acts, and nothing that does not."""
         values = self.model_dump(mode="json", exclude_none=True)
         for section, name, _ in self._without_effect():
-            values[section].pop(name, None)
+            if isinstance(values.get(section), dict):
+                values[section].pop(name, None)
         for section in self._idle_sections():
             values.pop(section, None)
         values = {key: value for key, value in values.items() if value != {}}

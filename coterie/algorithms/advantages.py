@@ -21,7 +21,7 @@ def group_advantages(
 
     NaN marks a completion that abstains: it leaves every mean and std, and gets 0. Where the baseline is the group's, a
     group with equal rewards, or with fewer than two of them, gets exactly 0: rounding would otherwise leave a residue that a
-    small epsilon blows up. For the same reason a batch of equal rewards gets exactly 0 from the batch's own mean.
+    small epsilon blows up. For the same reason a batch whose values are all equal gets exactly 0 from the batch's own std.
 
     Raises ValueError for an unknown baseline or scale, two that don't go together (a group's std with another baseline: it
     is 0 for a flat group, whose difference from that baseline is not), a shape that is not [P, G], or an infinite reward.
@@ -49,7 +49,8 @@ def group_advantages(
         advantages = difference
     elif scale in ("batch", "batch_differences"):
         values = (rewards if scale == "batch" else difference)[valid]
-        advantages = difference / ((values.std() if len(values) > 1 else 0.0) + epsilon)
+        std = values.std() if len(values) > 1 else torch.zeros((), dtype=torch.float64)
+        advantages = difference / (std + epsilon) if std > 0 else torch.zeros_like(difference)
     else:
         divisor = num_valid - 1 if scale == "sample" else num_valid
         advantages = difference / (_root_mean_square(from_mean, divisor.clamp(min=1)) + epsilon)

@@ -206,7 +206,7 @@ def anchored(
 ) -> Tensor:
     """The account's loss: per sequence as written ("sequence") or per token, weighted by the raw reward or the advantage.
 
-    A sequence's loss is spread over its tokens in equal parts, so that "sequence_sum" gives it back whole.
+    A sequence's loss stands at each of its tokens, so that "sequence_mean" gives it back whole.
     """
     assert terms.reference_logprobs is not None
     weights = terms.rewards if anchor_weight == "reward" else terms.advantages
@@ -216,7 +216,7 @@ def anchored(
     policy, reference = (row_sum(x, row, terms.num_rows) for x in (policy, reference))  # [B]
     weights = row_mean(weights, row, terms.num_rows)
     loss = anchored_loss(policy, reference, weights, alpha=anchor_alpha, beta=anchor_beta)
-    return (loss / torch.bincount(row, minlength=terms.num_rows).clamp(min=1))[row]
+    return loss[row]
 
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {

@@ -19,14 +19,19 @@ def num_processes() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
+def sum_numbers(*numbers: float) -> list[float]:
+    """Each number, summed over all processes."""
+    if num_processes() == 1:
+        return list(numbers)
+    sums = torch.tensor(numbers, dtype=torch.float64, device=_device())
+    distributed.all_reduce(sums)
+    return sums.tolist()
+
+
 def sum_totals(totals: BatchTotals) -> BatchTotals:
     """The denominators of the step, counted over all processes."""
-    if num_processes() == 1:
-        return totals
-    counts = torch.tensor([totals.num_rows, totals.num_tokens])
-    distributed.all_reduce(counts)
-    num_rows, num_tokens = counts.tolist()
-    return replace(totals, num_rows=num_rows, num_tokens=num_tokens)
+    num_rows, num_tokens = sum_numbers(totals.num_rows, totals.num_tokens)
+    return replace(totals, num_rows=int(num_rows), num_tokens=int(num_tokens))
 
 
 def sum_gradients(parameters: Sequence[Tensor]) -> None:
@@ -44,8 +49,9 @@ def sum_gradients(parameters: Sequence[Tensor]) -> None:
 
 def all_agree(answer: bool) -> bool:
     """Whether every process says yes, so that all of them take a step or none does."""
-    if num_processes() == 1:
-        return answer
-    votes = torch.tensor(int(answer))
-    distributed.all_reduce(votes, op=distributed.ReduceOp.MIN)
-    return bool(votes.item())
+    return sum_numbers(0.0 if answer else 1.0) == [0.0]
+
+
+def _device() -> torch.device:
+    """Where the processes' messages have to lie."""
+    return torch.device("cuda" if distributed.get_backend() == "nccl" else "cpu")

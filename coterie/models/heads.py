@@ -36,10 +36,11 @@ class Scorer:
         try:
             with torch.random.fork_rng(devices=[]):  # the fresh weights are replaced: no random number is spent on them
                 model = AutoModelForSequenceClassification.from_config(config)
-        except ValueError as error:
-            raise UserError(f"model: {type(policy.model).__name__} has no form with a score: {error}") from error
-        model.base_model.load_state_dict(policy.model.base_model.state_dict())
-        torch.nn.init.zeros_(model.score.weight)
+            model.base_model.load_state_dict(policy.model.base_model.state_dict())
+            torch.nn.init.zeros_(model.score.weight)
+        except (ValueError, RuntimeError, AttributeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"model: {type(policy.model).__name__} has no form with one score: {reason}") from error
         return cls(model.to(device=policy.device, dtype=policy.model.dtype).eval(), policy.served)
 
     @property

@@ -93,6 +93,9 @@ def start_model(recipe: Recipe, codec: Codec, device: torch.device) -> PreTraine
 def load_model(source: str, device: torch.device, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model from a folder or the hub, from safetensors only."""
     check_model_folder(source)
+    for name in _from_hub(AutoConfig, source).architectures or ():
+        if name.endswith("ForSequenceClassification"):
+            raise UserError(f"model: {source} gives scores ({name}) and writes no text; it is a reward model")
     return _from_hub(AutoModelForCausalLM, source, dtype=dtype, use_safetensors=True).to(device)
 
 

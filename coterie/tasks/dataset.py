@@ -59,6 +59,18 @@ class Dataset:
     def heldout_preferences(self, count: int, *, seed: int) -> list[Preference]:
         return [self._pair(self.heldout[i]) for i in permutation(len(self.heldout), seed, "pairs")[:count]]
 
+    def check_answers(self, context_length: int) -> None:
+        """Raises UserError where a prompt and an answer that is learned do not fit the model's context."""
+        settings = self._settings
+        for column in filter(None, (settings.answer, settings.chosen, settings.rejected)):
+            for prompt in (*self.train, *self.heldout):
+                length = len(prompt.tokens) + len(self._answer(prompt, column))
+                if length > context_length:
+                    raise UserError(
+                        f"{prompt.origin}: the prompt and column {column!r} have {length} tokens together, more than the "
+                        f"model's context of {context_length}"
+                    )
+
     def _pair(self, prompt: Prompt) -> Preference:
         chosen, rejected = self._settings.chosen, self._settings.rejected
         assert chosen is not None, "recipes refuse preferences on a data set without their columns"

@@ -23,8 +23,11 @@ def prepare(recipe: Recipe) -> tuple[list[Reward], Codec, Task]:
     config = load_config(recipe)
     codec = load_codec(recipe)
     task = make_task(recipe.task, codec)
+    context_length = context_length_of(config)
     if recipe.method != "reward_model":
-        check_lengths(task, recipe.sampling, context_length_of(config))
+        check_lengths(task, recipe.sampling, context_length)
+    if isinstance(task, Dataset) and context_length is not None:
+        task.check_answers(context_length)
     return rewards, codec, task
 
 

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from coterie.algorithms.advantages import has_signal
 from coterie.algorithms.controllers import adapted_entropy_weight, adapted_kl_weight
 from coterie.algorithms.kl import k3
 from coterie.evals.evaluate import evaluate, heldout_prompts
@@ -34,7 +33,7 @@ from coterie.training.optimise import (
 )
 from coterie.training.reference import move_reference
 from coterie.training.run import Run
-from coterie.training.sample import Drawn, load_advantages, sample_step, streams_of, with_kl
+from coterie.training.sample import Drawn, groups_with_signal, load_advantages, sample_step, streams_of, with_kl
 from coterie.types import Scored, Stream
 
 
@@ -90,7 +89,7 @@ def train_grpo(
         move_reference(reference, policy, recipe.reference, step)
         engine.load_weights(policy, step)
         clock.lap("time/train_seconds")
-        tally.merge(rollout_metrics(drawn.scored))
+        tally.merge(rollout_metrics(drawn.scored, groups_with_signal(drawn.scored, recipe.advantage)))
         tally.merge(redraw_metrics(drawn))
         if "kl" in scored.parts:
             tally.add_values("reward/kl", scored.parts["kl"][scored.valid])
@@ -151,8 +150,8 @@ def evaluate_on_the_way(
         run.record_evaluation("train", step, evaluation)
 
 
-def rollout_metrics(scored: Scored) -> Tally:
-    """What the samples of a step were like (R36): rewards, groups without signal, entropy, lengths, truncation."""
+def rollout_metrics(scored: Scored, signal: Tensor) -> Tally:
+    """What the samples of a step were like (R36): rewards, groups without signal [P], entropy, lengths, truncation."""
     tally = Tally()
     valid = scored.valid
     completions = [completion for group in scored.groups for completion in group.completions]
@@ -165,7 +164,7 @@ def rollout_metrics(scored: Scored) -> Tally:
     tally.add("reward/num_abstained", (~valid).sum())
     tally.add("reward/num_failed", len({(f.group, f.completion) for f in scored.failures}))
     if scored.rewards.shape[1] > 1:
-        tally.add_values("group/no_signal_share", ~has_signal(scored.rewards))
+        tally.add_values("group/no_signal_share", ~signal)
     tally.add_values("policy/entropy", torch.cat([completion.entropies for completion in completions]))
     tally.add_values("completion/tokens_mean", lengths)
     tally.add_maximum("completion/tokens_max", lengths)

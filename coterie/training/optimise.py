@@ -168,7 +168,9 @@ def optimise(
                 rewards=stream.rewards[of_rows],
                 row=of_rows,
                 num_rows=stream.num_rows,
-                reference_logprobs=reference_logprobs[number] if reference_logprobs is not None else None,
+                reference_logprobs=(
+                    reference_logprobs[number].to(policy.device) if reference_logprobs is not None else None
+                ),
             )
             per_token = _loss_per_token(
                 terms, stream, settings, objective, statistics.entropies, statistics.exact_kls, tally

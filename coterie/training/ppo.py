@@ -6,13 +6,15 @@ model, trained beside the policy, expected at that token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from coterie.algorithms.advantages import generalised_advantages
+from coterie.algorithms.advantages import generalised_advantages, has_signal
 from coterie.algorithms.objectives import clipped_value_loss
+from coterie.distributed.reduce import sum_numbers, sum_totals
 from coterie.models.codec import Codec
 from coterie.models.heads import Scorer
 from coterie.models.policy import Policy
@@ -106,7 +108,7 @@ def train_ppo(
         tally.merge(fit_values(value, value_optimiser, streams, totals, old_values, returns, recipe))
         engine.load_weights(policy, step)
         clock.lap("time/train_seconds")
-        tally.merge(rollout_metrics(scored))
+        tally.merge(rollout_metrics(scored, has_signal(scored.rewards)))
         tally.merge(divergence_metrics(streams, reference_logprobs))
         metrics = {
             **tally.values(),
@@ -147,9 +149,11 @@ def advantages_and_returns(
 
 
 def whitened(advantages: Sequence[Tensor], epsilon: float = 1e-8) -> list[Tensor]:
-    """Mean 0 and std 1 over all tokens of the step."""
-    everything = torch.cat(list(advantages)).double()
-    mean, std = everything.mean(), everything.std() if len(everything) > 1 else everything.new_zeros(())
+    """Mean 0 and std 1 over all tokens of the step, of all processes."""
+    count, total = sum_numbers(sum(len(a) for a in advantages), sum(a.double().sum().item() for a in advantages))
+    mean = total / max(1, count)
+    (squares,) = sum_numbers(sum((a.double() - mean).square().sum().item() for a in advantages))
+    std = math.sqrt(squares / max(1, count - 1))
     return [((a.double() - mean) / (std + epsilon)).to(a.dtype) for a in advantages]
 
 
@@ -164,6 +168,7 @@ def fit_values(
 ) -> Tally:
     """As many steps of the value model as the policy takes, on the mean clipped squared error of every token."""
     tally = Tally()
+    totals = sum_totals(totals)
     for _ in range(recipe.optimiser.updates_per_batch):
         losses: list[float] = []
 
@@ -177,6 +182,8 @@ def fit_values(
         step = take_step(optimiser, streams, loss_of, value.device, recipe.optimiser.max_grad_norm)
         tally.add("value/skipped_share", step.sums["optimiser/skipped_share"])
         tally.add("value/loss", sum(losses))
+    if not streams:
+        return tally
     target, guess = torch.cat(list(returns)).double(), torch.cat(list(old_values)).double()
     if len(target) > 1 and target.var() > 0:
         tally.add("value/explained_variance", 1 - (target - guess).var() / target.var())
@@ -191,5 +198,6 @@ def mean_of_rows(valid: Tensor, streams: Sequence[Stream], advantages: Sequence[
         for s, a in zip(streams, advantages, strict=True)
     ]
     whole = torch.zeros(valid.shape, dtype=torch.float64)
-    whole[valid] = torch.cat(means)
+    if means:
+        whole[valid] = torch.cat(means)
     return whole

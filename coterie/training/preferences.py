@@ -12,6 +12,7 @@ from torch import Tensor
 
 from coterie.algorithms.preferences import bradley_terry_loss, dpo_loss
 from coterie.algorithms.ratios import row_sum
+from coterie.distributed.reduce import sum_numbers
 from coterie.evals.evaluate import Evaluation
 from coterie.evals.statistics import wilson
 from coterie.models.codec import Codec
@@ -70,7 +71,7 @@ def fit_dpo(
 ) -> Tally:
     """One optimiser step on the mean loss over all pairs."""
     tally, settings = Tally(), recipe.preference
-    num_pairs = sum(stream.num_rows for stream in streams) // 2
+    (num_pairs,) = sum_numbers(sum(stream.num_rows for stream in streams) / 2)
 
     def loss_of(number: int, stream: Stream) -> Tensor:
         differences = token_logprobs(policy, stream) - reference_logprobs[number]
@@ -109,7 +110,7 @@ def fit_reward_model(
 ) -> Tally:
     """One optimiser step on the mean loss over all pairs."""
     tally = Tally()
-    num_pairs = sum(stream.num_rows for stream in streams) // 2
+    (num_pairs,) = sum_numbers(sum(stream.num_rows for stream in streams) / 2)
 
     def loss_of(number: int, stream: Stream) -> Tensor:
         chosen, rejected = scorer.scores(stream).view(-1, 2).unbind(1)  # [pairs]

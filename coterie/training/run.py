@@ -82,6 +82,9 @@ class Run:
             if not override.startswith("steps="):
                 raise UserError(f"--set {override}: a resumed run keeps its recipe; only steps=N can be set anew")
         run = cls(folder, load_recipe(str(folder / "recipe.yaml"), overrides), console, stop_after=stop_after)
+        if overrides:
+            (folder / "recipe.yaml").write_text(run.recipe.to_yaml(), encoding="utf-8")
+            (folder / "summary.json").unlink(missing_ok=True)
         try:
             run.position = find_checkpoint(folder / "checkpoints", console.warn)
         except UserError as error:
@@ -117,7 +120,7 @@ class Run:
 
     def restore(self, stage: str, state: TrainState) -> None:
         """Put what the checkpoint holds in place, if the run was resumed inside this stage."""
-        if self.position and self.position.stage == stage:
+        if self.position and self.position.stage == stage and self.position.step > 0:  # step 0 is the start itself
             load_checkpoint(self.folder / "checkpoints" / self.position.name, state)
 
     def record(

@@ -83,11 +83,19 @@ def sample_step(
         scored = _joined(scored, new) if scored is not None else new
         if recipe.redraw.rounds == 0:
             return Drawn(scored, list(range(len(scored.groups))))
-        kept += [start + i for i in has_signal(new.rewards).nonzero().flatten().tolist()]
+        kept += [start + i for i in groups_with_signal(new, recipe.advantage).nonzero().flatten().tolist()]
         if len(kept) >= wanted:
             break
     assert scored is not None
     return Drawn(scored, kept or list(range(start, len(scored.groups))))
+
+
+def groups_with_signal(scored: Scored, settings: Advantage) -> Tensor:
+    """Which groups tell their completions apart, by the sum of the rewards or by any of them alone: bool [P]."""
+    if settings.combine == "sum" or not scored.parts:
+        return has_signal(scored.rewards)
+    parts = [has_signal(part.masked_fill(~scored.valid, math.nan)) for part in scored.parts.values()]
+    return torch.stack(parts).any(0)
 
 
 def with_overlong(scored: Scored, settings: Overlong, limit: int) -> Scored:
@@ -109,6 +117,8 @@ def with_overlong(scored: Scored, settings: Overlong, limit: int) -> Scored:
 
 def with_kl(scored: Scored, policy: Policy, reference: Policy, recipe: Recipe, *, weight: float) -> Scored:
     """The KL to the reference in the reward: -weight * its sum over each completion, as a part of its own (R5)."""
+    if not scored.valid.any():
+        return scored
     streams = streams_of(scored, recipe.optimiser.micro_batch_tokens)
     found = kl_of(streams, policy, reference, estimator=recipe.kl.estimator, temperature=recipe.sampling.temperature)
     sums = (row_sum(kl.cpu().double(), s.row, s.num_rows) for s, kl in zip(streams, found, strict=True))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from coterie.algorithms.aggregate import aggregate
+from coterie.distributed.reduce import sum_totals
 from coterie.models.logprobs import token_logprobs
 from coterie.models.policy import Policy
 from coterie.recipe import ColdStart, Recipe
@@ -39,7 +40,8 @@ def train_sft(run: Run, recipe: Recipe, task: Task, policy: Policy, *, stage: st
 
 def fit(policy: Policy, optimiser: torch.optim.Optimizer, streams: list[Stream], *, max_grad_norm: float) -> Tally:
     """One optimiser step on the mean negative log-likelihood of every target token."""
-    totals = BatchTotals(sum(s.num_rows for s in streams), sum(len(s.targets) for s in streams), max_length=1)
+    counts = BatchTotals(sum(s.num_rows for s in streams), sum(len(s.targets) for s in streams), max_length=1)
+    totals = sum_totals(counts)
     losses = []
 
     def loss_of(number: int, stream: Stream) -> Tensor:

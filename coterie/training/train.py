@@ -89,6 +89,15 @@ def _train(run: Run, rewards: list[Reward], codec: Codec, task: Task) -> None:
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     console.say(f"run {run.folder}: {type(model).__name__}, {num_parameters:,} parameters, on {device}")
     console.say(recipe.in_short())
+    if recipe.method in ("ppo", "reward_model"):
+        Scorer.from_policy(
+            policy
+        )  # an architecture that has no form with a score is refused before anything is trained
+    if recipe.dtype == "bfloat16":
+        console.warn(
+            "dtype: bfloat16 weights keep 8 bits, and small updates are rounded away; float32 learns what a low learning "
+            "rate asks for"
+        )
     if not (run.position and run.position.stage == "train"):
         if recipe.cold_start is not None and recipe.method != "sft":
             train_sft(run, recipe, task, policy, stage="cold_start", settings=recipe.cold_start)
@@ -100,8 +109,8 @@ def _train(run: Run, rewards: list[Reward], codec: Codec, task: Task) -> None:
         run.checkpoint(
             "train", 0, TrainState({"model": model}, {"optimiser": (model, make_optimiser(model))}), last=True
         )
+    load_checkpoint(run.folder / "checkpoints" / Position("train", 0).name, TrainState({"model": model}))
     start = frozen_copy(policy)
-    load_checkpoint(run.folder / "checkpoints" / Position("train", 0).name, TrainState({"model": start.model}))
     trained = _train_method(run, task, rewards, codec, policy, start)
     if run.stopped:
         _say_how_to_resume(run)
@@ -121,7 +130,7 @@ def _train_method(
     recipe = run.recipe
     if recipe.method == "reward_model":
         scorer = Scorer.from_policy(start)
-        if run.position is None:
+        if not (run.position and run.position.stage == "train" and run.position.step > 0):
             run.record_evaluation("train", 0, evaluate_pairs(scorer, task, recipe))
         train_reward_model(run, recipe, task, scorer)
         if not run.stopped:

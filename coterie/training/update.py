@@ -51,6 +51,17 @@ def update(
     rewards = _rewards(rewards)
     _check_shapes(prompts, completions, rewards, sampler_logprobs)
     _check_method(recipe, reference)
+    for section in set(settings or {}) - {"advantage", "loss", "kl", "entropy", "correction", "optimiser"}:
+        raise UserError(f"update: settings.{section} has no effect in a single update; leave it out")
+    if (
+        rewards.shape[1] == 1
+        and not recipe.advantage.function
+        and recipe.advantage.baseline in ("group", "leave_one_out")
+    ):
+        raise UserError(
+            f"update: one completion per prompt leaves nothing to compare with while advantage.baseline is "
+            f"{recipe.advantage.baseline}"
+        )
     policy = policy if isinstance(policy, Policy) else Policy.of(policy)
     reference = Policy.of(reference) if isinstance(reference, PreTrainedModel) else reference
 

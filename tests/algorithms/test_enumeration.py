@@ -587,15 +587,15 @@ def anchored_slope(policy: float, reference: float, *, weight: float, alpha: flo
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 0.99])
 @pytest.mark.parametrize("aggregation", ["sequence_sum", "sequence_mean"])
 def test_r10_per_sequence_the_gradient_is_its_closed_form(logits, alpha, beta, aggregation):
-    """As written: a mixture of the probabilities of whole completions. Spread over the tokens, its sum is the loss."""
+    """As written: a mixture of the probabilities of whole completions. The loss stands at each token, so its mean is the loss."""
     settings = {"anchor_alpha": alpha, "anchor_beta": beta, "anchor_level": "sequence", "anchor_weight": "reward"}
     loss = loss_of(logits, objective="anchored", settings=settings, aggregation=aggregation)
     wanted = torch.zeros_like(logits)
     for completion in COMPLETIONS[LIMIT]:
         policy, reference = (logprobs(x, completion).sum().item() for x in (POLICY, REFERENCE))
         slope = anchored_slope(policy, reference, weight=reward(completion), alpha=alpha, beta=beta)
-        length = len(completion) if aggregation == "sequence_mean" else 1
-        wanted += chance(POLICY, completion) * slope / length * SCORES[completion]
+        times = len(completion) if aggregation == "sequence_sum" else 1
+        wanted += chance(POLICY, completion) * slope * times * SCORES[completion]
     torch.testing.assert_close(expected_gradient(loss, logits, POLICY), wanted, atol=EXACT, rtol=0)
     assert wanted.abs().max() > 1e-5
 
@@ -649,7 +649,7 @@ def test_r11_where_the_reference_was_just_replaced_the_gradient_is_the_policy_gr
         per_token = OBJECTIVES["anchored"](
             terms, anchor_alpha=alpha, anchor_beta=beta, anchor_level=level, anchor_weight="reward"
         )
-        return aggregated(per_token, group, "sequence_sum")
+        return aggregated(per_token, group, "sequence_sum" if level == "token" else "sequence_mean")
 
     assert_same(expected_gradient(loss, logits, POLICY), -gradient_of_expected(reward) * beta / 2 * (1 - alpha))
 

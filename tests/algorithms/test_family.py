@@ -204,7 +204,7 @@ def slow_anchored(
             p, r = (math.prod(probabilities[n] for n in places) for probabilities in (policy, reference))
             z = math.log(p / (anchor_alpha * p + (1 - anchor_alpha) * r))
             for n in places:
-                losses[n] = -weights[n] * math.log(1 / (1 + math.exp(-anchor_beta * z))) / len(places)
+                losses[n] = -weights[n] * math.log(1 / (1 + math.exp(-anchor_beta * z)))
     return losses
 
 

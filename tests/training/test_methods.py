@@ -45,8 +45,8 @@ METHODS = {
     **{preset: [f"preset={preset}"] for preset, values in PRESETS.items() if "method" not in values},
     "ppo": ["preset=ppo", "value.learning_rate=1.0e-3"],
     "dpo": ["preset=dpo", "group_size=", "rewards="],
-    "reward_model": ["preset=reward_model", "group_size=", "sampling=", "rewards="],
-    "sft": ["preset=sft", "cold_start=", "group_size=", "rewards="],
+    "reward_model": ["preset=reward_model", "group_size=", "sampling=", "rewards=", "evaluation={prompts: 50, every: 2}"],
+    "sft": ["preset=sft", "cold_start=", "group_size=", "rewards=", "evaluation={prompts: 8, samples: 1}"],
     "replaced": ["preset=grpo", "reference={kind: replaced, every: 2}"],
     "adaptive": [
         "preset=grpo", "kl={target: 0.001}", "entropy={weight: 0.01, target: 5.0}", "loss={kl_weight: 0.1}",
@@ -130,7 +130,7 @@ def test_r12_a_moving_anchor_lets_the_policy_go_further_than_a_frozen_one(train)
 
 
 def test_r13_the_policy_waits_while_the_value_model_warms_up(train):
-    folder = train("run", *METHODS["ppo"], "value.warmup_steps=4")
+    folder = train("run", *METHODS["ppo"], "value.warmup_steps=4", "steps=5", "checkpoint={every: 1}")
     first, last = (load_file(folder / "checkpoints" / f"step_00000{n}" / "model.safetensors") for n in (0, 4))
     assert all(torch.equal(first[name], last[name]) for name in first)
 
@@ -253,3 +253,72 @@ def test_r8_what_is_wrong_with_a_users_function_is_said(train, tmp_path, body, s
     (tmp_path / "mine.py").write_text(body + "\n")
     with pytest.raises(UserError, match=said):
         train("run", "preset=dr_grpo", setting.replace("FILE", f"{tmp_path}/mine.py"))
+
+
+DIED = {
+    "ppo": METHODS["ppo"],
+    "anchored": METHODS["anchored"],
+    "reward_model": METHODS["reward_model"],
+    "grpo": METHODS["grpo"],
+}
+
+
+@pytest.mark.parametrize("method", DIED)
+def test_a_run_that_died_before_its_first_checkpoint_resumes(train, method, monkeypatch):
+    """Only the start of the method's own stage is saved, which holds the policy alone."""
+    from coterie.training.run import Run
+
+    class DiedError(Exception):
+        pass
+
+    def dies(self, stage, step, *arguments, **more):
+        if stage == "train" and step == 2:
+            raise DiedError
+        record(self, stage, step, *arguments, **more)
+
+    late = "checkpoint={every: 100}"
+    whole = train("whole", *DIED[method], late)
+    record = Run.record
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "record", dies)
+        with pytest.raises(DiedError):
+            train("died", *DIED[method], late)
+    coterie.train(resume=str(whole.parent / "died"))
+    assert digests(whole.parent / "died") == digests(whole)
+    assert recorded(whole.parent / "died") == recorded(whole)
+
+
+@pytest.mark.parametrize("method", ["rloo", "ppo", "grpo", "gdpo"])
+def test_steps_in_which_every_completion_abstains_are_survived(train, tmp_path, method):
+    (tmp_path / "none.py").write_text("def none(completions, **columns):\n    return [None] * len(completions)\n")
+    folder = train("run", *METHODS[method], f"rewards={tmp_path}/none.py:none", "steps=2")
+    assert metrics(folder, 2)["reward/num_abstained"] == len(
+        sqlite3.connect(folder / "run.db").execute("SELECT 1 FROM completions WHERE step = 2").fetchall()
+    )
+
+
+def test_redraw_keeps_a_group_whose_parts_differ_though_their_sum_does_not(train, tmp_path):
+    (tmp_path / "two.py").write_text(
+        "def more(completions, **columns):\n    return [float(len(c[0]['content'])) for c in completions]\n"
+        "def less(completions, **columns):\n    return [-float(len(c[0]['content'])) for c in completions]\n"
+    )
+    rewards = f"rewards=['{tmp_path}/two.py:more', '{tmp_path}/two.py:less']"
+    folder = train("run", "preset=gdpo", "redraw.rounds=2", rewards, "steps=2", "sampling.max_new_tokens=30")
+    assert metrics(folder, 1).get("redraw/num_dropped_groups", 0) == 0
+    assert metrics(folder, 1)["group/no_signal_share"] == 0
+
+
+def test_more_steps_given_to_a_resumed_run_are_kept(train):
+    folder = train("run", "preset=dr_grpo", "steps=2")
+    coterie.train(resume=str(folder), overrides=["steps=6"], stop_after=4)
+    coterie.train(resume=str(folder))
+    assert metrics(folder, 6)
+    assert (folder / "checkpoints" / "step_000006").exists()
+
+
+def test_a_reward_model_is_not_sampled_from(train):
+    from coterie.models.load import load_policy
+
+    folder = train("run", *METHODS["reward_model"], "steps=1")
+    with pytest.raises(UserError, match="reward model"):
+        load_policy(str(folder / "model"), torch.device("cpu"))

@@ -40,6 +40,7 @@ def test_r14_r15_r16_r30_methods_learn_from_the_user_s_rows(tmp_path, preset, as
     values = {**COMMON, "preset": preset, "task": rows(tmp_path / "rows.jsonl", as_messages)}
     if preset == "reward_model":
         del values["sampling"]
+        values["evaluation"] = {"prompts": 4}
     run = coterie.train(make_recipe(values), out=str(tmp_path / "run"))
     losses = metrics(run, "loss/total")
     assert losses[-1] < 0.3 * losses[0]
@@ -64,3 +65,11 @@ def test_r30_an_answer_that_is_none_is_refused_with_its_line(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "x", "goood": "y", "bad": "no"}) + "\n")
     with pytest.raises(UserError, match=r"rows\.jsonl:1: has no column 'good'.*goood"):
         prepare(recipe)
+
+
+def test_r30_an_answer_longer_than_the_context_is_refused_with_its_line(tmp_path):
+    task = rows(tmp_path / "rows.jsonl", False)
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "x", "good": "y" * 100, "bad": "no"}) + "\n")
+    with pytest.raises(UserError, match=r"rows\.jsonl:41: the prompt and column 'good' have 102 tokens"):
+        prepare(make_recipe({**COMMON, "preset": "dpo", "task": task}))
