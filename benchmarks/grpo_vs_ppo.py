@@ -33,7 +33,7 @@ SIZES = {
     "26 M": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
              "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 512},
 }  # fmt: skip
-UPDATES, PROMPTS, GROUP, PROMPT_TOKENS, TOKENS = 8, 8, 8, 12, 28
+UPDATES, PROMPTS, GROUP, PROMPT_TOKENS, TOKENS = 5, 8, 8, 12, 28
 
 
 def batch(vocabulary: int) -> tuple:
