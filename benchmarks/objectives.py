@@ -46,8 +46,14 @@ METHODS: dict[str, dict] = {
     "rloo": {"preset": "rloo"},
     # R12's control: the same objective held to the start instead of a moving average
     "anchored, frozen": {"preset": "anchored", "reference": {"kind": "frozen"}},
-    "ppo": {"preset": "ppo", "value": {"learning_rate": 1.0e-3}},
+    # rewards go up to 9: a value model that may move 0.2 a batch never gets there, and its clip is set out of the way
+    "ppo": {"preset": "ppo", "value": {"learning_rate": 5.0e-3, "clip": 10, "warmup_steps": 4, "trace": 1.0}},
     "dpo": {"preset": "dpo"},
+    # with one update a batch the ratio is 1 and no bound acts: what tells these apart needs more
+    **{
+        f"{preset}, 4 updates": {"preset": preset, "optimiser": {"updates_per_batch": 4}}
+        for preset in ("grpo", "gspo", "dcpo", "cispo", "sapo", "gmpo")
+    },
 }  # fmt: skip
 
 
@@ -186,7 +192,8 @@ def main() -> None:
                 **({} if method == "dpo" else {"group_size": 8}),
                 **METHODS[method],
             }
-            folder = home / f"{method.replace(', ', '-')}-{seed}"
+            values["optimiser"] = {**RATE, **values["optimiser"]}
+            folder = home / f"{method.replace(', ', '-').replace(' ', '-')}-{seed}"
             if not (folder / "measured.json").is_file():
                 train(values, folder)
             result = result_of(folder, str(folder / "recipe.yaml"), model)
