@@ -165,8 +165,9 @@ def result_of(folder: Path, recipe: str, start: Path) -> dict:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    arguments.add_argument("--methods", nargs="+", default=list(METHODS))
+    arguments.add_argument("--methods", nargs="+", default=[method for method in METHODS if "updates" not in method])
     arguments.add_argument("--steps", type=int, default=50)
+    arguments.add_argument("--name", default="objectives", help="what the result files are called")
     arguments.add_argument("--one", help=argparse.SUPPRESS)
     arguments.add_argument("--out", default="runs/objectives")
     given = arguments.parse_args()
@@ -199,7 +200,7 @@ def main() -> None:
             result = result_of(folder, str(folder / "recipe.yaml"), model)
             results.setdefault(method, []).append({"seed": seed, **result})
             print(method, seed, {k: v for k, v in result.items() if k != "rewards"}, flush=True)
-    write_objectives(stamp(sys.argv), results, given.steps)
+    write_objectives(given.name, stamp(sys.argv), results, given.steps)
 
 
 if __name__ == "__main__":

@@ -45,22 +45,22 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def write_objectives(measured: dict, results: dict[str, list[dict]], steps: int) -> None:
-    """objectives.json, objectives.md and objectives.svg."""
-    write_json("objectives", {**measured, "steps": steps, "methods": results})
+def write_objectives(name: str, measured: dict, results: dict[str, list[dict]], steps: int) -> None:
+    """NAME.json, NAME.md and NAME.svg."""
+    write_json(name, {**measured, "steps": steps, "methods": results})
     lines = [
         "| method | before | accuracy | per seed | every step | entropy | KL from the start | one-step | seconds a step | peak MB | trained MB |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for method, rows in results.items():
         seeds = ", ".join(f"{row['accuracy']:.3f}" for row in rows)
-        cells = [f"{mean([row[name] for row in rows]):.3f}" for name in ("before", "accuracy")] + [seeds]
+        cells = [f"{mean([row[key] for row in rows]):.3f}" for key in ("before", "accuracy")] + [seeds]
         cells.append(f"{mean([row['all_steps'] for row in rows]):.3f}")
-        for name, shape in (("entropy", ".3f"), ("kl_from_start", ".3f"), ("one_step_accuracy", ".3f"), ("step_seconds", ".2f"), ("peak_megabytes", ".0f"), ("trained_megabytes", ".1f")):  # fmt: skip
-            values = [row[name] for row in rows if row[name] is not None]
+        for quantity, shape in (("entropy", ".3f"), ("kl_from_start", ".3f"), ("one_step_accuracy", ".3f"), ("step_seconds", ".2f"), ("peak_megabytes", ".0f"), ("trained_megabytes", ".1f")):  # fmt: skip
+            values = [row[quantity] for row in rows if row[quantity] is not None]
             cells.append(f"{mean(values):{shape}}" if values else "-")
         lines.append(f"| {method} | {' | '.join(cells)} |")
-    (RESULTS / "objectives.md").write_text("\n".join(lines) + "\n")
+    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
     import matplotlib
 
     matplotlib.use("svg")
@@ -79,4 +79,4 @@ def write_objectives(measured: dict, results: dict[str, list[dict]], steps: int)
     axes.legend(fontsize=8, ncols=2)
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(RESULTS / "objectives.svg", metadata={"Date": None})
+    figure.savefig(RESULTS / f"{name}.svg", metadata={"Date": None})
