@@ -173,7 +173,7 @@ BAD_RECIPES = {
     "unknown key": ({"stpes": 3}, ("stpes", "did you mean 'steps'")),
     "mistyped inner key": ({"loss": {"kl_weight": 0, "clip_hgih": 1}}, ("loss.clip_hgih", "'clip_high'")),
     "wrong type": ({"steps": "many"}, ("steps", "'many'", "whole number")),
-    "out of range": ({"group_size": 1}, ("group_size", "greater than or equal to 2")),
+    "out of range": ({"group_size": 0}, ("group_size", "greater than 0")),
     "greedy sampling": ({"sampling": {"temperature": 0}}, ("sampling.temperature", "greedy")),
     "missing data file": ({"task": {"data": "nowhere.jsonl"}}, ("nowhere.jsonl", "does not exist")),
     "unknown model type": ({"model": {"type": "qwen33"}}, ("qwen33", "did you mean 'qwen3'")),

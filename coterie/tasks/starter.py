@@ -9,7 +9,7 @@ from coterie.errors import UserError
 
 _RECIPE = """\
 # Your own model, data and reward. It works as it is: coterie train {folder}/recipe.yaml
-preset: dapo
+preset: grpo
 
 # A tiny fresh model that reads bytes, so that this runs anywhere in seconds. For a real one write its folder or hub id,
 # and leave the tokenizer out:
@@ -27,6 +27,7 @@ rewards:
   - {{function: "rewards.py:letters", weight: 1}}
   - {{function: "rewards.py:wanted_letter", weight: 1}}
 
+loss: {{kl_weight: 0}} # nothing worth holding on to in a fresh model; leave this out for a real one
 steps: 60
 prompts_per_step: 6
 group_size: 8

@@ -112,7 +112,7 @@ VARIANTS = {
             "objective": "anchored",
             "anchor_level": "sequence",
             "anchor_weight": "reward",
-            "aggregation": "sequence_sum",
+            "aggregation": "sequence_mean",
         }
     },
     "entropy": {"entropy": {"weight": 0.1}},
