@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -36,7 +35,7 @@ def check_recipe(name: str, overrides: Sequence[str]) -> None:
     console.say(f"prompts: {len(task.train)} to train on, {len(task.heldout)} held out")
     quiet_transformers()
     model = start_model(recipe, codec, choose_device(recipe.device))
-    policy = _with_warnings(console, lambda: Policy.of(model))
+    policy = console.warning_of(lambda: Policy.of(model))
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     console.say(
         f"model: {type(model).__name__}, {num_parameters:,} parameters, prompts are shared: {policy.served == 'stream'}"
@@ -215,17 +214,7 @@ def _loaded(console: Console, source: str, recipe: Recipe | None) -> tuple[Polic
         source = str(folder)
     device = choose_device(recipe.device if recipe else "auto")
     quiet_transformers()
-    return _with_warnings(console, lambda: load_policy(source, device))
-
-
-def _with_warnings(console: Console, make):  # type: ignore[no-untyped-def]
-    """Call `make`, with what it warns of shown as one line each."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        made = make()
-    for warning in caught:
-        console.warn(str(warning.message))
-    return made
+    return console.warning_of(lambda: load_policy(source, device))
 
 
 def _print_group(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from rich.console import Console as RichConsole
 from rich.progress import (
@@ -18,6 +20,8 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+
+Made = TypeVar("Made")
 
 
 def printable(text: str) -> str:
@@ -46,6 +50,15 @@ class Console:
             self._rich.print(text, style="yellow", markup=False)
         else:
             print(f"warning: {text}", flush=True)
+
+    def warning_of(self, make: Callable[[], Made]) -> Made:
+        """What `make` returns, with what it warns of shown as a line each."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            made = make()
+        for warning in caught:
+            self.warn(str(warning.message))
+        return made
 
     @contextmanager
     def progress(self, title: str, done: int, total: int) -> Iterator[None]:

@@ -82,13 +82,14 @@ def train_ppo(
             drop_silent=False,
         )
         settings = UpdateSettings.of(recipe, **weights, temperature=temperature)
+        reference_logprobs = logprobs_of(reference, streams, temperature=temperature)
         penalties = None
         if in_reward and recipe.loss.kl_weight:
-            kls = kl_of(streams, policy, reference, estimator=recipe.kl.estimator, temperature=temperature)
+            estimator = recipe.kl.estimator
+            kls = kl_of(streams, policy, reference, reference_logprobs, estimator=estimator, temperature=temperature)
             penalties = [weights["kl_weight"] * kl for kl in kls]
         old_values = [values_of(value, stream) for stream in streams]
         advantages, returns = advantages_and_returns(streams, old_values, penalties, recipe)
-        reference_logprobs = logprobs_of(reference, streams, temperature=temperature)
         learning_rate = learning_rate_at(step, recipe.steps, recipe.optimiser)
         set_learning_rate(optimiser, learning_rate)
         tally = Tally()

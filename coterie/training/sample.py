@@ -27,7 +27,7 @@ from coterie.rollouts.engine import Engine
 from coterie.rollouts.pack import Row, make_stream, split_by_tokens
 from coterie.tasks.base import Task, draw, draw_again
 from coterie.training.metrics import Clock
-from coterie.training.optimise import chosen_keywords
+from coterie.training.optimise import chosen_keywords, logprobs_of
 from coterie.types import RewardFailure, Scored, Stream
 
 Advantages = Callable[[Scored], Tensor]
@@ -120,7 +120,9 @@ def with_kl(scored: Scored, policy: Policy, reference: Policy, recipe: Recipe, *
     if not scored.valid.any():
         return scored
     streams = streams_of(scored, recipe.optimiser.micro_batch_tokens)
-    found = kl_of(streams, policy, reference, estimator=recipe.kl.estimator, temperature=recipe.sampling.temperature)
+    temperature, estimator = recipe.sampling.temperature, recipe.kl.estimator
+    reference_logprobs = logprobs_of(reference, streams, temperature=temperature) if estimator != "exact" else None
+    found = kl_of(streams, policy, reference, reference_logprobs, estimator=estimator, temperature=temperature)
     sums = (row_sum(kl.cpu().double(), s.row, s.num_rows) for s, kl in zip(streams, found, strict=True))
     totals = iter(torch.cat(list(sums)).tolist())
     values = [next(totals) if valid else math.nan for valid in scored.valid.flatten().tolist()]
@@ -129,17 +131,27 @@ def with_kl(scored: Scored, policy: Policy, reference: Policy, recipe: Recipe, *
 
 @torch.no_grad()
 def kl_of(
-    streams: Sequence[Stream], policy: Policy, reference: Policy, *, estimator: str, temperature: float
+    streams: Sequence[Stream],
+    policy: Policy,
+    reference: Policy,
+    reference_logprobs: Sequence[Tensor] | None,
+    *,
+    estimator: str,
+    temperature: float,
 ) -> list[Tensor]:
-    """The KL of the policy that sampled to the reference at each token of each stream: [N] each, on the policy's device."""
+    """The KL of the policy that sampled to the reference at each token of each stream: [N] each, on the policy's device.
+
+    reference_logprobs: [N] for each stream, which all but the exact KL are made of.
+    """
     found = []
-    for stream in (stream.to(policy.device) for stream in streams):
+    for number, stream in enumerate(stream.to(policy.device) for stream in streams):
         if estimator == "exact":
             exact = token_statistics(policy, stream, temperature=temperature, reference=reference).exact_kls
             assert exact is not None
             found.append(exact)
         else:
-            logprobs = token_statistics(reference, stream, temperature=temperature).logprobs
+            assert reference_logprobs is not None
+            logprobs = reference_logprobs[number].to(policy.device)
             found.append(ESTIMATORS[estimator](logprobs - stream.sampler_logprobs))
     return found
 

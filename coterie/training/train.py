@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,11 +80,7 @@ def _train(run: Run, rewards: list[Reward], codec: Codec, task: Task) -> None:
         return
     device = choose_device(recipe.device)
     model = start_model(recipe, codec, device)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        policy = Policy.of(model)
-    for warning in caught:
-        console.warn(str(warning.message))
+    policy = console.warning_of(lambda: Policy.of(model))
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     console.say(f"run {run.folder}: {type(model).__name__}, {num_parameters:,} parameters, on {device}")
     console.say(recipe.in_short())
