@@ -322,3 +322,26 @@ def test_a_reward_model_is_not_sampled_from(train):
     folder = train("run", *METHODS["reward_model"], "steps=1")
     with pytest.raises(UserError, match="reward model"):
         load_policy(str(folder / "model"), torch.device("cpu"))
+
+
+def test_r13_a_completions_reward_stands_at_its_last_token_and_the_kl_at_each():
+    """By hand, with a trace of 0: reward and next value, less the penalty and what was expected."""
+    from coterie.recipe import make_recipe
+    from coterie.rollouts.pack import Row, make_stream
+    from coterie.training.ppo import advantages_and_returns, whitened
+
+    rows = [Row([4, 5, 6], torch.zeros(3), reward=3.0), Row([7], torch.zeros(1), reward=5.0)]
+    recipe = make_recipe(
+        {
+            "preset": "ppo", "model": "m", "task": "equations", "rewards": ["m:f"],
+            "value": {"trace": 0.0, "discount": 0.5},
+        }
+    )  # fmt: skip
+    values, penalties = torch.tensor([1.0, 2.0, 4.0, 10.0]), torch.tensor([0.1, 0.2, 0.3, 0.4])
+    (advantages,), (returns,) = advantages_and_returns([make_stream([([1], rows)])], [values], [penalties], recipe)
+    expected = [-0.1 + 1.0 - 1, -0.2 + 2.0 - 2, 3 - 0.3 - 4, 5 - 0.4 - 10]
+    torch.testing.assert_close(advantages, torch.tensor(expected))
+    torch.testing.assert_close(returns, torch.tensor(expected) + values)
+    white = torch.cat(whitened([advantages[:1], advantages[1:]]))
+    assert white.mean().item() == pytest.approx(0, abs=1e-6)
+    assert white.std().item() == pytest.approx(1, abs=1e-6)
