@@ -35,13 +35,17 @@ def collect(
     completion's number and the token's, and on nothing else."""
     of_prompt = mix(torch.tensor(key(*noise)), torch.tensor([prompt.key for prompt in prompts]))
     keys = mix(of_prompt[:, None], torch.arange(num_completions))  # [P, G]
-    completions = engine.generate([prompt.tokens for prompt in prompts], keys, sampling, codec.end_tokens)
+    completions = engine.generate([prompt.tokens for prompt in prompts], keys, sampling, codec.end_tokens, codec.decode)
     return [
-        Group(prompt, [_with_text(completion, codec) for completion in of_group])
+        Group(prompt, [_with_text(completion, codec, sampling.stop) for completion in of_group])
         for prompt, of_group in zip(prompts, completions, strict=True)
     ]
 
 
-def _with_text(completion: Completion, codec: Codec) -> Completion:
-    body = completion.tokens[:-1] if completion.ended == "stop" else completion.tokens
-    return replace(completion, text=codec.decode(body))
+def _with_text(completion: Completion, codec: Codec, stop: Sequence[str]) -> Completion:
+    """The text, without what ended it: an end token, or a stop string and what its last token wrote after it."""
+    ends = completion.tokens[-1] in codec.end_tokens
+    text = codec.decode(completion.tokens[:-1] if ends else completion.tokens)
+    if completion.ended == "stop" and not ends:
+        text = text[: min(place for place in map(text.find, stop) if place >= 0)]
+    return replace(completion, text=text)

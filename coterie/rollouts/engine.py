@@ -6,7 +6,8 @@ Legend: P prompts, G completions per prompt, R rows that are being decoded, V vo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -20,10 +21,19 @@ from coterie.types import Completion
 
 
 class Engine(Protocol):
-    """Samples completions. `keys` [P, G] int64 seed the noise: equal keys, prompt and weights give equal tokens."""
+    """Samples completions. `keys` [P, G] int64 seed the noise: equal keys, prompt and weights give equal tokens.
+
+    A completion ends with one of `end_tokens`, with the token that completes one of `sampling.stop` in what `decode` makes of
+    its last tokens, or at `sampling.max_new_tokens`.
+    """
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], keys: Tensor, sampling: Sampling, end_tokens: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        keys: Tensor,
+        sampling: Sampling,
+        end_tokens: Sequence[int],
+        decode: Callable[[Sequence[int]], str] | None = None,
     ) -> list[list[Completion]]: ...
 
     def load_weights(self, policy: Policy, version: int) -> None: ...
@@ -31,12 +41,12 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Sampled:
-    """One token for each of R rows: tokens [R], and what `Completion` keeps of it."""
+    """One token for each of R rows: tokens [R], and what `Completion` keeps of it. kept: bool [R, V], or None for all."""
 
     tokens: Tensor
     logprobs: Tensor
     entropies: Tensor
-    support: list[Tensor] | None
+    kept: Tensor | None
 
 
 def sample_tokens(logits: Tensor, keys: Tensor, positions: Tensor, sampling: Sampling) -> Sampled:
@@ -64,7 +74,7 @@ def sample_tokens(logits: Tensor, keys: Tensor, positions: Tensor, sampling: Sam
         tokens=tokens,
         logprobs=logits.gather(1, tokens[:, None]).squeeze(1) - normaliser,
         entropies=-(probabilities * logprobs.masked_fill(probabilities == 0, 0.0)).sum(1),
-        support=[row.nonzero().squeeze(1).cpu() for row in kept] if truncated else None,
+        kept=kept if truncated else None,
     )
 
 
@@ -88,38 +98,74 @@ def _last_possible(probabilities: Tensor) -> Tensor:
     return probabilities.shape[1] - 1 - (probabilities > 0).flip(1).int().argmax(1)
 
 
+class StopStrings:
+    """Watches each row's text for the strings that end it."""
+
+    def __init__(self, strings: Sequence[str], decode: Callable[[Sequence[int]], str]) -> None:
+        self._strings, self._decode = strings, decode
+        self._num_watched = 4 * max(map(len, strings))  # a character has four bytes at most, and a token at least one
+        self._tails: dict[int, deque[int]] = {}
+
+    @classmethod
+    def of(cls, sampling: Sampling, decode: Callable[[Sequence[int]], str] | None) -> StopStrings | None:
+        return cls(sampling.stop, decode) if sampling.stop and decode is not None else None
+
+    def completed(self, rows: Tensor, live: Tensor, tokens: Tensor) -> Tensor:
+        """Which rows hold a stop string, with the tokens they just drew: rows [R], live [R], tokens [R] -> bool [R]."""
+        found = []
+        for row, counts, token in zip(rows.tolist(), live.tolist(), tokens.tolist(), strict=True):
+            if counts:
+                tail = self._tails.setdefault(row, deque(maxlen=self._num_watched))
+                tail.append(token)
+            text = self._decode(list(tail)) if counts else ""
+            found.append(any(string in text for string in self._strings))
+        return torch.tensor(found, device=tokens.device)
+
+
 @dataclass
 class History:
-    """What was drawn, step by step, until it is sorted into completions."""
+    """What was drawn, step by step, until it is sorted into completions. Only live rows count; of others nothing is read."""
 
     rows: list[Tensor] = field(default_factory=list)
-    sampled: list[Sampled] = field(default_factory=list)
+    live: list[Tensor] = field(default_factory=list)
+    ended: list[Tensor] = field(default_factory=list)
+    tokens: list[Tensor] = field(default_factory=list)
+    logprobs: list[Tensor] = field(default_factory=list)
+    entropies: list[Tensor] = field(default_factory=list)
+    supports: list[Tensor] = field(default_factory=list)  # of the live rows of all steps, one after the other
 
-    def add(self, rows: Tensor, sampled: Sampled) -> None:
-        self.rows.append(rows)
-        self.sampled.append(sampled)
+    def add(self, rows: Tensor, live: Tensor, ended: Tensor, sampled: Sampled) -> None:
+        """rows [R]: the number of each row in the whole job. live [R], ended [R]: bool."""
+        drawn = (rows, live, ended, sampled.tokens, sampled.logprobs, sampled.entropies)
+        kept_of = (self.rows, self.live, self.ended, self.tokens, self.logprobs, self.entropies)
+        for column, values in zip(kept_of, drawn, strict=True):
+            column.append(values)
+        if sampled.kept is not None:
+            kept = sampled.kept[live]
+            self.supports += kept.nonzero()[:, 1].cpu().split(kept.sum(1).tolist())
 
-    def completions(self, num_prompts: int, num_completions: int, end_tokens: set[int]) -> list[list[Completion]]:
-        rows = torch.cat(self.rows).cpu()
+    def completions(self, num_prompts: int, num_completions: int) -> list[list[Completion]]:
+        """P lists of G."""
+        live = torch.cat(self.live)
+        rows, ended, tokens, logprobs, entropies = (
+            torch.cat(column)[live].cpu()
+            for column in (self.rows, self.ended, self.tokens, self.logprobs, self.entropies)
+        )
         order = torch.argsort(rows, stable=True)
         sizes = torch.bincount(rows, minlength=num_prompts * num_completions).tolist()
-        tokens, logprobs, entropies = (
-            torch.cat([getattr(step, name) for step in self.sampled]).cpu()[order].split(sizes)
-            for name in ("tokens", "logprobs", "entropies")
-        )
-        supports: list[list[Tensor] | None] = [None] * len(sizes)
-        if self.sampled[0].support is not None:
-            flat = [ids for step in self.sampled for ids in step.support or ()]
-            sorted_ids = iter([flat[i] for i in order.tolist()])
-            supports = [[next(sorted_ids) for _ in range(size)] for size in sizes]
-        made = [
-            Completion(
-                tokens=of_row.tolist(),
-                logprobs=logprobs[i],
-                entropies=entropies[i],
-                ended="stop" if of_row[-1].item() in end_tokens else "length",
-                support=supports[i],
+        supports = [self.supports[i] for i in order.tolist()] if self.supports else None
+        made, start = [], 0
+        columns = (x[order].split(sizes) for x in (tokens, logprobs, entropies, ended))
+        for of_row, of_logprobs, of_entropies, of_ended in zip(*columns, strict=True):
+            stop = start + len(of_row)
+            made.append(
+                Completion(
+                    tokens=of_row.tolist(),
+                    logprobs=of_logprobs,
+                    entropies=of_entropies,
+                    ended="stop" if of_ended[-1] else "length",
+                    support=supports[start:stop] if supports is not None else None,
+                )
             )
-            for i, of_row in enumerate(tokens)
-        ]
+            start = stop
         return [made[i * num_completions : (i + 1) * num_completions] for i in range(num_prompts)]

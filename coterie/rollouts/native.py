@@ -1,30 +1,27 @@
 """The native engine: the trainer's own weights, one prefill per prompt for its whole group, rows that come and go.
 
-Decoding keeps a grid of Q prompts with room for W completions each. Keys and values of a prompt are stored once and read by
-all its rows; those of a completion lie in the row's own slot. Finished rows leave the linear layers at once; the grid is
-built anew, smaller or with waiting prompts in it, when enough of them have left.
-
-Legend: P prompts, G completions per prompt, R live rows, Q prompts in the grid, W slots of each, S longest prompt,
-L tokens of the longest completion so far, H heads, K key-value heads, E width of a head, V vocabulary.
+Legend: P prompts, G completions per prompt, R slots for rows, S longest prompt, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from coterie.models.attention import StreamLayout
 from coterie.models.policy import Policy
 from coterie.recipe import Sampling
-from coterie.rollouts.engine import History, sample_tokens
+from coterie.rollouts.engine import History, StopStrings, sample_tokens
+from coterie.rollouts.grid import DecodeLayout, Grid, PrefillLayout, copied, empty
 from coterie.types import Completion
 
-_MIN_SLOT_LENGTH = 32
+_COPIED_PROMPT = 32  # prompts up to this length are copied to their rows, which then attend in one product
+_DENSE = 0.8  # share of live rows below which the grid is built anew
+_LOOK_EVERY = {"cpu": 1}  # steps between looks at which rows have ended; elsewhere a look waits for the device
+_LOOK_EVERY_ELSEWHERE = 16
 
 
 class NativeEngine:
@@ -32,255 +29,159 @@ class NativeEngine:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
+        self._bytes_per_token: int | None = None  # of keys and values
 
     def load_weights(self, policy: Policy, version: int) -> None:
         self.policy = policy
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Sequence[int]], keys: Tensor, sampling: Sampling, end_tokens: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        keys: Tensor,
+        sampling: Sampling,
+        end_tokens: Sequence[int],
+        decode: Callable[[Sequence[int]], str] | None = None,
     ) -> list[list[Completion]]:
         """Sample G completions of each prompt: keys [P, G] -> P lists of G. See `Engine`."""
-        num_completions = keys.shape[1]
-        device = self.policy.device
+        num_completions, device = keys.shape[1], self.policy.device
         keys = keys.to(device).flatten()
         ends = torch.tensor(list(end_tokens), device=device)
-        waiting = deque(range(len(prompts)))
+        stops = StopStrings.of(sampling, decode)
+        look_every = _LOOK_EVERY.get(device.type, _LOOK_EVERY_ELSEWHERE)
+        queue = _Queue.of(prompts, num_completions, sampling, self._kv_bytes(prompts[0]))
         history = History()
-        grid: _Grid | None = None
-        while waiting or grid:
-            live = len(grid.rows) if grid else 0
-            room = sampling.max_rows - live
-            if waiting and (not grid or room >= max(num_completions, sampling.max_rows // 4)):
-                admitted = [waiting.popleft()]
-                while waiting and (len(admitted) + 1) * num_completions <= room:
-                    admitted.append(waiting.popleft())
-                new = self._prefill([prompts[i] for i in admitted], admitted, num_completions)
-                grid = new if grid is None else _Grid.joined(grid, new)
-            elif grid and live <= 0.6 * grid.num_slots:
+        grid: Grid | None = None
+        num_live = num_steps = 0
+        while queue.waiting or grid is not None:
+            admitted = queue.admit(num_live)
+            if admitted:
+                new = self._prefill(prompts, admitted, num_completions, queue.copies_prompts)
+                grid = new if grid is None else grid.joined(new)
+            elif grid is not None and num_live <= _DENSE * grid.num_slots:
                 grid = grid.compacted()
             assert grid is not None
-            sampled = sample_tokens(grid.logits, keys[grid.rows], grid.lengths, sampling)
-            history.add(grid.rows, sampled)
-            going_on = ~torch.isin(sampled.tokens, ends) & (grid.lengths + 1 < sampling.max_new_tokens)
-            grid = grid.only(going_on)
-            if grid is not None:
-                grid = self._decode(grid, sampled.tokens[going_on])
-        return history.completions(len(prompts), num_completions, set(end_tokens))
+            written = grid.num_written
+            sampled = sample_tokens(grid.logits, keys[grid.rows], written, sampling)
+            ended = torch.isin(sampled.tokens, ends)
+            if stops is not None:
+                ended |= stops.completed(grid.rows, grid.live, sampled.tokens)
+            history.add(grid.rows, grid.live, ended, sampled)
+            grid.live = grid.live & ~ended & (written + 1 < sampling.max_new_tokens)
+            num_steps += 1
+            if num_steps % look_every == 0:
+                num_live = int(grid.live.sum())
+                if num_live == 0:
+                    grid = None
+                    continue
+            self._decode(grid, sampled.tokens)
+        return history.completions(len(prompts), num_completions)
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], which: Sequence[int], num_completions: int) -> _Grid:
-        """Run each prompt once and open slots for its completions."""
+    def _prefill(
+        self, prompts: Sequence[Sequence[int]], admitted: Sequence[_Job], num_completions: int, copies_prompts: bool
+    ) -> Grid:
+        """Run each admitted prompt once and open slots for its completions."""
         device = self.policy.device
-        lengths = [len(prompt) for prompt in prompts]
-        tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-        positions = torch.cat([torch.arange(length, device=device) for length in lengths])
-        recorder = _PrefillLayout(lengths, device)
+        chosen = [prompts[job.prompt] for job in admitted]
+        recorder = PrefillLayout([len(prompt) for prompt in chosen], device)
+        tokens = torch.tensor([token for prompt in chosen for token in prompt], device=device)
+        positions = torch.cat([torch.arange(len(prompt)) for prompt in chosen]).to(device)
         hidden = self.policy.run(tokens, positions, recorder)
-        last = torch.tensor(lengths, device=device).cumsum(0) - 1
-        logits = self.policy.logits(hidden.index_select(0, last))  # [P, V]
-        members = torch.arange(num_completions, device=device)
-        num_rows = len(prompts) * num_completions
-        return _Grid(
-            rows=(torch.tensor(which, device=device)[:, None] * num_completions + members).flatten(),
-            slots=torch.arange(num_rows, device=device),
-            lengths=torch.zeros(num_rows, dtype=torch.long, device=device),
-            logits=logits.repeat_interleave(num_completions, 0),
-            prompt_lengths=torch.tensor(lengths, device=device),
-            width=num_completions,
-            prompt_kv=recorder.stored,
-            own_kv={},
+        lengths = torch.tensor([len(prompt) for prompt in chosen], device=device)  # [Q]
+        logits = self.policy.logits(hidden.index_select(0, lengths.cumsum(0) - 1))  # [Q, V]
+
+        width = max(job.count for job in admitted)
+        member = torch.arange(width)
+        rows = torch.stack([job.prompt * num_completions + job.first + member for job in admitted])  # [Q, W]
+        live = member < torch.tensor([[job.count] for job in admitted])
+        which = torch.arange(len(admitted))[:, None].expand_as(live)
+        if copies_prompts:
+            which, rows, live = which[live], rows[live], live[live]  # no empty slots where no rectangle is needed
+        which, rows, live = (x.flatten().to(device) for x in (which, rows.where(live, 0), live))
+        start = int(lengths.max()) if copies_prompts else 0
+        stored = recorder.stored
+        return Grid(
+            rows=rows,
+            live=live,
+            firsts=start - lengths[which] if copies_prompts else torch.zeros_like(rows),
+            starts=torch.full_like(rows, start),
+            prompt_lengths=lengths[which],
+            logits=logits[which],
+            now=start,
+            width=1 if copies_prompts else width,
+            prompt_kv={} if copies_prompts else stored,
+            own_kv=copied(stored, lengths, which) if copies_prompts else empty(stored, len(rows)),
         )
 
-    def _decode(self, grid: _Grid, tokens: Tensor) -> _Grid:
-        """Feed each live row the token it drew: tokens [R] -> the grid with the logits that follow."""
+    def _decode(self, grid: Grid, tokens: Tensor) -> None:
+        """Feed each row the token it drew, [R], and put the logits that follow in the grid."""
         grid.make_room()
-        layout = _DecodeLayout(grid)
-        positions = grid.prompt_lengths[grid.slots // grid.width] + grid.lengths
-        hidden = self.policy.run(tokens, positions, layout)  # [R, D]
-        grid.lengths = grid.lengths + 1
+        positions = grid.prompt_lengths + grid.num_written
+        hidden = self.policy.run(tokens, positions, DecodeLayout(grid))
+        grid.now += 1
         grid.logits = self.policy.logits(hidden)
-        return grid
+
+    def _kv_bytes(self, prompt: Sequence[int]) -> int:
+        """What one token's keys and values take, found by running one."""
+        if self._bytes_per_token is None:
+            recorder, device = PrefillLayout([1], self.policy.device), self.policy.device
+            self.policy.run(torch.tensor(prompt[:1], device=device), torch.zeros(1, dtype=torch.long, device=device), recorder)
+            self._bytes_per_token = sum(x.numel() * x.element_size() for pair in recorder.stored.values() for x in pair)
+        return self._bytes_per_token
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Completions first .. first + count of a prompt, sampled from one prefill."""
+
+    prompt: int
+    first: int
+    count: int
 
 
 @dataclass
-class _Grid:
-    """The rows being decoded, and their keys and values.
+class _Queue:
+    """What waits for a place, and how much fits: rows by number, keys and values by bytes at their longest.
 
-    rows [R]: each row's number in the whole job. slots [R]: its place in the grid, prompt * W + member. lengths [R]: tokens
-    of it already run. logits [R, V]: what its next token is drawn from. prompt_lengths [Q].
-    prompt_kv: by layer, keys and values [Q, K, S, E]. own_kv: by layer, [Q * W, K, slot length, E].
+    A group is admitted whole, unless it would not fit alone.
     """
 
-    rows: Tensor
-    slots: Tensor
-    lengths: Tensor
-    logits: Tensor
-    prompt_lengths: Tensor
-    width: int
-    prompt_kv: dict[int, tuple[Tensor, Tensor]]
-    own_kv: dict[int, tuple[Tensor, Tensor]]
+    waiting: deque[_Job]
+    max_rows: int
+    max_bytes: float
+    row_bytes: int
+    prompt_bytes: int
+    copies_prompts: bool
 
-    @property
-    def num_slots(self) -> int:
-        return len(self.prompt_lengths) * self.width
+    @classmethod
+    def of(
+        cls, prompts: Sequence[Sequence[int]], num_completions: int, sampling: Sampling, token_bytes: int
+    ) -> _Queue:
+        longest = max(map(len, prompts))
+        copies = num_completions == 1 or longest <= _COPIED_PROMPT
+        row_bytes = token_bytes * (sampling.max_new_tokens + (longest if copies else 0))
+        prompt_bytes = 0 if copies else token_bytes * longest
+        max_bytes = sampling.max_cache_megabytes * 1e6
+        fitting = max(1, min(sampling.max_rows, int((max_bytes - prompt_bytes) / row_bytes)))
+        jobs = [
+            _Job(prompt, first, min(fitting, num_completions - first))
+            for prompt in range(len(prompts))
+            for first in range(0, num_completions, fitting)
+        ]
+        return cls(deque(jobs), fitting, max_bytes, row_bytes, prompt_bytes, copies)
 
-    def only(self, keep: Tensor) -> _Grid | None:
-        """Let the other rows go: keep [R] bool. Their slots stay until the grid is built anew."""
-        if not keep.any():
-            return None
-        if not keep.all():
-            self.rows, self.slots, self.lengths, self.logits = (
-                x[keep] for x in (self.rows, self.slots, self.lengths, self.logits)
-            )
-        return self
-
-    def make_room(self) -> None:
-        """Lengthen the slots if the longest row has filled its own."""
-        needed = int(self.lengths.max()) + 1
-        for layer, (keys, values) in self.own_kv.items():
-            if keys.shape[2] < needed:
-                grown = max(needed, 2 * keys.shape[2]) - keys.shape[2]
-                self.own_kv[layer] = (F.pad(keys, (0, 0, 0, grown)), F.pad(values, (0, 0, 0, grown)))
-
-    def compacted(self) -> _Grid:
-        """The same rows in the smallest grid that holds them."""
-        prompts, prompt_of_row = torch.unique(self.slots // self.width, return_inverse=True)
-        counts = torch.bincount(prompt_of_row)
-        width = int(counts.max())
-        order = torch.argsort(prompt_of_row, stable=True)
-        first = counts.cumsum(0) - counts
-        member = torch.arange(len(order), device=order.device) - first[prompt_of_row[order]]
-        slots = torch.empty_like(self.slots)
-        slots[order] = prompt_of_row[order] * width + member
-        source = self.slots.new_zeros(len(prompts) * width)  # an empty slot copies any; it is never read
-        source[slots] = self.slots
-        return _Grid(
-            rows=self.rows,
-            slots=slots,
-            lengths=self.lengths,
-            logits=self.logits,
-            prompt_lengths=self.prompt_lengths[prompts],
-            width=width,
-            prompt_kv={i: (k[prompts], v[prompts]) for i, (k, v) in self.prompt_kv.items()},
-            own_kv={i: (k[source], v[source]) for i, (k, v) in self.own_kv.items()},
-        )
-
-    @staticmethod
-    def joined(old: _Grid, new: _Grid) -> _Grid:
-        """Rows under way and rows just prefilled, in one grid."""
-        old = old.compacted()
-        width = max(old.width, new.width)
-        num_old = len(old.prompt_lengths)
-        old_slots = old.slots // old.width * width + old.slots % old.width
-        new_slots = (new.slots // new.width + num_old) * width + new.slots % new.width
-        num_slots = (num_old + len(new.prompt_lengths)) * width
-        own_kv = {}
-        for layer, pair in old.own_kv.items():
-            keys, values = (x.new_zeros(num_slots, *x.shape[1:]) for x in pair)
-            keys[old_slots], values[old_slots] = pair[0][old.slots], pair[1][old.slots]
-            own_kv[layer] = (keys, values)
-        return _Grid(
-            rows=torch.cat([old.rows, new.rows]),
-            slots=torch.cat([old_slots, new_slots]),
-            lengths=torch.cat([old.lengths, new.lengths]),
-            logits=torch.cat([old.logits, new.logits]),
-            prompt_lengths=torch.cat([old.prompt_lengths, new.prompt_lengths]),
-            width=width,
-            prompt_kv={
-                i: (_stacked(pair[0], new.prompt_kv[i][0]), _stacked(pair[1], new.prompt_kv[i][1]))
-                for i, pair in old.prompt_kv.items()
-            },
-            own_kv=own_kv,
-        )
-
-
-def _stacked(a: Tensor, b: Tensor) -> Tensor:
-    """[Q1, K, S1, E] and [Q2, K, S2, E] -> [Q1 + Q2, K, max(S1, S2), E]."""
-    longest = max(a.shape[2], b.shape[2])
-    return torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[2])) for x in (a, b)])
-
-
-class _PrefillLayout:
-    """Prompts that attend to themselves, with their keys and values kept."""
-
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        self._layout = StreamLayout([(length, ()) for length in lengths], device)
-        starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)[:, None]
-        steps = torch.arange(max(lengths))
-        self._places = torch.where(steps < torch.tensor(lengths)[:, None], starts + steps, 0).to(device)  # [Q, S]
-        self.stored: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | None, softcap: float | None
-    ) -> Tensor:
-        by_prompt = (x[0].transpose(0, 1)[self._places].transpose(1, 2).contiguous() for x in (k, v))
-        keys, values = by_prompt
-        self.stored[layer] = (keys, values)
-        return self._layout.attend(layer, q, k, v, scaling=scaling, window=window, softcap=softcap)
-
-
-class _DecodeLayout:
-    """One new token of each live row, attending to its prompt and to its own earlier tokens."""
-
-    def __init__(self, grid: _Grid) -> None:
-        self._grid = grid
-        self._longest = int(grid.lengths.max()) + 1
-        self._masks: dict[int | None, Tensor] = {}
-
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | None, softcap: float | None
-    ) -> Tensor:
-        grid = self._grid
-        num_heads, width, num_kv_heads = q.shape[1], q.shape[3], k.shape[1]
-        num_prompts, num_slots = len(grid.prompt_lengths), grid.num_slots
-        if layer not in grid.own_kv:
-            grid.own_kv[layer] = tuple(
-                x.new_zeros(num_slots, num_kv_heads, max(_MIN_SLOT_LENGTH, self._longest), x.shape[3]) for x in (k, v)
-            )
-        own_keys, own_values = grid.own_kv[layer]
-        own_keys[grid.slots, :, grid.lengths] = k[0].transpose(0, 1)
-        own_values[grid.slots, :, grid.lengths] = v[0].transpose(0, 1)
-        own_keys, own_values = own_keys[:, :, : self._longest], own_values[:, :, : self._longest]
-        prompt_keys, prompt_values = grid.prompt_kv[layer]
-
-        slotted = q.new_zeros(num_slots, num_heads, width)
-        slotted[grid.slots] = q[0].transpose(0, 1) * scaling
-        queries = slotted.view(num_slots, num_kv_heads, -1, width)  # [Q * W, K, H / K, E]
-        own = queries @ own_keys.transpose(2, 3)  # [Q * W, K, H / K, L]
-        prompt = _by_prompt(queries, num_prompts) @ prompt_keys.transpose(2, 3)  # [Q, K, W * H / K, S]
-        scores = torch.cat([_by_slot(prompt, num_slots), own], 3)
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        weights = (scores + self._mask(window, prompt_keys.shape[2])).float().softmax(3).to(v.dtype)
-        to_prompt, to_own = weights.split([prompt_keys.shape[2], self._longest], 3)
-        from_prompt = _by_slot(_by_prompt(to_prompt, num_prompts) @ prompt_values, num_slots)
-        attended = (from_prompt + to_own @ own_values).reshape(num_slots, num_heads, -1)
-        return attended[grid.slots][None]
-
-    def _mask(self, window: int | None, longest_prompt: int) -> Tensor:
-        """What is added to the scores: [Q * W, 1, 1, S + L]."""
-        if window not in self._masks:
-            grid, device = self._grid, self._grid.slots.device
-            prompt = grid.prompt_lengths.repeat_interleave(grid.width)[:, None]  # [Q * W, 1]
-            length = torch.zeros_like(prompt)
-            length[grid.slots, 0] = grid.lengths
-            prompt_at, own_at = torch.arange(longest_prompt, device=device), torch.arange(self._longest, device=device)
-            allowed = torch.cat([prompt_at < prompt, own_at <= length], 1)
-            if window is not None:
-                distance = prompt + length - torch.cat([prompt_at.expand(len(prompt), -1), prompt + own_at], 1)
-                allowed = allowed & (distance < window)
-            mask = torch.zeros(allowed.shape, device=device).masked_fill(~allowed, -torch.inf)
-            self._masks[window] = mask[:, None, None]
-        return self._masks[window]
-
-
-def _by_prompt(x: Tensor, num_prompts: int) -> Tensor:
-    """[Q * W, K, r, n] -> [Q, K, W * r, n]: the rows of a prompt side by side, so that they share its keys."""
-    _, heads, each, n = x.shape
-    return x.view(num_prompts, -1, heads, each, n).transpose(1, 2).reshape(num_prompts, heads, -1, n)
-
-
-def _by_slot(x: Tensor, num_slots: int) -> Tensor:
-    """[Q, K, W * r, n] -> [Q * W, K, r, n]."""
-    prompts, heads, _, n = x.shape
-    return x.view(prompts, heads, num_slots // prompts, -1, n).transpose(1, 2).reshape(num_slots, heads, -1, n)
+    def admit(self, num_live: int) -> list[_Job]:
+        """Take the next jobs, if there is room for a good part of them. A live row is counted with a prompt of its own."""
+        if not self.waiting or (num_live and self.max_rows - num_live < max(self.waiting[0].count, self.max_rows // 4)):
+            return []
+        free_rows = self.max_rows - num_live
+        free_bytes = self.max_bytes - num_live * (self.row_bytes + self.prompt_bytes)
+        admitted: list[_Job] = []
+        while self.waiting:
+            job = self.waiting[0]
+            free_rows -= job.count
+            free_bytes -= job.count * self.row_bytes + self.prompt_bytes
+            if (free_rows < 0 or free_bytes < 0) and (admitted or num_live):
+                break
+            admitted.append(self.waiting.popleft())
+        return admitted

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from coterie.models.policy import Policy
 from coterie.recipe import Sampling
-from coterie.rollouts.engine import History, sample_tokens
+from coterie.rollouts.engine import History, StopStrings, sample_tokens
 from coterie.types import Completion
 
 
@@ -27,12 +27,18 @@ class PaddedEngine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Sequence[int]], keys: Tensor, sampling: Sampling, end_tokens: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        keys: Tensor,
+        sampling: Sampling,
+        end_tokens: Sequence[int],
+        decode: Callable[[Sequence[int]], str] | None = None,
     ) -> list[list[Completion]]:
         """See `Engine`."""
         model, device = self.policy.model, self.policy.device
         num_completions = keys.shape[1]
         keys, ends = keys.to(device), torch.tensor(list(end_tokens), device=device)
+        stops = StopStrings.of(sampling, decode)
         history = History()
         for number, prompt in enumerate(prompts):
             inputs = torch.tensor([list(prompt)] * num_completions, device=device)  # [G, S]
@@ -41,15 +47,17 @@ class PaddedEngine:
             for position in range(sampling.max_new_tokens):
                 output = model(input_ids=inputs, past_key_values=cache, use_cache=True)
                 cache = getattr(output, "past_key_values", None)
-                live = rows[~done]
                 sampled = sample_tokens(
-                    output.logits[live, -1], keys[number, live], torch.full_like(live, position), sampling
+                    output.logits[:, -1], keys[number], torch.full_like(rows, position), sampling
                 )
-                history.add(number * num_completions + live, sampled)
-                tokens = inputs[:, -1].clone()  # finished rows repeat themselves, unread
-                tokens[live] = sampled.tokens
-                inputs = torch.cat([inputs, tokens[:, None]], 1) if cache is None else tokens[:, None]
-                done[live] |= torch.isin(sampled.tokens, ends)
+                of_job = number * num_completions + rows
+                ended = torch.isin(sampled.tokens, ends)
+                if stops is not None:
+                    ended |= stops.completed(of_job, ~done, sampled.tokens)
+                history.add(of_job, ~done, ended, sampled)
+                tokens = sampled.tokens[:, None]
+                inputs = torch.cat([inputs, tokens], 1) if cache is None else tokens
+                done = done | ended
                 if done.all():
                     break
-        return history.completions(len(prompts), num_completions, set(end_tokens))
+        return history.completions(len(prompts), num_completions)
