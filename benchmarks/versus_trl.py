@@ -95,20 +95,21 @@ class Turns:
         self.base = _memory("VmRSS")
         self._answer = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # whatever the trainers print is not an answer
-        self._started: float | None = None
+        self._started = self._seconds = 0.0
 
     def wait(self) -> None:
-        if self._started is None:
+        if not self._started:
             Path("/proc/self/clear_refs").write_text("5")
         if not sys.stdin.readline():
             os._exit(0)
         self._started = time.perf_counter()
 
+    def stop(self) -> None:
+        self._seconds = time.perf_counter() - self._started
+
     def done(self, **found: Any) -> None:
-        assert self._started is not None
-        seconds = time.perf_counter() - self._started
         megabytes = (_memory("VmHWM") - self.base) / 1e6
-        print(json.dumps({"seconds": seconds, "peak_megabytes": megabytes, **found}), file=self._answer, flush=True)
+        print(json.dumps({"seconds": self._seconds, "peak_megabytes": megabytes, **found}), file=self._answer, flush=True)
 
 
 def _memory(name: str) -> int:
@@ -145,6 +146,7 @@ def run_ours(folder: Path, workload: dict[str, Any], steps: int, seed: int) -> N
         for step in remaining(run, stage, num_steps):
             turns.wait()
             yield step
+            turns.stop()
             completions = run.store.read("SELECT COUNT(*) AS n FROM completions WHERE step = ?", step)[0]["n"]
             turns.done(reward=rewards[-1], tokens=_metric(run, step, "completion/num_tokens"), kept=completions)
 
@@ -173,6 +175,7 @@ def run_theirs(folder: Path, workload: dict[str, Any], steps: int, seed: int, se
             turns.wait()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
+            turns.stop()
             found = {name: values[-1] for name, values in trainer._metrics["train"].items() if values}
             tokens = found["completions/mean_length"] * PROMPTS * GROUP
             turns.done(reward=found["reward"], tokens=tokens)

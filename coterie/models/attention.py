@@ -27,9 +27,16 @@ NAME = "coterie_stream"
 class Layout(Protocol):
     """Says which tokens of a stream attend to which. `attend` maps q, k, v [1, H or K, T, E] to [1, T, H, E]."""
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | None, softcap: float | None
-    ) -> Tensor: ...
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """What a model calls a layer's attention with. window: how many tokens back it sees. softcap: a limit on its scores."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
 
 
 class UnservedModelError(RuntimeError):
@@ -80,8 +87,7 @@ def _attention(
         sliding_window = None
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    attended = layout.attend(layer, query, key, value, scaling=scaling, window=sliding_window, softcap=softcap)
-    return attended, None
+    return layout.attend(layer, query, key, value, AttentionSettings(scaling, sliding_window, softcap)), None
 
 
 AttentionInterface.register(NAME, _attention)
@@ -154,9 +160,7 @@ class StreamLayout:
         start = last.start + last.num_rows * last.length if last else 0
         self._blocks.append(_Block(start, len(lengths), max(lengths), **trunk))
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | None, softcap: float | None
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
         width = q.shape[-1]
         queries, keys, values = (_Pad.apply(_flat(x), self._index, self._inverse) for x in (q, k, v))
         outputs = []
@@ -166,8 +170,8 @@ class StreamLayout:
                 trunk = self._blocks[block.trunk]
                 own_k = torch.cat([trunk.view(keys, width).index_select(0, block.trunk_row), own_k], 1)
                 own_v = torch.cat([trunk.view(values, v.shape[-1]).index_select(0, block.trunk_row), own_v], 1)
-            mask = self._mask(number, window, q.dtype)
-            attended = dense_attention(own_q, own_k, own_v, mask, scaling=scaling, softcap=softcap)  # [R, L, H, E]
+            mask = self._mask(number, settings.window, q.dtype)
+            attended = dense_attention(own_q, own_k, own_v, mask, settings)  # [R, L, H, E]
             outputs.append(attended.reshape(block.num_rows * block.length, -1))
         stream = _Unpad.apply(torch.cat(outputs), self._index, self._inverse)
         return stream.view(1, len(self._inverse), q.shape[1], -1)
@@ -195,10 +199,11 @@ class StreamLayout:
         return self._masks[number, window, dtype]
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scaling: float, softcap: float | None) -> Tensor:
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, settings: AttentionSettings) -> Tensor:
     """Masked attention on dense blocks: q [R, L, H, E], k and v [R, keys, K, E], additive mask -> [R, L, H, E]."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
+    scaling, softcap = settings.scaling, settings.softcap
     if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scaling, enable_gqa=grouped).transpose(1, 2)
     if grouped:

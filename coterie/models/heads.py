@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from coterie.errors import UserError
+from coterie.models.body import Body
 from coterie.models.policy import Policy, padded_outputs
 from coterie.types import Stream
 
@@ -24,6 +25,7 @@ class Scorer:
 
     model: PreTrainedModel
     served: Literal["stream", "padded"]
+    body: Body | None = None
 
     @classmethod
     def from_policy(cls, policy: Policy) -> Scorer:
@@ -41,7 +43,8 @@ class Scorer:
         except (ValueError, RuntimeError, AttributeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"model: {type(policy.model).__name__} has no form with one score: {reason}") from error
-        return cls(model.to(device=policy.device, dtype=policy.model.dtype).eval(), policy.served)
+        model.to(device=policy.device, dtype=policy.model.dtype).eval()
+        return cls(model, policy.served, Body(model.base_model, policy.body.settings) if policy.body else None)
 
     @property
     def device(self) -> torch.device:
@@ -66,7 +69,7 @@ class Scorer:
         return self._scored(self._states(stream).index_select(0, torch.tensor(ends, device=self.device)))
 
     def _states(self, stream: Stream) -> Tensor:
-        return Policy(self.model, "stream").stream_states(stream)
+        return Policy(self.model, "stream", self.body).stream_states(stream)
 
     def _padded(self, stream: Stream) -> list[tuple[int, Tensor]]:
         return padded_outputs(lambda **inputs: self.model.base_model(**inputs).last_hidden_state, stream)

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from coterie.models.attention import Layout, StreamLayout, UnservedModelError, stream_attention
+from coterie.models.attention import AttentionSettings, Layout, StreamLayout, UnservedModelError, stream_attention
+from coterie.models.body import Body
 from coterie.types import Stream
 
 
@@ -24,23 +25,28 @@ class Policy:
     """Any transformers causal language model. Dropout is off: with it, sampler and trainer would differ.
 
     served: "stream" where the packed stream gives what the unmodified model gives; "padded" where it does not, and each
-    completion is run with a prompt of its own instead.
+    completion is run with a prompt of its own instead. body: our forward pass of the model below its head, where it gives the
+    same as the model's own.
     """
 
     model: PreTrainedModel
     served: Literal["stream", "padded"]
+    body: Body | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Policy:
         """Wrap a model, after comparing the stream with the model's own forward pass on a few tokens."""
         model.eval()
+        allowed = 1e-3 if model.dtype == torch.float32 else 0.1
         try:
-            difference = _stream_error(model)
+            settings: dict[int, AttentionSettings] = {}
+            difference = _stream_error(cls(model, "stream"), settings)
         except (UnservedModelError, TypeError, AttributeError) as error:
             why = str(error)
         else:
-            if difference <= (1e-3 if model.dtype == torch.float32 else 0.1):
-                return cls(model, "stream")
+            if difference <= allowed:
+                ours = cls(model, "stream", Body.of(model.base_model, settings))
+                return ours if ours.body and _stream_error(ours) <= allowed else cls(model, "stream")
             why = f"logits differ by {difference:.2g}"
         warnings.warn(
             f"{type(model).__name__} can't share prompts ({why}); it is sampled and trained padded, which is slower",
@@ -74,6 +80,8 @@ class Policy:
 
     def run(self, tokens: Tensor, positions: Tensor, layout: Layout) -> Tensor:
         """The model below its head on a stream: tokens [T], positions [T] -> [T, D]."""
+        if self.body is not None:
+            return self.body.run(tokens, positions, layout)
         with stream_attention(self.model):
             output = self.model.base_model(
                 input_ids=tokens[None], position_ids=positions[None], layout=layout, use_cache=False
@@ -108,8 +116,12 @@ def context_length_of(config: PretrainedConfig) -> int | None:
 
 
 @torch.no_grad()
-def _stream_error(model: PreTrainedModel) -> float:
-    """The largest difference, over two small groups, between the stream's logits and the unmodified model's."""
+def _stream_error(policy: Policy, settings: dict[int, AttentionSettings] | None = None) -> float:
+    """The largest difference, over two small groups, between the stream's logits and the unmodified model's.
+
+    What each layer's attention is called with is written to `settings`.
+    """
+    model = policy.model
     segments = [(5, [4, 7]), (3, [6, 2])]
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
@@ -126,13 +138,24 @@ def _stream_error(model: PreTrainedModel) -> float:
             positions.append(torch.arange(prompt_length, prompt_length + length))
             whole = torch.cat([prompt, completion])[None].to(model.device)
             plain.append(model(input_ids=whole, use_cache=False).logits[0, prompt_length:].float())
-    policy = Policy(model, "stream")
-    layout = StreamLayout(segments, model.device)
+    layout = _Watched(StreamLayout(segments, model.device), settings if settings is not None else {})
     hidden = policy.run(torch.cat(tokens).to(model.device), torch.cat(positions).to(model.device), layout)
     logits = policy.logits(hidden).float().split([len(part) for part in tokens])
     pairs = [(ours, theirs) for ours, theirs in zip(logits, plain, strict=True) if theirs is not None]
     errors = [((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)).item() for ours, theirs in pairs]
     return max(errors)
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A layout that writes down what each layer's attention is called with."""
+
+    layout: Layout
+    settings: dict[int, AttentionSettings]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
+        self.settings[layer] = settings
+        return self.layout.attend(layer, q, k, v, settings)
 
 
 def padded_outputs(run: Callable[..., Tensor], stream: Stream) -> list[tuple[int, Tensor]]:

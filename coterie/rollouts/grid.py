@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coterie.models.attention import StreamLayout
+from coterie.models.attention import AttentionSettings, StreamLayout
 
 KeysValues = dict[int, tuple[Tensor, Tensor]]  # by layer
 
@@ -147,12 +147,10 @@ class PrefillLayout:
         self._places = torch.where(steps < torch.tensor(lengths)[:, None], starts + steps, 0).to(device)  # [Q, S]
         self.stored: KeysValues = {}
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | None, softcap: float | None
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
         keys, values = (x[0].transpose(0, 1)[self._places].transpose(1, 2).contiguous() for x in (k, v))
         self.stored[layer] = (keys, values)
-        return self._layout.attend(layer, q, k, v, scaling=scaling, window=window, softcap=softcap)
+        return self._layout.attend(layer, q, k, v, settings)
 
 
 def copied(stored: KeysValues, lengths: Tensor, which: Tensor) -> KeysValues:
@@ -187,25 +185,23 @@ class DecodeLayout:
         self._grid = grid
         self._masks: dict[int | None, Tensor | None] = {}
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, window: int | None, softcap: float | None
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
         grid = self._grid
         keys, values = grid.own_kv[layer]
         keys[:, :, grid.now] = k[0].transpose(0, 1)
         values[:, :, grid.now] = v[0].transpose(0, 1)
         keys, values = keys[:, :, : grid.now + 1], values[:, :, : grid.now + 1]  # [R, K, n, E]
         num_slots, num_kv_heads = keys.shape[:2]
-        queries = (q[0].transpose(0, 1) * scaling).reshape(num_slots, num_kv_heads, -1, q.shape[3])  # [R, K, H / K, E]
+        queries = (q[0].transpose(0, 1) * settings.scaling).reshape(num_slots, num_kv_heads, -1, q.shape[3])  # [R, K, H / K, E]
         scores = queries @ keys.transpose(2, 3)  # [R, K, H / K, n]
         if grid.prompt_kv:
             prompt_keys, prompt_values = grid.prompt_kv[layer]
             num_prompts, _, longest, _ = prompt_keys.shape
             to_prompt = _by_prompt(queries, num_prompts) @ prompt_keys.transpose(2, 3)  # [Q, K, W * H / K, S]
             scores = torch.cat([_by_slot(to_prompt, num_slots), scores], 3)
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        mask = self._mask(window)
+        if settings.softcap is not None:
+            scores = torch.tanh(scores / settings.softcap) * settings.softcap
+        mask = self._mask(settings.window)
         if mask is not None:
             scores += mask
         weights = scores.float().softmax(3).to(v.dtype)

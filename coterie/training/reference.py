@@ -12,7 +12,9 @@ from coterie.recipe import Reference
 
 def frozen_copy(policy: Policy) -> Policy:
     """The policy as it is now, without gradients."""
-    return Policy(copy.deepcopy(policy.model).requires_grad_(False), policy.served)
+    frozen = copy.deepcopy(policy)
+    frozen.model.requires_grad_(False)
+    return frozen
 
 
 @torch.no_grad()

@@ -1,0 +1,178 @@
+"""A forward pass of our own for the Llama family: the model's modules and weights, fewer and larger operations around them.
+
+Beside its products a layer of transformers spends as much time again on norms, rotary positions, gates and the calls between:
+many small operations, whose results are all kept for the backward pass. Here the heads of a token stay side by side,
+[T, H * E], and each piece is one autograd function. A model's own forward pass stays in use wherever this one does not compute
+the same: `Policy.of` compares them.
+
+Legend: T tokens of a stream, H heads, E width of a head, D width of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coterie.models.attention import AttentionSettings, Layout
+
+_PARTS = {
+    "model": {"embed_tokens", "layers", "norm", "rotary_emb"},
+    "layer": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
+    "attention": {"q_proj", "k_proj", "v_proj", "o_proj"},
+    "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
+}
+
+
+class Body:
+    """A model below its head, run layer by layer: norm, attention, sum, norm, gated MLP, sum.
+
+    settings: what the model calls each layer's attention with.
+    """
+
+    def __init__(self, model: nn.Module, settings: Mapping[int, AttentionSettings]) -> None:
+        self.settings = dict(settings)
+        self._model: Any = model
+
+    @classmethod
+    def of(cls, model: nn.Module, settings: Mapping[int, AttentionSettings]) -> Body | None:
+        """For a model that has these parts and no other, else None."""
+        known = _parts(model) == _PARTS["model"] and all(map(_is_known, model.layers)) and _is_norm(model.norm)
+        return cls(model, settings) if known and len(settings) == len(model.layers) else None
+
+    def run(self, tokens: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+        """tokens [T], positions [T] -> [T, D]."""
+        model = self._model
+        stream = model.embed_tokens(tokens)  # [T, D]
+        rotary = _Rotary(*model.rotary_emb(stream[None], positions[None]))
+        for index, layer in enumerate(model.layers):
+            attention, mlp = layer.self_attn, layer.mlp
+            inner = _norm(stream, layer.input_layernorm)
+            q, k, v = (_linear(inner, projection) for projection in (attention.q_proj, attention.k_proj, attention.v_proj))
+            q = rotary.turn(_norm_heads(q, getattr(attention, "q_norm", None)))
+            k = rotary.turn(_norm_heads(k, getattr(attention, "k_norm", None)))
+            heads = (x.view(1, len(x), -1, rotary.width).transpose(1, 2) for x in (q, k, v))  # [1, H, T, E]
+            attended = layout.attend(index, *heads, self.settings[index])
+            stream = stream + _linear(attended.reshape(len(stream), -1), attention.o_proj)
+            inner = _norm(stream, layer.post_attention_layernorm)
+            gated = _gated(_linear(inner, mlp.gate_proj), _linear(inner, mlp.up_proj))
+            stream = stream + _linear(gated, mlp.down_proj)
+        return _norm(stream, model.norm)
+
+
+def _parts(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_children()}
+
+
+def _is_known(layer: nn.Module) -> bool:
+    if _parts(layer) != _PARTS["layer"]:
+        return False
+    attention, mlp = layer.self_attn, layer.mlp
+    norms_of_heads = _parts(attention) - _PARTS["attention"]
+    return (
+        _parts(attention) >= _PARTS["attention"]
+        and norms_of_heads in (set(), {"q_norm", "k_norm"})
+        and _parts(mlp) == _PARTS["mlp"]
+        and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+        and all(map(_is_norm, (layer.input_layernorm, layer.post_attention_layernorm)))
+        and all(_is_norm(getattr(attention, name), attention.head_dim) for name in norms_of_heads)
+    )
+
+
+def _is_norm(module: nn.Module, width: int | None = None) -> bool:
+    weight = getattr(module, "weight", None)
+    known = type(module).__name__.endswith("RMSNorm") and isinstance(weight, Tensor) and weight.dim() == 1
+    return known and hasattr(module, "variance_epsilon") and width in (None, len(weight))
+
+
+def _linear(x: Tensor, module: Any) -> Tensor:
+    """A plain layer's product without the detour through its call; anything else, an adapter say, is called."""
+    return F.linear(x, module.weight, module.bias) if type(module) is nn.Linear else module(x)
+
+
+def _norm(x: Tensor, norm: Any) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * weight, over the last dimension."""
+    if torch.is_grad_enabled():
+        return _RMSNorm.apply(x, norm.weight, norm.variance_epsilon)
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def _norm_heads(x: Tensor, norm: Any) -> Tensor:
+    """Each head normalised, where the model does so: [T, H * E]."""
+    return x if norm is None else _norm(x.view(-1, len(norm.weight)), norm).view_as(x)
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    return _Gated.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
+
+
+class _Rotary:
+    """Rotary positions for all layers: x * cos + (halves of each head swapped) * sin, negative in the first halves."""
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self.width = cos.shape[2]
+        half = self.width // 2
+        self._narrow = (cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], 1))  # [T, E]
+        self._wide: dict[int, list[Tensor]] = {}  # by H * E: [T, H * E]
+
+    def turn(self, x: Tensor) -> Tensor:
+        """[T, H * E] -> the same, each head turned by its token's position."""
+        if x.shape[1] not in self._wide:
+            self._wide[x.shape[1]] = [one.to(x.dtype).repeat(1, x.shape[1] // self.width) for one in self._narrow]
+        cos, sin = self._wide[x.shape[1]]
+        if torch.is_grad_enabled():
+            return _Turn.apply(x, cos, sin, self.width)
+        return (x * cos).addcmul_(_swapped(x, self.width), sin)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        scale = torch.rsqrt((x * x).mean(1, keepdim=True).add_(epsilon))
+        normal = x * scale
+        ctx.save_for_backward(normal, scale, weight)
+        return normal * weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        normal, scale, weight = ctx.saved_tensors
+        of_weight = (grads[0] * normal).sum(0)
+        grad = grads[0] * weight
+        return (grad.addcmul_(normal, (grad * normal).mean(1, keepdim=True), value=-1)).mul_(scale), of_weight, None
+
+
+class _Turn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, width: int) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.width = width
+        return (x * cos).addcmul_(_swapped(x, width), sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        cos, sin = ctx.saved_tensors
+        return (grads[0] * cos).add_(_swapped(grads[0] * sin, ctx.width)), None, None, None
+
+
+def _swapped(x: Tensor, width: int) -> Tensor:
+    """The halves of each head exchanged: [T, H * E]."""
+    return x.view(-1, width).roll(width // 2, 1).view_as(x)
+
+
+class _Gated(torch.autograd.Function):
+    """The gate's activation is computed again in the backward pass, not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        gate, up = ctx.saved_tensors
+        of_gate = torch.ops.aten.silu_backward(grads[0] * up, gate)
+        return of_gate, F.silu(gate).mul_(grads[0])
