@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from coterie.models.attention import AttentionSettings, Layout, StreamLayout, UnservedModelError, stream_attention
+from coterie.models.attention import AttentionSettings, Layout, UnservedModelError, stream_attention
 from coterie.models.body import Body
+from coterie.models.layout import StreamLayout
 from coterie.types import Stream
 
 

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coterie.models.attention import AttentionSettings, StreamLayout
+from coterie.models.attention import AttentionSettings
+from coterie.models.layout import StreamLayout
 
 KeysValues = dict[int, tuple[Tensor, Tensor]]  # by layer
 

@@ -33,7 +33,15 @@ from coterie.training.optimise import (
 )
 from coterie.training.reference import move_reference
 from coterie.training.run import Run
-from coterie.training.sample import Drawn, groups_with_signal, load_advantages, sample_step, streams_of, with_kl
+from coterie.training.sample import (
+    Drawn,
+    groups_with_signal,
+    load_advantages,
+    sample_step,
+    some_groups,
+    streams_of,
+    with_kl,
+)
 from coterie.types import Scored, Stream
 
 
@@ -71,7 +79,7 @@ def train_grpo(
             micro_batch_tokens=budget,
             drop_silent=only_advantages_act(recipe),
         )
-        watched = streams if held else streams_of(scored, budget, per_group=1)
+        watched = streams if held else streams_of(scored, budget, only=some_groups(scored, step))
         reference_logprobs = logprobs_of(reference, watched, temperature=temperature)
         learning_rate = learning_rate_at(step, recipe.steps, recipe.optimiser)
         set_learning_rate(optimiser, learning_rate)

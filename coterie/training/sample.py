@@ -6,7 +6,7 @@ Legend: P prompts, G completions per prompt.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -156,16 +156,28 @@ def kl_of(
     return found
 
 
-def streams_of(scored: Scored, micro_batch_tokens: int, *, per_group: int | None = None) -> list[Stream]:
-    """The valid completions, or the first `per_group` of each group, as streams without advantages."""
+def some_groups(scored: Scored, step: int) -> range:
+    """Which groups a step's KL is watched on where nothing else needs the reference: a few whole ones, others each step.
+
+    They hold about as many completions as there are groups, and each of their prompts is run once for all of them.
+    """
+    num_groups, group_size = scored.rewards.shape
+    every = min(num_groups, max(1, group_size))
+    return range(step % every, num_groups, every)
+
+
+def streams_of(scored: Scored, micro_batch_tokens: int, *, only: Iterable[int] | None = None) -> list[Stream]:
+    """The valid completions, of all groups or of some, as streams without advantages."""
     groups = []
-    for group, valid in zip(scored.groups, scored.valid.tolist(), strict=True):
+    valid = scored.valid.tolist()
+    for number in only if only is not None else range(len(scored.groups)):
+        group = scored.groups[number]
         rows = [
             Row(c.tokens, c.logprobs, support=c.support)
-            for c, counts in zip(group.completions, valid, strict=True)
+            for c, counts in zip(group.completions, valid[number], strict=True)
             if counts
         ]
-        groups.append((group.prompt.tokens, rows[:per_group]))
+        groups.append((group.prompt.tokens, rows))
     return [make_stream(part) for part in split_by_tokens(groups, micro_batch_tokens)]
 
 
