@@ -109,7 +109,9 @@ class Turns:
 
     def done(self, **found: Any) -> None:
         megabytes = (_memory("VmHWM") - self.base) / 1e6
-        print(json.dumps({"seconds": self._seconds, "peak_megabytes": megabytes, **found}), file=self._answer, flush=True)
+        print(
+            json.dumps({"seconds": self._seconds, "peak_megabytes": megabytes, **found}), file=self._answer, flush=True
+        )
 
 
 def _memory(name: str) -> int:
@@ -276,6 +278,7 @@ def compare(folder: Path, workload: str, steps: int, seed: int, settings: str) -
 
 def judged(of_seeds: list[dict[str, Any]], workload: dict[str, Any]) -> dict[str, Any]:
     """Ratios of the medians over all seeds, and whether the targets hold."""
+
     def over_seeds(name: str, quantity: str) -> float:
         return statistics.median(found[name][quantity] for found in of_seeds)
 

@@ -7,7 +7,7 @@ Legend: T tokens of the stream, H heads, K key-value heads, E width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol

@@ -51,7 +51,9 @@ class Body:
         for index, layer in enumerate(model.layers):
             attention, mlp = layer.self_attn, layer.mlp
             inner = _norm(stream, layer.input_layernorm)
-            q, k, v = (_linear(inner, projection) for projection in (attention.q_proj, attention.k_proj, attention.v_proj))
+            q, k, v = (
+                _linear(inner, projection) for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
             q = rotary.turn(_norm_heads(q, getattr(attention, "q_norm", None)))
             k = rotary.turn(_norm_heads(k, getattr(attention, "k_norm", None)))
             heads = (x.view(1, len(x), -1, rotary.width).transpose(1, 2) for x in (q, k, v))  # [1, H, T, E]

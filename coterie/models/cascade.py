@@ -100,9 +100,7 @@ class Cascade:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
         """What each token attends to, [T, H, E], and the logarithm of its normaliser, [T, H]."""
-        output, normaliser = self._parts(
-            [_own(block, q, k, v, scaling) for block in self._own], self._from_own
-        )
+        output, normaliser = self._parts([_own(block, q, k, v, scaling) for block in self._own], self._from_own)
         if self._cross:
             read, read_normaliser = self._parts(
                 [_crossed(block, q, k, v, scaling) for block in self._cross], self._from_queries
@@ -155,7 +153,9 @@ def _own(block: _Rectangle, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> 
     return _by_token(output), _by_token(normaliser)
 
 
-def _own_backward(block: _Rectangle, saved: Sequence[Tensor], grad: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+def _own_backward(
+    block: _Rectangle, saved: Sequence[Tensor], grad: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, output, normaliser = saved
     repeats = q.shape[1] // k.shape[1]
     keys, values = (block.gather(x).repeat_interleave(repeats, 1) for x in (k, v))
@@ -178,7 +178,9 @@ def _crossed(block: _Cross, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> 
     return output, normaliser
 
 
-def _crossed_backward(block: _Cross, saved: Sequence[Tensor], grad: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+def _crossed_backward(
+    block: _Cross, saved: Sequence[Tensor], grad: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, output, normaliser = saved
     num_kv_heads = k.shape[1]
     of_grad, queries, of_output = (_folded(block.queries.gather(x), num_kv_heads) for x in (grad, q, output))

@@ -97,7 +97,7 @@ class Grid:
             now=self.now - oldest,
             width=width if self.prompt_kv else 1,
             prompt_kv={i: (k[prompts], v[prompts]) for i, (k, v) in self.prompt_kv.items()},
-            own_kv={i: (k[:, :, oldest:][slots], v[:, :, oldest:][slots]) for i, (k, v) in self.own_kv.items()},
+            own_kv={i: tuple(x.index_select(0, slots)[:, :, oldest:] for x in pair) for i, pair in self.own_kv.items()},
         )
 
     def joined(self, new: Grid) -> Grid:
@@ -193,7 +193,9 @@ class DecodeLayout:
         values[:, :, grid.now] = v[0].transpose(0, 1)
         keys, values = keys[:, :, : grid.now + 1], values[:, :, : grid.now + 1]  # [R, K, n, E]
         num_slots, num_kv_heads = keys.shape[:2]
-        queries = (q[0].transpose(0, 1) * settings.scaling).reshape(num_slots, num_kv_heads, -1, q.shape[3])  # [R, K, H / K, E]
+        queries = (q[0].transpose(0, 1) * settings.scaling).reshape(
+            num_slots, num_kv_heads, -1, q.shape[3]
+        )  # [R, K, H / K, E]
         scores = queries @ keys.transpose(2, 3)  # [R, K, H / K, n]
         if grid.prompt_kv:
             prompt_keys, prompt_values = grid.prompt_kv[layer]

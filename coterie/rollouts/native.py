@@ -19,7 +19,7 @@ from coterie.rollouts.grid import DecodeLayout, Grid, PrefillLayout, copied, emp
 from coterie.types import Completion
 
 _COPIED_PROMPT = 32  # prompts up to this length are copied to their rows, which then attend in one product
-_DENSE = 0.8  # share of live rows below which the grid is built anew
+_PATIENCE = 1.5  # steps' worth of ended rows that are carried along before the grid is built anew, which costs as much
 _LOOK_EVERY = {"cpu": 1}  # steps between looks at which rows have ended; elsewhere a look waits for the device
 _LOOK_EVERY_ELSEWHERE = 16
 
@@ -53,13 +53,15 @@ class NativeEngine:
         history = History()
         grid: Grid | None = None
         num_live = num_steps = 0
+        carried = 0.0  # work on rows that have ended, in steps
         while queue.waiting or grid is not None:
             admitted = queue.admit(num_live)
             if admitted:
                 new = self._prefill(prompts, admitted, num_completions, queue.copies_prompts)
-                grid = new if grid is None else grid.joined(new)
-            elif grid is not None and num_live <= _DENSE * grid.num_slots:
-                grid = grid.compacted()
+                grid, carried = new if grid is None else grid.joined(new), 0.0
+                num_live += sum(job.count for job in admitted)
+            elif grid is not None and carried >= _PATIENCE:
+                grid, carried = grid.compacted(), 0.0
             assert grid is not None
             written = grid.num_written
             sampled = sample_tokens(grid.logits, keys[grid.rows], written, sampling)
@@ -74,6 +76,7 @@ class NativeEngine:
                 if num_live == 0:
                     grid = None
                     continue
+            carried += 1 - num_live / grid.num_slots
             self._decode(grid, sampled.tokens)
         return history.completions(len(prompts), num_completions)
 
@@ -125,7 +128,9 @@ class NativeEngine:
         """What one token's keys and values take, found by running one."""
         if self._bytes_per_token is None:
             recorder, device = PrefillLayout([1], self.policy.device), self.policy.device
-            self.policy.run(torch.tensor(prompt[:1], device=device), torch.zeros(1, dtype=torch.long, device=device), recorder)
+            self.policy.run(
+                torch.tensor(prompt[:1], device=device), torch.zeros(1, dtype=torch.long, device=device), recorder
+            )
             self._bytes_per_token = sum(x.numel() * x.element_size() for pair in recorder.stored.values() for x in pair)
         return self._bytes_per_token
 
@@ -154,9 +159,7 @@ class _Queue:
     copies_prompts: bool
 
     @classmethod
-    def of(
-        cls, prompts: Sequence[Sequence[int]], num_completions: int, sampling: Sampling, token_bytes: int
-    ) -> _Queue:
+    def of(cls, prompts: Sequence[Sequence[int]], num_completions: int, sampling: Sampling, token_bytes: int) -> _Queue:
         longest = max(map(len, prompts))
         copies = num_completions == 1 or longest <= _COPIED_PROMPT
         row_bytes = token_bytes * (sampling.max_new_tokens + (longest if copies else 0))

@@ -47,9 +47,7 @@ class PaddedEngine:
             for position in range(sampling.max_new_tokens):
                 output = model(input_ids=inputs, past_key_values=cache, use_cache=True)
                 cache = getattr(output, "past_key_values", None)
-                sampled = sample_tokens(
-                    output.logits[:, -1], keys[number], torch.full_like(rows, position), sampling
-                )
+                sampled = sample_tokens(output.logits[:, -1], keys[number], torch.full_like(rows, position), sampling)
                 of_job = number * num_completions + rows
                 ended = torch.isin(sampled.tokens, ends)
                 if stops is not None:
