@@ -56,8 +56,8 @@ class Body:
             )
             q = rotary.turn(_norm_heads(q, getattr(attention, "q_norm", None)))
             k = rotary.turn(_norm_heads(k, getattr(attention, "k_norm", None)))
-            heads = (x.view(1, len(x), -1, rotary.width).transpose(1, 2) for x in (q, k, v))  # [1, H, T, E]
-            attended = layout.attend(index, *heads, self.settings[index])
+            q, k, v = (x.view(1, len(x), -1, rotary.width).transpose(1, 2) for x in (q, k, v))  # [1, H, T, E]
+            attended = layout.attend(index, q, k, v, self.settings[index])
             stream = stream + _linear(attended.reshape(len(stream), -1), attention.o_proj)
             inner = _norm(stream, layer.post_attention_layernorm)
             gated = _gated(_linear(inner, mlp.gate_proj), _linear(inner, mlp.up_proj))
@@ -86,8 +86,9 @@ def _is_known(layer: nn.Module) -> bool:
 
 def _is_norm(module: nn.Module, width: int | None = None) -> bool:
     weight = getattr(module, "weight", None)
-    known = type(module).__name__.endswith("RMSNorm") and isinstance(weight, Tensor) and weight.dim() == 1
-    return known and hasattr(module, "variance_epsilon") and width in (None, len(weight))
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or width not in (None, len(weight)):
+        return False
+    return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
 
 
 def _linear(x: Tensor, module: Any) -> Tensor:

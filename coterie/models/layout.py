@@ -35,7 +35,8 @@ class StreamLayout:
         unlimited = settings.softcap is None and (settings.window is None or settings.window >= self._longest)
         if self._device.type != "cpu" or not unlimited or q.shape[3] != v.shape[3]:
             return self._dense.attend(layer, q, k, v, settings)
-        return self._cascade.attend(*(x[0].transpose(0, 1) for x in (q, k, v)), settings.scaling)[None]
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, heads, E]
+        return self._cascade.attend(q, k, v, settings.scaling)[None]
 
     @cached_property
     def _cascade(self) -> Cascade:
