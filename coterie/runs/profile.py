@@ -95,6 +95,7 @@ def _bars(sections: list[dict[str, Any]]) -> str:
         font={"family": "system-ui, sans-serif", "size": 12},
         margin={"l": 130, "r": 110, "t": 10, "b": 40},
         xaxis={"title": "seconds a step", "rangemode": "tozero"},
+        yaxis={"ticksuffix": "  "},
         bargap=0.3,
     )
     config = {"displayModeBar": False, "responsive": True}

@@ -282,7 +282,8 @@ th, td { text-align: left; padding: .35rem .9rem; border-bottom: 1px solid var(-
 thead th { color: var(--soft); font-size: .85rem; }
 pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.55 ui-monospace, monospace; }
 table.figures td:not(:first-child), table.figures th:not(:first-child) { text-align: right; font-variant-numeric: tabular-nums; }
-.profile { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; margin: .8rem 0; } .profile > div { overflow-x: auto; } .profile td { white-space: nowrap; font-size: .85rem; padding: .2rem .7rem; }
+.profile { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; margin: .8rem 0; } .profile > div { overflow-x: auto; } .profile td, .profile th { white-space: nowrap; font-size: .85rem; padding: .2rem .7rem; }
+.profile td:first-child { white-space: normal; overflow-wrap: anywhere; }
 .examples { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 1rem; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .6rem; }
 figure, .card, .recipe { margin: 0; background: var(--paper); border: 1px solid var(--edge); border-radius: 8px; padding: .6rem .8rem; }
