@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,6 @@ class Profiler:
         self._stages = json.loads(self._path.read_text("utf-8"))["stages"] if self._path.is_file() else {}
         self._modes: dict[int, str] = {}
         self._watched: list[Watched] = []
-        self._opened = ExitStack()
 
     def begin_stage(self, first: int, last: int) -> None:
         """Choose among the steps `first` to `last`, which are those that this session takes."""
@@ -80,11 +79,12 @@ class Profiler:
         if mode is None:
             yield
             return
-        with ExitStack() as self._opened:
-            trace = self._opened.enter_context(self._trace()) if mode == "traced" else None
-            marks = _Marks(waits=mode != "untouched" and self._device.type == "cuda", traced=mode == "traced")
-            self._opened.callback(marks.end)
-            stopwatch = self._opened.enter_context(timing(Stopwatch(marks.turn)))
+        waits = mode != "untouched" and self._device.type == "cuda"
+        with (
+            self._trace() if mode == "traced" else nullcontext() as trace,
+            closing(_Marks(waits=waits, traced=mode == "traced")) as marks,
+            timing(Stopwatch(marks.turn)) as stopwatch,
+        ):
             yield
         events = trace.profiler.kineto_results.events() if trace is not None else ()
         peaks, operators = peak_memory(events, self._device.type), slowest_operators(events, NUM_OPERATORS)
@@ -92,10 +92,6 @@ class Profiler:
         self._stages[stage] = summarise(self._watched)
         written = json.dumps({"device": self._device.type, "stages": self._stages}, indent=1)
         self._path.write_text(written + "\n", encoding="utf-8")
-
-    def close(self) -> None:
-        """End what a step that failed left running."""
-        self._opened.close()
 
     def _trace(self) -> Any:
         activities = [ProfilerActivity.CPU]
@@ -152,11 +148,11 @@ class _Marks:
         if self._waits:
             torch.cuda.synchronize()
         if self._traced:
-            self.end()
+            self.close()
             self._label = record_function(_MARK + begins)
             self._label.__enter__()
 
-    def end(self) -> None:
+    def close(self) -> None:
         if self._label is not None:
             self._label.__exit__(None, None, None)
             self._label = None

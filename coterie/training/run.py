@@ -214,8 +214,6 @@ class Run:
                 signal.signal(number, handler)
 
     def close(self) -> None:
-        if self.profiler is not None:
-            self.profiler.close()
         self.store.close()
         self._lock.close()
 

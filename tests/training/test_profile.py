@@ -2,6 +2,8 @@
 
 import json
 import sqlite3
+from contextlib import closing
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
 import coterie
+from coterie import sections
 from coterie.cli import app
 from coterie.sections import Stopwatch, section, timing
 from coterie.training.profile import Profiler, _Marks, peak_memory, plan, slowest_operators
@@ -161,7 +164,10 @@ def test_a_step_that_fails_while_it_is_traced_leaves_nothing_behind(train, monke
         patched.setattr(grpo, "optimise", lambda *a, **m: next(calls, dies)(*a, **m))
         with pytest.raises(DiedError) as held:  # which keeps the frames of the failed step alive
             train("run", "preset=grpo", profile=True)
-    folder = held.value and train("other", "preset=grpo", profile=True)
+    assert held.value
+    assert not torch.autograd._profiler_enabled()
+    assert sections._running.get() is None
+    folder = train("other", "preset=grpo", profile=True)
     assert_adds_up(stages(folder)["train"])
     died = folder.parent / "run"
     assert (stages(died)["train"]["steps"], stages(died)["train"]["traced_step"]) == ([3, 4, 5], None)
@@ -207,11 +213,12 @@ def test_which_steps_are_watched():
 
 def traced(body):
     """The profiler's own result of a body that is cut into sections, and its events."""
-    marks = _Marks(waits=False, traced=True)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        with timing(Stopwatch(marks.turn)):
-            body()
-        marks.end()
+    with (
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace,
+        closing(_Marks(waits=False, traced=True)) as marks,
+        timing(Stopwatch(marks.turn)),
+    ):
+        body()
     return trace, trace.profiler.kineto_results.events()
 
 
@@ -254,3 +261,45 @@ def test_the_operators_are_those_of_torchs_own_table():
         assert operator["calls"] == row.count
         assert operator["seconds"] == pytest.approx(row.self_cpu_time_total / 1e6, abs=1e-8)
         assert operator["device_seconds"] is None
+
+
+def test_what_a_gpu_does_belongs_to_the_operator_that_launched_it():
+    """Events as torch gives them of a GPU: a kernel and its launch carry the number of their operator."""
+
+    @dataclass(frozen=True)
+    class Event:
+        shown: str
+        device: str
+        start: int
+        duration: int
+        number: int = 0
+        linked: int = 0
+        size: int = 0
+
+        def __getattr__(self, name):
+            values = {
+                "name": self.shown, "start_ns": self.start, "duration_ns": self.duration, "nbytes": self.size,
+                "correlation_id": self.number, "linked_correlation_id": self.linked, "start_thread_id": 1, "is_async": False,
+                "is_user_annotation": self.shown.startswith("coterie/"),
+                "device_type": getattr(torch.profiler.DeviceType, self.device),
+            }  # fmt: skip
+            return lambda: values[name]
+
+    events = [
+        Event("coterie/other", "CPU", 0, 10),
+        Event("coterie/train/forward", "CPU", 10, 90),
+        Event("coterie/train/forward", "CUDA", 10, 90),
+        Event("aten::matmul", "CPU", 20, 40, number=7),
+        Event("aten::mm", "CPU", 30, 20, number=8),
+        Event("[memory]", "CUDA", 31, 0, size=512),
+        Event("[memory]", "CPU", 32, 0, size=64),
+        Event("cudaLaunchKernel", "CPU", 35, 5, number=7, linked=8),
+        Event("gemm", "CUDA", 60, 3000, number=7, linked=8),
+        Event("aten::add", "CPU", 70, 25, number=9),
+    ]
+    assert slowest_operators(events, 3) == [
+        {"name": "aten::mm", "calls": 1, "seconds": pytest.approx(15e-9), "device_seconds": pytest.approx(3e-6)},
+        {"name": "aten::add", "calls": 1, "seconds": pytest.approx(25e-9), "device_seconds": 0},
+        {"name": "aten::matmul", "calls": 1, "seconds": pytest.approx(20e-9), "device_seconds": 0},
+    ]
+    assert peak_memory(events, "cuda") == {"other": 0, "train/forward": 512}
