@@ -34,6 +34,10 @@ def train(
     stop_after: Annotated[
         int | None, typer.Option(min=1, help="Stop after this many GRPO steps, saved, to be resumed later.")
     ] = None,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Show where a step's time and memory go: a table, profile.json, the report."),
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Train a recipe: checkpoints, metrics, every completion, a report and the model land in a run folder.
@@ -53,9 +57,13 @@ def train(
 
     if recipe is not None:
         load_recipe(recipe, overrides or [])  # a wrong recipe is refused before torch is imported, which takes seconds
+    if profile:  # the profiler says once that it does not see memory from before it began being freed
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from coterie.training.train import train as run_training
 
-    run = run_training(recipe, overrides=overrides or [], resume=resume, out=out, stop_after=stop_after)
+    run = run_training(
+        recipe, overrides=overrides or [], resume=resume, out=out, stop_after=stop_after, profile=profile
+    )
     if run.stop_signal is not None:
         raise typer.Exit(128 + run.stop_signal)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import coterie
 
 ORDER = (
-    "errors", "noise", "types", "distributed", "algorithms", "recipe", "models", "rollouts", "rewards", "tasks", "evals", "runs",
+    "errors", "noise", "sections", "types", "distributed", "algorithms", "recipe", "models", "rollouts", "rewards", "tasks", "evals", "runs",
     "training", "commands", "cli",
 )  # fmt: skip
 PACKAGE = Path(coterie.__file__).parent

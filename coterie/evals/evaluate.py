@@ -12,6 +12,7 @@ from coterie.recipe import Sampling
 from coterie.rewards.score import Reward, score
 from coterie.rollouts.collect import collect
 from coterie.rollouts.engine import Engine
+from coterie.sections import section
 from coterie.tasks.base import Task
 from coterie.types import Prompt, Scored
 
@@ -31,6 +32,7 @@ def heldout_prompts(task: Task, count: int, *, seed: int) -> list[Prompt]:
     return [task.heldout[i] for i in sorted(order)]
 
 
+@section("evaluate")
 def evaluate(
     engine: Engine,
     task: Task,

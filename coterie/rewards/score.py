@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from coterie.errors import UserError
+from coterie.sections import section
 from coterie.types import Group, RewardFailure, Scored
 
 RewardFunction = Callable[..., Sequence[float | None]]
@@ -31,6 +32,7 @@ class Reward:
     weight: float = 1.0
 
 
+@section("score")
 def score(groups: list[Group], rewards: Sequence[Reward], *, max_failed_share: float = 1.0) -> Scored:
     """Rewards of every completion: the weighted sum of the parts that did not abstain.
 

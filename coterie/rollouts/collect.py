@@ -14,6 +14,7 @@ from coterie.recipe import Sampling
 from coterie.rollouts.engine import Engine
 from coterie.rollouts.native import NativeEngine
 from coterie.rollouts.padded import PaddedEngine
+from coterie.sections import section
 from coterie.types import Completion, Group, Prompt
 
 
@@ -22,6 +23,7 @@ def make_engine(policy: Policy) -> Engine:
     return NativeEngine(policy) if policy.served == "stream" else PaddedEngine(policy)
 
 
+@section("sample")
 def collect(
     engine: Engine,
     prompts: Sequence[Prompt],

@@ -17,6 +17,7 @@ from torch import Tensor
 from coterie.models.policy import Policy
 from coterie.noise import mix, uniform
 from coterie.recipe import Sampling
+from coterie.sections import section
 from coterie.types import Completion
 
 
@@ -49,6 +50,7 @@ class Sampled:
     kept: Tensor | None
 
 
+@section("sample/draw")
 def sample_tokens(logits: Tensor, keys: Tensor, positions: Tensor, sampling: Sampling) -> Sampled:
     """Draw one token a row: logits [R, V], keys [R], positions [R] (the token's number in its completion).
 

@@ -16,6 +16,7 @@ from coterie.models.policy import Policy
 from coterie.recipe import Sampling
 from coterie.rollouts.engine import History, StopStrings, sample_tokens
 from coterie.rollouts.grid import DecodeLayout, Grid, PrefillLayout, copied, empty
+from coterie.sections import section
 from coterie.types import Completion
 
 _COPIED_PROMPT = 32  # prompts up to this length are copied to their rows, which then attend in one product
@@ -80,6 +81,7 @@ class NativeEngine:
             self._decode(grid, sampled.tokens)
         return history.completions(len(prompts), num_completions)
 
+    @section("sample/prefill")
     def _prefill(
         self, prompts: Sequence[Sequence[int]], admitted: Sequence[_Job], num_completions: int, copies_prompts: bool
     ) -> Grid:
@@ -116,6 +118,7 @@ class NativeEngine:
             own_kv=copied(stored, lengths, which) if copies_prompts else empty(stored, len(rows)),
         )
 
+    @section("sample/decode")
     def _decode(self, grid: Grid, tokens: Tensor) -> None:
         """Feed each row the token it drew, [R], and put the logits that follow in the grid."""
         grid.make_room()

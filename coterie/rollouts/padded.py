@@ -10,6 +10,7 @@ from torch import Tensor
 from coterie.models.policy import Policy
 from coterie.recipe import Sampling
 from coterie.rollouts.engine import History, StopStrings, sample_tokens
+from coterie.sections import section
 from coterie.types import Completion
 
 
@@ -45,7 +46,8 @@ class PaddedEngine:
             cache, done = None, torch.zeros(num_completions, dtype=torch.bool, device=device)
             rows = torch.arange(num_completions, device=device)
             for position in range(sampling.max_new_tokens):
-                output = model(input_ids=inputs, past_key_values=cache, use_cache=True)
+                with section("sample/decode" if position else "sample/prefill"):
+                    output = model(input_ids=inputs, past_key_values=cache, use_cache=True)
                 cache = getattr(output, "past_key_values", None)
                 sampled = sample_tokens(output.logits[:, -1], keys[number], torch.full_like(rows, position), sampling)
                 of_job = number * num_completions + rows

@@ -1,4 +1,4 @@
-"""`report.html`: one page that tells how a run went, and opens with no network. It only reads `run.db` and `summary.json`."""
+"""`report.html`: one page that tells how a run went, and opens with no network. It only reads the run's folder."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from coterie.recipe import load_recipe
+from coterie.runs.profile import profile_panel
 from coterie.runs.store import Store
 
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2")
@@ -27,6 +28,7 @@ def write_report(folder: Path) -> Path:
             _results(folder, recipe.preset),
             "<h2>Curves</h2>",
             _charts(store),
+            profile_panel(folder),
             _groups(store),
             _events(store),
             f"<h2>Recipe</h2><pre class='recipe'>{html.escape((folder / 'recipe.yaml').read_text('utf-8'))}</pre>",
@@ -279,6 +281,9 @@ table { border-collapse: collapse; background: var(--paper); border: 1px solid v
 th, td { text-align: left; padding: .35rem .9rem; border-bottom: 1px solid var(--edge); font-weight: normal; }
 thead th { color: var(--soft); font-size: .85rem; }
 pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.55 ui-monospace, monospace; }
+table.figures td:not(:first-child), table.figures th:not(:first-child) { text-align: right; font-variant-numeric: tabular-nums; }
+.profile { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; margin: .8rem 0; } .profile > div { overflow-x: auto; } .profile td, .profile th { white-space: nowrap; font-size: .85rem; padding: .2rem .7rem; }
+.profile td:first-child { white-space: normal; overflow-wrap: anywhere; }
 .examples { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 1rem; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .6rem; }
 figure, .card, .recipe { margin: 0; background: var(--paper); border: 1px solid var(--edge); border-radius: 8px; padding: .6rem .8rem; }

@@ -24,6 +24,7 @@ from coterie.models.logprobs import token_logprobs, token_statistics
 from coterie.models.policy import Policy
 from coterie.recipe import KL, ColdStart, Correction, Loss, Optimiser, Recipe
 from coterie.rewards.load import load_function
+from coterie.sections import section
 from coterie.training.metrics import Tally
 from coterie.types import BatchTotals, Stream
 
@@ -270,21 +271,25 @@ def take_step(
     """
     tally = Tally()
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-    for parameter in parameters:  # zeros and not None, so that a batch without signal is a step with no gradient
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
+    with section("train/optimiser"):
+        for parameter in parameters:  # zeros and not None, so that a batch without signal is a step with no gradient
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
     finite = True
     for number, stream in enumerate(streams):
-        loss = loss_of(number, stream.to(device))
-        finite = finite and bool(loss.isfinite())
+        with section("train/forward"):
+            loss = loss_of(number, stream.to(device))
+            finite = finite and bool(loss.isfinite())
         if not finite:
             break
-        loss.backward()
-    sum_gradients(parameters)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    finite = all_agree(finite and bool(norm.isfinite()))
-    if finite:
-        optimiser.step()
-        tally.add("optimiser/grad_norm", norm)
+        with section("train/backward"):
+            loss.backward()
+    with section("train/optimiser"):
+        sum_gradients(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        finite = all_agree(finite and bool(norm.isfinite()))
+        if finite:
+            optimiser.step()
+            tally.add("optimiser/grad_norm", norm)
     tally.add("optimiser/skipped_share", 0.0 if finite else 1.0)
     return tally
 
@@ -294,6 +299,7 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate
 
 
+@section("reference")
 @torch.no_grad()
 def logprobs_of(policy: Policy, streams: Sequence[Stream], *, temperature: float) -> list[Tensor]:
     """A policy's log-probabilities of each stream's tokens, without gradient: [N] each, on its device."""

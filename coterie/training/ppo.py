@@ -22,6 +22,7 @@ from coterie.recipe import Recipe
 from coterie.rewards.score import Reward
 from coterie.rollouts.engine import Engine
 from coterie.rollouts.pack import pack
+from coterie.sections import section
 from coterie.tasks.base import Task
 from coterie.training.checkpoint import TrainState
 from coterie.training.grpo import (
@@ -125,6 +126,7 @@ def train_ppo(
         run.checkpoint("train", step, state, last=step == recipe.steps)
 
 
+@section("value")
 @torch.no_grad()
 def values_of(value: Scorer, stream: Stream) -> Tensor:
     """What the value model expects before each token: [N]."""
@@ -158,6 +160,7 @@ def whitened(advantages: Sequence[Tensor], epsilon: float = 1e-8) -> list[Tensor
     return [((a.double() - mean) / (std + epsilon)).to(a.dtype) for a in advantages]
 
 
+@section("value")
 def fit_values(
     value: Scorer,
     optimiser: torch.optim.Optimizer,

@@ -23,6 +23,7 @@ from coterie.recipe import Recipe
 from coterie.rewards.score import Reward
 from coterie.rollouts.engine import Engine
 from coterie.rollouts.pack import Row, make_stream, split_by_tokens
+from coterie.sections import section
 from coterie.tasks.base import Preference, Task
 from coterie.training.checkpoint import TrainState
 from coterie.training.grpo import evaluate_on_the_way
@@ -122,6 +123,7 @@ def fit_reward_model(
     return tally
 
 
+@section("evaluate")
 @torch.no_grad()
 def evaluate_pairs(scorer: Scorer, task: Task, recipe: Recipe) -> Evaluation:
     """How many held-out pairs the scorer puts in the right order. Equal scores count as wrong."""

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -23,6 +23,7 @@ from coterie.evals.evaluate import Evaluation
 from coterie.recipe import Recipe, load_recipe
 from coterie.runs.console import Console
 from coterie.runs.store import Store
+from coterie.sections import section
 from coterie.training.checkpoint import (
     STAGES,
     Position,
@@ -32,6 +33,7 @@ from coterie.training.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
+from coterie.training.profile import Profiler
 from coterie.types import Scored
 
 MAX_SKIPPED_IN_A_ROW = 5
@@ -48,6 +50,7 @@ class Run:
         self.folder, self.recipe, self.console = folder, recipe, console
         self._lock = _locked(folder)
         self.store = Store(folder / "run.db")
+        self.profiler: Profiler | None = None  # watches some of the steps, if one is put here
         self.position: Position | None = None  # of the checkpoint that was resumed from
         self.stop_signal: int | None = None
         self._stop_after = stop_after
@@ -110,9 +113,12 @@ class Run:
     def remaining(self, stage: str, num_steps: int) -> Iterator[int]:
         """The steps of a stage that are not done yet, numbered from 1, until the run is asked to stop."""
         done = self.position.step if self.position and self.position.stage == stage else 0
+        if self.profiler is not None:
+            self.profiler.begin_stage(done + 1, self._last_step(stage, done + 1, num_steps))
         with self.console.progress(stage, done, num_steps):
             for step in range(done + 1, num_steps + 1):
-                yield step
+                with self.profiler.step(stage, step) if self.profiler is not None else nullcontext():
+                    yield step
                 self.console.step_done(step)
                 if self._should_stop(stage, step):
                     self._stop_requested = step < num_steps or stage != STAGES[-1]
@@ -123,6 +129,7 @@ class Run:
         if self.position and self.position.stage == stage and self.position.step > 0:  # step 0 is the start itself
             load_checkpoint(self.folder / "checkpoints" / self.position.name, state)
 
+    @section("record")
     def record(
         self,
         stage: str,
@@ -152,6 +159,7 @@ class Run:
         else:
             self._skipped_in_a_row = 0
 
+    @section("record")
     def record_evaluation(
         self, stage: str, step: int, evaluation: Evaluation, examples: list[tuple[str, str]] | None = None
     ) -> None:
@@ -164,14 +172,22 @@ class Run:
 
     def checkpoint(self, stage: str, step: int, state: TrainState, *, last: bool = False) -> None:
         """Save if it is time to, at the end of a stage, and before a stop."""
-        settings = self.recipe.checkpoint
-        if last or step % settings.every == 0 or self._should_stop(stage, step):
-            folder = self.folder / "checkpoints"
-            try:
-                save_checkpoint(folder, Position(stage, step, self.seconds), state)
-            except OSError as error:
-                raise RunFailedError(f"{folder}: the checkpoint can't be written: {error}") from error
-            prune_checkpoints(folder, settings.keep_last)
+        if last or step % self.recipe.checkpoint.every == 0 or self._should_stop(stage, step):
+            with section("checkpoint"):
+                self._save(Position(stage, step, self.seconds), state)
+
+    def _save(self, position: Position, state: TrainState) -> None:
+        folder = self.folder / "checkpoints"
+        try:
+            save_checkpoint(folder, position, state)
+        except OSError as error:
+            raise RunFailedError(f"{folder}: the checkpoint can't be written: {error}") from error
+        prune_checkpoints(folder, self.recipe.checkpoint.keep_last)
+
+    def _last_step(self, stage: str, first: int, num_steps: int) -> int:
+        """The last step that this session takes of a stage, unless a signal stops it."""
+        stop = self._stop_after if stage == STAGES[-1] else None
+        return stop if stop is not None and first <= stop <= num_steps else num_steps
 
     def _should_stop(self, stage: str, step: int) -> bool:
         return self.stop_signal is not None or (stage == STAGES[-1] and step == self._stop_after)

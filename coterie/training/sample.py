@@ -25,6 +25,7 @@ from coterie.rewards.score import Reward, score
 from coterie.rollouts.collect import collect
 from coterie.rollouts.engine import Engine
 from coterie.rollouts.pack import Row, make_stream, split_by_tokens
+from coterie.sections import section
 from coterie.tasks.base import Task, draw, draw_again
 from coterie.training.metrics import Clock
 from coterie.training.optimise import chosen_keywords, logprobs_of
@@ -115,6 +116,7 @@ def with_overlong(scored: Scored, settings: Overlong, limit: int) -> Scored:
     return with_part(scored, "overlong", (-settings.penalty * too_long).view(scored.rewards.shape))
 
 
+@section("reference")
 def with_kl(scored: Scored, policy: Policy, reference: Policy, recipe: Recipe, *, weight: float) -> Scored:
     """The KL to the reference in the reward: -weight * its sum over each completion, as a part of its own (R5)."""
     if not scored.valid.any():
@@ -129,6 +131,7 @@ def with_kl(scored: Scored, policy: Policy, reference: Policy, recipe: Recipe, *
     return with_part(scored, "kl", -weight * torch.tensor(values, dtype=torch.float64).view(scored.rewards.shape))
 
 
+@section("reference")
 @torch.no_grad()
 def kl_of(
     streams: Sequence[Stream],

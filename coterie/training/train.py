@@ -20,6 +20,7 @@ from coterie.recipe import ColdStart, Recipe, find_recipe, load_recipe
 from coterie.rewards.score import Reward
 from coterie.rollouts.collect import make_engine
 from coterie.runs.console import Console
+from coterie.runs.profile import profile_table
 from coterie.runs.report import write_report
 from coterie.tasks.base import Task
 from coterie.tasks.load import prepare
@@ -28,6 +29,7 @@ from coterie.training.grpo import train_grpo
 from coterie.training.optimise import make_optimiser
 from coterie.training.ppo import train_ppo
 from coterie.training.preferences import evaluate_pairs, train_dpo, train_reward_model
+from coterie.training.profile import Profiler
 from coterie.training.reference import frozen_copy
 from coterie.training.run import Run
 from coterie.training.sft import train_sft
@@ -40,11 +42,13 @@ def train(
     resume: str | None = None,
     out: str | None = None,
     stop_after: int | None = None,
+    profile: bool = False,
 ) -> Run:
     """Train a recipe, or go on with an earlier run exactly where its newest checkpoint is.
 
     recipe: a file, the name of a bundled recipe, or a Recipe. overrides: `section.key=value`. out: the run folder; the
-    default is runs/NAME. stop_after: end after this many steps, cold start aside, saved, to be resumed later. Returns the closed run.
+    default is runs/NAME. stop_after: end after this many steps, cold start aside, saved, to be resumed later.
+    profile: show where the time and the memory of a step go, and write it to profile.json. Returns the closed run.
     Raises UserError for what the user can mend, before the model is loaded where that is possible.
     """
     console = Console()
@@ -61,8 +65,12 @@ def train(
         parts = prepare(loaded)  # what is wrong with the recipe shows before there is a folder
         run = Run.create(loaded, name, out, console, stop_after=stop_after)
     try:
+        if profile:
+            run.profiler = Profiler(run.folder, choose_device(run.recipe.device))
         with run.stoppable():
             _train(run, *(prepare(run.recipe) if resume is not None else parts))
+        if profile:
+            console.table(*profile_table(run.folder))
     finally:
         run.close()
     return run

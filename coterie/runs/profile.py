@@ -1,0 +1,150 @@
+"""What `profile.json` tells, as a panel of the report and as a table in the terminal."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_COLOURS = {
+    "sample": "#2563eb",
+    "score": "#d97706",
+    "reference": "#7c3aed",
+    "value": "#db2777",
+    "train": "#059669",
+    "evaluate": "#0891b2",
+}
+_GREY = "#9ca3af"
+
+
+def load_profile(folder: Path) -> dict[str, Any] | None:
+    """The profile of a run, or None where it has none."""
+    path = folder / "profile.json"
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+
+def profile_table(folder: Path) -> tuple[str, list[str], list[list[str]]]:
+    """Title, header and rows: the sections in the order of a step, with the figures of each stage."""
+    stages = (load_profile(folder) or {"stages": {}})["stages"]
+    if not stages:
+        return "\nWhere a step goes: no step was watched", ["section"], []
+    of_stage = [{section["name"]: section for section in stage["sections"]} for stage in stages.values()]
+    names = dict.fromkeys(name for sections in reversed(of_stage) for name in sections if name != "other")
+    rows = [[name, *(_cell(sections.get(name)) for sections in of_stage)] for name in (*names, "other")]
+    whole = [f"{duration(stage['step_seconds']):>8}" for stage in stages.values()]
+    header = ["section", *(stage.replace("_", " ") for stage in stages)]
+    return "\nWhere a step goes: time, share, peak memory", header, [*rows, ["step", *whole]]
+
+
+def _cell(section: Mapping[str, Any] | None) -> str:
+    if section is None:
+        return ""
+    return f"{duration(section['seconds']):>8}  {section['share']:>5.1%}  {size(section['peak_bytes']):>8}"
+
+
+def profile_panel(folder: Path) -> str:
+    """For each stage a bar a section, their figures, and the slowest operators. Empty where the run has no profile.
+
+    plotly's script has to be on the page already.
+    """
+    profile = load_profile(folder)
+    if profile is None:
+        return ""
+    parts = ["<h2>Where a step goes</h2>"]
+    for name, stage in profile["stages"].items():
+        parts.append(f"<h3>{html.escape(name.replace('_', ' ').capitalize())}</h3><p class='note'>{_note(stage)}</p>")
+        parts.append(_bars(stage["sections"]))
+        parts.append(f"<div class='profile'>{_sections(stage)}{_operators(stage)}</div>")
+    return "\n".join(parts)
+
+
+def _note(stage: Mapping[str, Any]) -> str:
+    """Which steps the figures are of, and what watching them costs."""
+    first, last = stage["steps"][0], stage["steps"][-1]
+    which = f"step {first}" if first == last else f"steps {first} to {last}"
+    note = f"{duration(stage['step_seconds'])} a step, the mean of {which}."
+    costs = {mode: seconds for mode, seconds in stage["bare_step_seconds"].items() if seconds is not None}
+    if len(costs) > 1:
+        shown = ", ".join(f"{duration(seconds)} {mode}" for mode, seconds in costs.items())
+        note += f" What watching costs, evaluation and checkpoint aside: {shown}."
+    if stage["traced_step"] is not None:
+        note += f" Memory and operators are those of step {stage['traced_step']}, which was traced."
+    return note
+
+
+def _bars(sections: list[dict[str, Any]]) -> str:
+    import plotly.graph_objects as go
+
+    by_time = sorted(sections, key=lambda section: section["seconds"])
+    bar = go.Bar(
+        x=[section["seconds"] for section in by_time],
+        y=[section["name"] for section in by_time],
+        orientation="h",
+        text=[f"{duration(section['seconds'])}  {section['share']:.1%}" for section in by_time],
+        textposition="outside",
+        cliponaxis=False,
+        marker={"color": [_COLOURS.get(section["name"].partition("/")[0], _GREY) for section in by_time]},
+        hovertemplate="%{y}: %{text}<extra></extra>",
+    )
+    figure = go.Figure(bar)
+    figure.update_layout(
+        height=60 + 26 * len(sections),
+        template="plotly_white",
+        font={"family": "system-ui, sans-serif", "size": 12},
+        margin={"l": 130, "r": 110, "t": 10, "b": 40},
+        xaxis={"title": "seconds a step", "rangemode": "tozero"},
+        yaxis={"ticksuffix": "  "},
+        bargap=0.3,
+    )
+    config = {"displayModeBar": False, "responsive": True}
+    return str(figure.to_html(full_html=False, include_plotlyjs=False, config=config))
+
+
+def _sections(stage: Mapping[str, Any]) -> str:
+    rows = [
+        (s["name"], duration(s["seconds"]), f"{s['share']:.1%}", f"{s['calls']:.3g}" if s["calls"] else "", size(s["peak_bytes"]))
+        for s in sorted(stage["sections"], key=lambda section: section["seconds"], reverse=True)
+    ]  # fmt: skip
+    return _table(("section", "a step", "share", "calls", "peak memory"), rows)
+
+
+def _operators(stage: Mapping[str, Any]) -> str:
+    """Empty where no step was traced."""
+    if not stage["operators"]:
+        return ""
+    on_device = any(operator["device_seconds"] is not None for operator in stage["operators"])
+    rows = [
+        (o["name"], f"{o['calls']:,}", duration(o["seconds"]), *([duration(o["device_seconds"])] if on_device else []))
+        for o in stage["operators"]
+    ]
+    return _table(("slowest operators", "calls", "CPU", *(["GPU"] if on_device else [])), rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{name}</th>" for name in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<div><table class='figures'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def duration(seconds: float) -> str:
+    """Three digits, in the unit that fits."""
+    for unit, name in ((1.0, "s"), (1e-3, "ms")):
+        if seconds >= unit:
+            return f"{_three(seconds / unit)} {name}"
+    return f"{seconds * 1e6:.0f} µs"
+
+
+def size(num_bytes: int | None) -> str:
+    """Three digits, in the unit that fits; a dash for what is not known."""
+    if num_bytes is None:
+        return "–"
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= unit:
+            return f"{_three(num_bytes / unit)} {name}"
+    return f"{num_bytes} B"
+
+
+def _three(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

@@ -1,0 +1,233 @@
+"""Where the time and the memory of a step go: what `--profile` adds to a run, written to `profile.json`.
+
+Seconds come from a stopwatch, operators and memory from one later step under torch.profiler, which costs something for every
+operator and allocation. So the profiler's own cost is in no section's seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, record_function
+
+from coterie.sections import OTHER, Stopwatch, timing
+
+MODES = ("untouched", "timed", "traced")
+NUM_OPERATORS = 12
+_MARK = "coterie/"
+_NOT_EVERY_STEP = ("evaluate", "checkpoint")
+
+
+def plan(first: int, last: int) -> dict[int, str]:
+    """What is done to which of the steps `first` to `last`; those that are not named run without any of it.
+
+    "untouched": only a stopwatch runs. "timed": on a GPU each section waits for the device too, so that it is charged for its
+    own work. "traced": under torch.profiler as well. The first step warms up. Tracing comes after timing, since it may leave
+    something of itself behind; where there are few steps it is the last one.
+    """
+    traced = min(first + 5, last)
+    timed = list(range(first + 2, traced)) or [traced - 1]
+    modes = {first + 1: "untouched", first + 6: "untouched", **dict.fromkeys(timed, "timed"), traced: "traced"}
+    return {step: mode for step, mode in sorted(modes.items()) if first <= step <= last}
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A step that was watched. nanoseconds, calls: by section. peaks, operators: what torch.profiler saw, if it ran."""
+
+    step: int
+    mode: str
+    nanoseconds: Mapping[str, int]
+    calls: Mapping[str, int]
+    peaks: Mapping[str, int]
+    operators: Sequence[Mapping[str, Any]]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.nanoseconds.values()) / 1e9
+
+    @property
+    def bare_seconds(self) -> float:
+        """Without what few steps have, so that single steps can be compared."""
+        return self.seconds - sum(self.nanoseconds.get(name, 0) for name in _NOT_EVERY_STEP) / 1e9
+
+
+class Profiler:
+    """Watches a few steps of each stage of a run. A resumed run keeps what was written of stages that it does not touch."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self._path, self._device = folder / "profile.json", device
+        self._stages = json.loads(self._path.read_text("utf-8"))["stages"] if self._path.is_file() else {}
+        self._modes: dict[int, str] = {}
+        self._watched: list[Watched] = []
+
+    def begin_stage(self, first: int, last: int) -> None:
+        """Choose among the steps `first` to `last`, which are those that this session takes."""
+        self._modes, self._watched = plan(first, last), []
+
+    @contextmanager
+    def step(self, stage: str, number: int) -> Iterator[None]:
+        """Watch a step, if it is one of those that are, and write what was seen so far. A step that fails leaves nothing."""
+        mode = self._modes.get(number)
+        if mode is None:
+            yield
+            return
+        waits = mode != "untouched" and self._device.type == "cuda"
+        with (
+            self._trace() if mode == "traced" else nullcontext() as trace,
+            closing(_Marks(waits=waits, traced=mode == "traced")) as marks,
+            timing(Stopwatch(marks.turn)) as stopwatch,
+        ):
+            yield
+        events = trace.profiler.kineto_results.events() if trace is not None else ()
+        peaks, operators = peak_memory(events, self._device.type), slowest_operators(events, NUM_OPERATORS)
+        self._watched.append(Watched(number, mode, stopwatch.nanoseconds, stopwatch.calls, peaks, operators))
+        self._stages[stage] = summarise(self._watched)
+        written = json.dumps({"device": self._device.type, "stages": self._stages}, indent=1)
+        self._path.write_text(written + "\n", encoding="utf-8")
+
+    def _trace(self) -> Any:
+        activities = [ProfilerActivity.CPU]
+        if self._device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        else:  # there kineto prints only that it starts and stops
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+        return torch.profiler.profile(activities=activities, profile_memory=True)
+
+
+def summarise(watched: Sequence[Watched]) -> dict[str, Any]:
+    """What `profile.json` holds of a stage. Seconds are means over the timed steps; where none was, over those that were seen.
+
+    bare_step_seconds: of a step without evaluation and checkpoint, by mode, which shows what watching costs.
+    """
+    by_mode = {mode: [one for one in watched if one.mode == mode] for mode in MODES}
+    chosen = by_mode["timed"] or by_mode["untouched"] or by_mode["traced"]
+    traced = by_mode["traced"][-1] if by_mode["traced"] else None
+    names = dict.fromkeys(name for one in watched for name in one.nanoseconds if name != OTHER)
+    whole = sum(one.seconds for one in chosen) / len(chosen)
+    sections = []
+    for name in (*names, OTHER):
+        seconds = sum(one.nanoseconds.get(name, 0) for one in chosen) / 1e9 / len(chosen)
+        refined = any(finer.startswith(f"{name}/") for finer in names)
+        sections.append(
+            {
+                "name": f"{name}/{OTHER}" if refined else name,
+                "seconds": seconds,
+                "share": seconds / whole,
+                "calls": sum(one.calls.get(name, 0) for one in chosen) / len(chosen),
+                "peak_bytes": traced.peaks.get(name) if traced else None,
+            }
+        )
+    return {
+        "steps": [one.step for one in chosen],
+        "step_seconds": whole,
+        "bare_step_seconds": {
+            mode: sum(one.bare_seconds for one in seen) / len(seen) if seen else None for mode, seen in by_mode.items()
+        },
+        "sections": sections,
+        "traced_step": traced.step if traced else None,
+        "operators": traced.operators if traced else [],
+    }
+
+
+class _Marks:
+    """What happens where one section ends and the next begins: the device catches up, and the trace gets a label."""
+
+    def __init__(self, *, waits: bool, traced: bool) -> None:
+        self._waits, self._traced = waits, traced
+        self._label: Any = None
+
+    def turn(self, begins: str) -> None:
+        if self._waits:
+            torch.cuda.synchronize()
+        if self._traced:
+            self.close()
+            self._label = record_function(_MARK + begins)
+            self._label.__enter__()
+
+    def close(self) -> None:
+        if self._label is not None:
+            self._label.__exit__(None, None, None)
+            self._label = None
+
+
+def peak_memory(events: Sequence[Any], device: str) -> dict[str, int]:
+    """The most bytes held in each section beyond those held at the start, from the profiler's events of one step.
+
+    Sections follow one another, so an allocation belongs to the last one that began before it. On the CPU the profiler does not
+    see that memory from before the step is freed, so what replaces such memory counts as added.
+    """
+    turns, changes = [], []
+    for event in events:
+        name = event.name()
+        if name.startswith(_MARK) and event.device_type().name == "CPU":
+            turns.append((event.start_ns(), 0, name.removeprefix(_MARK)))
+        elif name == "[memory]" and event.device_type().name.lower() == device:
+            changes.append((event.start_ns(), event.nbytes(), None))
+    level, current = 0, OTHER
+    peaks = {OTHER: 0}
+    for _, change, begins in sorted([*turns, *changes], key=lambda item: item[0]):
+        level, current = level + change, begins or current
+        peaks[current] = max(peaks.get(current, 0), level)
+    return peaks
+
+
+def slowest_operators(events: Sequence[Any], count: int) -> list[dict[str, Any]]:
+    """The operators that took longest by themselves, without those that they call, from the profiler's events of one step.
+
+    seconds: on the CPU, where launching work for a GPU counts too. device_seconds: on the GPU, by which they are ordered where
+    there is one.
+    """
+    by_thread: dict[int, list[tuple[int, int, str]]] = {}
+    owners: dict[int, str] = {}
+    launched: list[tuple[int, int]] = []
+    for event in events:
+        name, device = event.name(), event.device_type().name
+        if device != "CPU" and event.linked_correlation_id() > 0 and not event.is_user_annotation():
+            launched.append((event.linked_correlation_id(), event.duration_ns()))
+        if device != "CPU" or name.startswith(("[", "profiler::")) or event.is_user_annotation() or event.is_async():
+            continue
+        by_thread.setdefault(event.start_thread_id(), []).append((event.start_ns(), event.duration_ns(), name))
+        if event.linked_correlation_id() == 0:
+            owners[event.correlation_id()] = name
+    calls: dict[str, int] = {}
+    nanoseconds: dict[str, int] = {}
+    of_device: dict[str, int] = {}
+    for spans in by_thread.values():
+        _add_self_times(spans, calls, nanoseconds)
+    for correlation, duration in launched:
+        if correlation in owners:
+            of_device[owners[correlation]] = of_device.get(owners[correlation], 0) + duration
+    slowest = sorted(calls, key=lambda name: (of_device.get(name, 0), nanoseconds[name]), reverse=True)
+    return [
+        {
+            "name": name,
+            "calls": calls[name],
+            "seconds": nanoseconds[name] / 1e9,
+            "device_seconds": of_device.get(name, 0) / 1e9 if of_device else None,
+        }
+        for name in slowest[:count]
+    ]
+
+
+def _add_self_times(spans: list[tuple[int, int, str]], calls: dict[str, int], nanoseconds: dict[str, int]) -> None:
+    """Add the calls and the own time of one thread's operators: (start, duration, name) each, of which some hold others.
+
+    An operator that calls itself, on its way through the dispatcher, is one call.
+    """
+    around: list[tuple[int, str]] = []  # (end, name) of the operators that the current one lies in
+    for start, duration, name in sorted(spans, key=lambda span: (span[0], -span[1])):
+        while around and around[-1][0] <= start:
+            around.pop()
+        if around:
+            nanoseconds[around[-1][1]] -= duration
+        calls[name] = calls.get(name, 0) + (not around or around[-1][1] != name)
+        nanoseconds[name] = nanoseconds.get(name, 0) + duration
+        around.append((start + duration, name))
