@@ -66,6 +66,23 @@ class Grid:
         short = (self.prompt_lengths < self.longest_prompt).any() if self.prompt_kv else False
         return not (bool(short) or bool(self.firsts.any()))
 
+    def mask(self, window: int | None) -> Tensor | None:
+        """What is added to the scores of the next token, [R, 1, 1, S + n], or None where every row reads all."""
+        if window is None and self.is_full:
+            return None
+        columns = torch.arange(self.now + 1, device=self.rows.device)
+        allowed = columns >= self.firsts[:, None]
+        if window is not None:
+            allowed &= self.now - columns < window
+        if self.prompt_kv:
+            places = torch.arange(self.longest_prompt, device=self.rows.device)
+            in_prompt = places < self.prompt_lengths[:, None]
+            if window is not None:
+                in_prompt &= (self.prompt_lengths + self.num_written)[:, None] - places < window
+            allowed = torch.cat([in_prompt, allowed], 1)
+        mask = torch.zeros(allowed.shape, dtype=self.logits.dtype, device=self.rows.device)
+        return mask.masked_fill_(~allowed, -torch.inf)[:, None, None]
+
     def make_room(self) -> None:
         """Columns for one more key."""
         if self.now >= next(iter(self.own_kv.values()))[0].shape[2]:
@@ -184,7 +201,7 @@ class DecodeLayout:
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
-        self._masks: dict[int | None, Tensor | None] = {}
+        self._masks: dict[int | None, Tensor | None] = {}  # by window
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
         grid = self._grid
@@ -204,7 +221,9 @@ class DecodeLayout:
             scores = torch.cat([_by_slot(to_prompt, num_slots), scores], 3)
         if settings.softcap is not None:
             scores = torch.tanh(scores / settings.softcap) * settings.softcap
-        mask = self._mask(settings.window)
+        if settings.window not in self._masks:
+            self._masks[settings.window] = grid.mask(settings.window)
+        mask = self._masks[settings.window]
         if mask is not None:
             scores += mask
         weights = scores.float().softmax(3).to(v.dtype)
@@ -214,27 +233,6 @@ class DecodeLayout:
             from_prompt = _by_prompt(weights[..., :longest], num_prompts) @ prompt_values
             attended = _by_slot(from_prompt, num_slots) + weights[..., longest:] @ values
         return attended.reshape(1, num_slots, -1, v.shape[3])
-
-    def _mask(self, window: int | None) -> Tensor | None:
-        """What is added to the scores, [R, 1, 1, S + n], or None where every row reads all."""
-        if window not in self._masks:
-            self._masks[window] = None if window is None and self._grid.is_full else self._made_mask(window)
-        return self._masks[window]
-
-    def _made_mask(self, window: int | None) -> Tensor:
-        grid, device = self._grid, self._grid.rows.device
-        columns = torch.arange(grid.now + 1, device=device)
-        allowed = columns >= grid.firsts[:, None]
-        if window is not None:
-            allowed &= grid.now - columns < window
-        if grid.prompt_kv:
-            places = torch.arange(grid.longest_prompt, device=device)
-            in_prompt = places < grid.prompt_lengths[:, None]
-            if window is not None:
-                in_prompt &= (grid.prompt_lengths + grid.num_written)[:, None] - places < window
-            allowed = torch.cat([in_prompt, allowed], 1)
-        mask = torch.zeros(allowed.shape, dtype=grid.logits.dtype, device=device)
-        return mask.masked_fill_(~allowed, -torch.inf)[:, None, None]
 
 
 def _by_prompt(x: Tensor, num_prompts: int) -> Tensor:
