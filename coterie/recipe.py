@@ -92,7 +92,7 @@ class Sampling(Settings):
     top_k: Whole = Field(0, ge=0, description="keep the k likeliest tokens; 0 keeps all")
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
     min_p: Share = Field(0.0, description="keep tokens at least this share as likely as the likeliest; 0 keeps all")
-    stop: tuple[str, ...] = Field(
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         (), description="texts that end a completion; they are learned, and no part of its text"
     )
     max_rows: PositiveInt = Field(256, description="completions decoded at the same time")

@@ -39,7 +39,12 @@ class Body:
 
     @classmethod
     def of(cls, model: nn.Module, settings: Mapping[int, AttentionSettings]) -> Body | None:
-        """For a model that has these parts and no other, else None."""
+        """For a model in full precision that has these parts and no other, else None.
+
+        In half precision the norms of transformers compute in float32, and so keep more than ours would.
+        """
+        if next(model.parameters()).dtype not in (torch.float32, torch.float64):
+            return None
         known = _parts(model) == _PARTS["model"] and all(map(_is_known, model.layers)) and _is_norm(model.norm)
         return cls(model, settings) if known and len(settings) == len(model.layers) else None
 

@@ -4,13 +4,16 @@ import pytest
 import torch
 from conftest import SHAPES
 
+from coterie.models.codec import Codec
 from coterie.models.logprobs import token_logprobs
 from coterie.models.policy import Policy
 from coterie.noise import key, mix, uniform
 from coterie.recipe import Sampling
-from coterie.rollouts.collect import make_engine
+from coterie.rollouts import native
+from coterie.rollouts.collect import collect, make_engine
 from coterie.rollouts.native import NativeEngine
 from coterie.rollouts.pack import Row, make_stream
+from coterie.types import Prompt
 
 ENDS = (1, 2)
 SAMPLINGS = {
@@ -126,3 +129,87 @@ def test_greedy_takes_the_likeliest_and_needs_no_noise(make_model):
     first, second = (engine.generate(some_prompts(2), some_keys(2, 2) + shift, greedy, ENDS) for shift in (0, 99))
     assert [[c.tokens for c in g] for g in first] == [[c.tokens for c in g] for g in second]
     assert first[0][0].tokens == first[0][1].tokens
+
+
+@pytest.mark.parametrize("copied", [0, 1000])
+@pytest.mark.parametrize("architecture", ["qwen3", "mistral", "gemma2"])
+def test_copied_and_shared_prompts_give_the_same_tokens(make_model, monkeypatch, architecture, copied):
+    """With room for few rows, so that rows of different ages share a grid both ways."""
+    engine, prompts, keys = NativeEngine(Policy.of(make_model(architecture))), some_prompts(9), some_keys(9, 3)
+    sampling = Sampling(max_new_tokens=40, max_rows=10)
+    expected = engine.generate(prompts, keys, sampling, ENDS)
+    monkeypatch.setattr(native, "_COPIED_PROMPT", copied)
+    found = engine.generate(prompts, keys, sampling, ENDS)
+    assert [[c.tokens for c in g] for g in found] == [[c.tokens for c in g] for g in expected]
+
+
+@pytest.mark.parametrize("copied", [0, 1000])
+def test_keys_and_values_stay_within_their_budget(make_model, monkeypatch, copied):
+    monkeypatch.setattr(native, "_COPIED_PROMPT", copied)
+    engine, prompts, keys = NativeEngine(Policy.of(make_model("qwen3"))), some_prompts(7), some_keys(7, 4)
+    longest = max(map(len, prompts))
+    token_bytes, limit = 2 * 2 * 2 * 8 * 4, 24  # layers, keys and values, heads, width, float32
+    used, num_live = [], []
+
+    class Watched(native.DecodeLayout):
+        def __init__(self, grid):
+            rows = grid.rows[grid.live]
+            num_live.append(len(rows))
+            num_prompts = len(rows) if copied else len((rows // 4).unique())
+            used.append(len(rows) * limit + num_prompts * longest)
+            super().__init__(grid)
+
+    monkeypatch.setattr(native, "DecodeLayout", Watched)
+    whole = engine.generate(prompts, keys, Sampling(max_new_tokens=limit), ENDS)
+    assert max(num_live) > 20
+    used.clear()
+    tokens = 2 * limit + 2 * longest  # a group of four does not fit at once
+    sampling = Sampling(max_new_tokens=limit, max_cache_megabytes=tokens * token_bytes / 1e6)
+    few = engine.generate(prompts, keys, sampling, ENDS)
+    assert limit + longest < max(used) <= tokens
+    assert [[c.tokens for c in g] for g in few] == [[c.tokens for c in g] for g in whole]
+
+
+def decode(tokens):
+    """Every token is two letters, so that a stop string may begin or end within one."""
+    return "".join(chr(97 + token % 7) + chr(97 + token % 5) for token in tokens)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt_oss"])
+@pytest.mark.filterwarnings("ignore:.*share prompts")
+def test_a_stop_string_ends_a_completion_at_the_token_that_completes_it(make_model, architecture):
+    engine, prompts, keys = make_engine(Policy.of(make_model(architecture))), some_prompts(3), some_keys(3, 4)
+    free = engine.generate(prompts, keys, Sampling(max_new_tokens=30), ENDS)
+    strings = ("ab", "edc")
+    stopped = engine.generate(prompts, keys, Sampling(max_new_tokens=30, stop=strings), ENDS, decode)
+    num_stopped = 0
+    for before, after in zip([c for g in free for c in g], [c for g in stopped for c in g], strict=True):
+        texts = [decode(before.tokens[: n + 1]) for n in range(len(before.tokens))]
+        holding = [n + 1 for n, text in enumerate(texts) if any(string in text for string in strings)]
+        assert after.tokens == (before.tokens[: holding[0]] if holding else before.tokens)
+        assert after.ended == ("stop" if holding else before.ended)
+        num_stopped += bool(holding)
+    assert 0 < num_stopped < 12
+
+
+def test_the_text_of_a_completion_leaves_out_what_ended_it(make_model):
+    from coterie.tasks.equations import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    codec = Codec.of(tokenizer)
+    model = make_model("qwen3", vocab_size=len(tokenizer))
+    prompts = [Prompt(0, "x", [3, 4, 5], {}, "")]
+    sampling = Sampling(max_new_tokens=40, stop=("1", "x"))
+    groups = collect(make_engine(Policy.of(model)), prompts, codec, sampling, num_completions=12, noise=(0, "test"))
+    ends = {"string": 0, "token": 0}
+    for completion in groups[0].completions:
+        whole = codec.decode(completion.tokens)
+        if completion.tokens[-1] in codec.end_tokens:
+            ends["token"] += 1
+            assert completion.text == whole
+        elif completion.ended == "stop":
+            ends["string"] += 1
+            assert whole.startswith(completion.text)
+            assert whole[len(completion.text)] in "1x"
+        assert not set(completion.text) & {"1", "x"}
+    assert ends["string"] > 3
