@@ -28,6 +28,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from coterie.models.policy import Policy
 from coterie.noise import key, mix
+from coterie.recipe import make_recipe
+from coterie.training.optimise import UpdateSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SIZES = {
@@ -46,8 +48,10 @@ SIZES = {
     "1.7b": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
              "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
 }  # fmt: skip
+RECIPE = make_recipe({"preset": "dr_grpo", "model": "none", "task": "equations", "rewards": ["none:none"]})
+SETTINGS = UpdateSettings.of(RECIPE, kl_weight=0.0, entropy_weight=0.0, temperature=1.0)
 MODEL_CODE = "transformers.models.qwen3.modeling_qwen3"
-ENOUGH_SECONDS = 2.0  # of repeating one measurement inside a process
+MOMENT, ENOUGH_SECONDS = 0.2, 2.0  # how long one measurement is repeated, at least and at most
 
 
 @dataclass(frozen=True)
@@ -142,16 +146,21 @@ def seconds_of(work: Callable[[], Any], place: Place) -> float:
     return time.perf_counter() - started
 
 
-def measured(work: Callable[[], Any], place: Place, *, runs: int = 3) -> dict[str, float]:
+def median_seconds(work: Callable[[], Any], place: Place) -> float:
+    """The median time of three runs: of more where they are short, of fewer where they are long."""
+    seconds: list[float] = []
+    while (len(seconds) < 3 or sum(seconds) < MOMENT) and sum(seconds) < ENOUGH_SECONDS:
+        seconds.append(seconds_of(work, place))
+    return statistics.median(seconds)
+
+
+def measured(work: Callable[[], Any], place: Place) -> dict[str, float]:
     """The median time of `work`, and the peak memory of its first run, which is not timed."""
     memory = PeakMemory(place)
     work()
     place.synchronise()
     megabytes = memory.megabytes()
-    seconds: list[float] = []
-    while len(seconds) < runs and sum(seconds) < ENOUGH_SECONDS:
-        seconds.append(seconds_of(work, place))
-    return {"seconds": statistics.median(seconds), "megabytes": megabytes}
+    return {"seconds": median_seconds(work, place), "megabytes": megabytes}
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -29,6 +29,8 @@ from typing import Any
 
 import torch
 from measure import (
+    RECIPE,
+    SETTINGS,
     Place,
     apart,
     exponent,
@@ -45,16 +47,16 @@ from measure import (
     spread,
 )
 from peers import copied_logprobs, copies, generate, log_softmax_of
-from tables import make_pyplot, rounded, save_plot, stamp, table, write_json
+from tables import make_pyplot, rounded, save_plot, spread_cell, stamp, table, write_json
 from torch import Tensor
 
 from coterie.algorithms.advantages import group_advantages
 from coterie.models.logprobs import chunked_logprobs, token_logprobs
 from coterie.models.policy import Policy
-from coterie.recipe import Sampling, make_recipe
+from coterie.recipe import Sampling
 from coterie.rollouts.native import NativeEngine
 from coterie.rollouts.pack import Row, make_stream, pack
-from coterie.training.optimise import UpdateSettings, make_optimiser, optimise
+from coterie.training.optimise import make_optimiser, optimise
 from coterie.types import Group, Prompt, Scored, Stream
 
 SIDES = ("stream", "copies")
@@ -165,8 +167,6 @@ def whole_step(side: str, point: Point, place: Place) -> dict[str, float]:
 def stream_step(
     policy: Policy, optimiser: Any, prompts: list, sampled: Any, advantages: Tensor, rewards: Tensor
 ) -> None:
-    recipe = make_recipe({"preset": "dr_grpo", "model": "none", "task": "equations", "rewards": ["none:none"]})
-    settings = UpdateSettings.of(recipe, kl_weight=0.0, entropy_weight=0.0, temperature=1.0)
     groups = [
         Group(Prompt(number, "", prompt), rows)
         for number, (prompt, rows) in enumerate(zip(prompts, sampled, strict=True))
@@ -175,10 +175,10 @@ def stream_step(
         Scored(groups, rewards, {}, []),
         advantages,
         max_length=len(sampled[0][0].tokens),
-        micro_batch_tokens=recipe.optimiser.micro_batch_tokens,
+        micro_batch_tokens=RECIPE.optimiser.micro_batch_tokens,
         drop_silent=False,
     )
-    optimise(policy, optimiser, streams, totals, settings, sampled_by_policy=True)
+    optimise(policy, optimiser, streams, totals, SETTINGS, sampled_by_policy=True)
 
 
 def copies_step(
@@ -232,11 +232,6 @@ def growth_of(xs: Sequence[float], measured: Sequence[dict[str, float]]) -> dict
 
 def parameters_of(point: Point) -> int:
     return sum(parameter.numel() for parameter in point.make_policy(Place("meta")).model.parameters())
-
-
-def spread_cell(found: dict) -> str:
-    low, high = found["range"]
-    return f"{found['median']:.2f} ({low:.2f} to {high:.2f})"
 
 
 def _must_agree(sides: dict[str, list[dict]], place: Place) -> None:

@@ -68,6 +68,18 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     return [f"| {' | '.join(str(cell) for cell in cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
+def spread_cell(found: dict) -> str:
+    """A median with what it lies between."""
+    low, high = found["range"]
+    return f"{found['median']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def share_cell(found: dict) -> str:
+    """The same in per cent."""
+    low, high = found["range"]
+    return f"{found['median']:.1%} ({low:.1%} to {high:.1%})"
+
+
 def make_pyplot() -> Any:
     """matplotlib for SVG files that are the same for the same data."""
     import matplotlib
