@@ -80,6 +80,8 @@ def make_parser(description: str | None, name: str) -> argparse.ArgumentParser:
 
 def parse(parser: argparse.ArgumentParser, name: str) -> tuple[argparse.Namespace, Place]:
     given = parser.parse_args()
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU")
     given.name = given.name or name + ("_cuda" if given.device == "cuda" else "")
     given.rounds = 1 if given.quick else given.rounds
     given.out.mkdir(parents=True, exist_ok=True)
@@ -180,9 +182,9 @@ def in_turn(sides: Mapping[str, Callable[[], dict]], rounds: int) -> dict[str, l
     return found
 
 
-def middle(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The median of each quantity over the rounds."""
-    return {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
+def middle(rounds: Sequence[Mapping[str, float]], name: str) -> float:
+    """The median of one quantity over the rounds."""
+    return statistics.median(one[name] for one in rounds)
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from coterie.recipe import Sampling
 from coterie.types import Stream
@@ -97,6 +97,8 @@ class ContinuousBatching:
     def __init__(
         self, model: PreTrainedModel, rows: int, longest: int, sampling: Sampling, ends: Sequence[int]
     ) -> None:
+        from transformers import ContinuousBatchingConfig  # not in every transformers 5
+
         settings = _settings(sampling, ends)
         settings.eos_token_id = list(ends) or -1
         sizes = {}

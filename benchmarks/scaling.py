@@ -25,6 +25,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ from measure import (
     spread,
 )
 from peers import copied_logprobs, copies, generate, log_softmax_of
-from tables import make_pyplot, rounded, save_plot, spread_cell, stamp, table, write_json
+from tables import make_pyplot, rounded, save_plot, short_number, spread_cell, stamp, table, write_json
 from torch import Tensor
 
 from coterie.algorithms.advantages import group_advantages
@@ -217,7 +218,7 @@ def grow(axis: str, values: Sequence, base: Point, place: Place, rounds: int) ->
             if work == "training":
                 _must_agree(sides, place)
             quotients = {name: ratios(sides["copies"], sides["stream"], name) for name in QUANTITIES}
-            medians = {side: {name: middle(sides[side])[name] for name in QUANTITIES} for side in SIDES}
+            medians = {side: {name: middle(sides[side], name) for name in QUANTITIES} for side in SIDES}
             rows.append({"x": x, **medians, "copies / stream": quotients})
             print(f"{work}, {AXES[axis][0]} {x}: {rounded(rows[-1])}", flush=True)
         found[work] = {"points": rows, "growth": {side: growth_of(xs, [row[side] for row in rows]) for side in SIDES}}
@@ -296,7 +297,7 @@ def large_vocabulary(
         quotients = {name: ratios(sides["chunks"], sides["all"], name) for name in ("megabytes", "seconds")}
         errors = apart(largest_errors, shape, place)
         of_width[str(width)] = {
-            **{side: middle(of_side) for side, of_side in sides.items()},
+            **{side: {name: middle(rows, name) for name in QUANTITIES} for side, rows in sides.items()},
             "chunks / all": quotients,
             "relative_error": errors,
             "held": {
@@ -309,13 +310,7 @@ def large_vocabulary(
 
 
 def doubled_group(base: Point, place: Place, rounds: int, short: int = 1) -> dict[str, Any]:
-    """What a step costs with 8 completions in place of 4, at a long prompt and at one of a single token.
-
-    plain: t8 / t4 at the long prompt, what the additional completions cost by themselves included.
-    net: that less what doubling the group adds at the short prompt, (t8 - (s8 - s4)) / t4. Were the prompt computed once for
-    each completion, doubling the group would double its cost; computed once for the group, 1 is what is left.
-    increase: what doubling adds at the long prompt by what it adds at the short one, (t8 - t4) / (s8 - s4).
-    """
+    """What a step costs with 8 completions in place of 4, at the prompt of `base` and at one of a single token."""
     lengths = {"t": base.prompt_tokens, "s": short}
     found: dict[str, Any] = {"others": {n: v for n, v in vars(base).items() if v is not None and n != "group"}}
     for side in SIDES:
@@ -327,30 +322,48 @@ def doubled_group(base: Point, place: Place, rounds: int, short: int = 1) -> dic
             for group in (4, 8)
         }
         rows = in_turn(points, rounds)
-        seconds = [{name: rows[name][number]["seconds"] for name in rows} for number in range(rounds)]
-        found[side] = {
-            "seconds": middle(seconds),
-            "plain": spread([one["t8"] / one["t4"] for one in seconds]),
-            "net": spread([(one["t8"] - (one["s8"] - one["s4"])) / one["t4"] for one in seconds]),
-            "increase": spread([(one["t8"] - one["t4"]) / (one["s8"] - one["s4"]) for one in seconds]),
-        }
+        found[side] = of_doubling([{name: rows[name][number]["seconds"] for name in rows} for number in range(rounds)])
         print("doubling the group", side, rounded(found[side]), flush=True)
     target = 1.15
     return {**found, "target_at_most": {"net": target}, "held": {"net": found["stream"]["net"]["median"] <= target}}
 
 
+def of_doubling(rounds: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """From the seconds of each round, with t for the long prompt, s for the short one, 4 and 8 for the group:
+
+    plain: t8 / t4, what the additional completions cost by themselves included.
+    net: the same less what doubling the group adds at the short prompt, (t8 - (s8 - s4)) / t4. Were the prompt computed once
+    for each completion, doubling the group would double its cost; computed once for the group, 1 is what is left.
+    increase: what doubling adds at the long prompt by what it adds at the short one, (t8 - t4) / (s8 - s4).
+    """
+    return {
+        "seconds": {name: middle(rounds, name) for name in rounds[0]},
+        "plain": spread([one["t8"] / one["t4"] for one in rounds]),
+        "net": spread([(one["t8"] - (one["s8"] - one["s4"])) / one["t4"] for one in rounds]),
+        "increase": spread([(one["t8"] - one["t4"]) / (one["s8"] - one["s4"]) for one in rounds]),
+    }
+
+
 def growth_table(axes: dict[str, dict]) -> list[str]:
-    """Exponents of time and memory, and how the sides compare at both ends of each axis."""
+    """Exponents of time and memory, time as a line, and how the sides compare at both ends of each axis."""
     rows = []
     for axis, found in axes.items():
         for work in WORKS:
             growth, points = found[work]["growth"], found[work]["points"]
-            cells = [f"{growth[side][f'{name}_exponent']:.2f}" for name in QUANTITIES for side in SIDES]
-            for name in QUANTITIES:
-                first, last = (points[end]["copies / stream"][name]["median"] for end in (0, -1))
-                cells.append(f"{first:.2f} to {last:.2f}")
-            rows.append((f"{AXES[axis][0]}, {found['x'][0]:,} to {found['x'][-1]:,}", work, *cells))
-    head = ("varied", "work", "time grows, stream", "copies", "memory grows, stream", "copies", "time, copies / stream", "memory, copies / stream")  # fmt: skip
+            exponents = {name: [f"{growth[side][f'{name}_exponent']:.2f}" for side in SIDES] for name in QUANTITIES}
+            lines = [growth[side]["seconds_line"] for side in SIDES]
+            ends = {name: [points[end]["copies / stream"][name]["median"] for end in (0, -1)] for name in QUANTITIES}
+            rows.append(
+                (
+                    f"{AXES[axis][0]}, {found['x'][0]:,} to {found['x'][-1]:,}",
+                    work,
+                    *exponents["seconds"],
+                    *(f"{of_side['start'] * 1e3:.3g} + {of_side['slope'] * 1e3:.3g} x" for of_side in lines),
+                    *exponents["megabytes"],
+                    *(f"{first:.2f} to {last:.2f}" for first, last in ends.values()),
+                )
+            )
+    head = ("varied (x)", "work", "exponent of time, stream", "copies", "time in ms, stream", "copies", "exponent of memory, stream", "copies", "time, copies / stream", "memory, copies / stream")  # fmt: skip
     return table(head, rows)
 
 
@@ -393,19 +406,23 @@ def targets_table(large: dict, doubled: dict) -> list[str]:
     return table(("figure", "median (range)", "target", "held"), rows)
 
 
-def plot(axes: dict[str, dict], path: Any) -> None:
+def plot(axes: dict[str, dict], path: Path) -> None:
     """A row for time and memory of each work, a column for each axis."""
-    pyplot = make_pyplot()
     rows = [(work, name) for work in WORKS for name in QUANTITIES]
-    figure, grid = pyplot.subplots(len(rows), len(axes), figsize=(3.1 * len(axes), 10), squeeze=False, sharex="col")
+    size = (3.1 * len(axes) + 0.5, 10)
+    figure, grid = make_pyplot().subplots(len(rows), len(axes), figsize=size, squeeze=False, sharex="col", sharey="row")
     for column, (axis, found) in enumerate(axes.items()):
         for row, (work, name) in enumerate(rows):
             panel = grid[row][column]
             for side, colour, marker in (("stream", "tab:blue", "o"), ("copies", "tab:orange", "s")):
                 ys = [max(point[side][name], 1e-3) for point in found[work]["points"]]
                 slope = found[work]["growth"][side][f"{name}_exponent"]
-                panel.plot(found["x"], ys, color=colour, marker=marker, markersize=4, label=f"{side} (x^{slope:.2f})")
+                panel.plot(
+                    found["x"], ys, color=colour, marker=marker, markersize=4, label=f"{side}, exponent {slope:.2f}"
+                )
             panel.set(xscale="log", yscale="log")
+            panel.set_xticks(found["x"], [short_number(x) for x in found["x"]], fontsize=8)
+            panel.minorticks_off()
             panel.legend(fontsize=7, frameon=False)
             panel.grid(alpha=0.3)
         grid[0][column].set_title(AXES[axis][0], fontsize=10)

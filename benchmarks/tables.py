@@ -80,6 +80,14 @@ def share_cell(found: dict) -> str:
     return f"{found['median']:.1%} ({low:.1%} to {high:.1%})"
 
 
+def short_number(value: float) -> str:
+    """As a tick of a plot: 820480 -> "820k"."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
 def make_pyplot() -> Any:
     """matplotlib for SVG files that are the same for the same data."""
     import matplotlib
