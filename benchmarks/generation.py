@@ -279,7 +279,7 @@ def plot(result: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = make_parser(__doc__, "generation")
+    parser = make_parser(__doc__, "generation", rounds=3)
     parser.add_argument("--model", choices=tuple(SIZES), help="0.8m; on a GPU 0.6b")
     parser.add_argument(
         "--sides", nargs="+", choices=SIDES, default=SIDES, help="all, unless given; native and dynamic are needed"

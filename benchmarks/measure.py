@@ -66,12 +66,14 @@ class Place:
             torch.cuda.synchronize()
 
 
-def make_parser(description: str | None, name: str) -> argparse.ArgumentParser:
+def make_parser(description: str | None, name: str, rounds: int = 5) -> argparse.ArgumentParser:
     """The options that all measurements have. Their results are called `name`, and `name`_cuda on a GPU."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each side is measured, in turn")
+    parser.add_argument(
+        "--rounds", type=int, default=rounds, help=f"how often each side is measured, in turn ({rounds})"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it runs, not how fast it is")
     parser.add_argument("--name", help=f"what the result files are called ({name}, on a GPU {name}_cuda)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the result files")

@@ -371,39 +371,27 @@ def targets_table(large: dict, doubled: dict) -> list[str]:
     """The figures that have a target, and whether they held it."""
     rows = []
     for width, found in large["widths"].items():
-        for name, what in (("megabytes", "memory"), ("seconds", "time")):
-            rows.append(
-                (
-                    f"vocabulary {large['vocabulary']:,}, {large['tokens']:,} tokens, width {width}: {what}, chunks / all logits",
-                    spread_cell(found["chunks / all"][name]),
-                    f"at most {large['target_at_most'][name]}",
-                    "yes" if found["held"][name] else "no",
-                )
-            )
+        name, limits, held = (
+            f"vocabulary {large['vocabulary']:,}, width {width}",
+            large["target_at_most"],
+            found["held"],
+        )
+        for quantity, what in (("megabytes", "memory"), ("seconds", "time")):
+            figure = spread_cell(found["chunks / all"][quantity])
+            rows.append((f"{name}: {what}, chunks / all logits", figure, limits[quantity], held[quantity]))
         error = max(found["relative_error"].values())
-        held = "yes" if found["held"]["error"] else "no"
         rows.append(
-            (
-                "the same: largest relative error, gradients included",
-                f"{error:.1e}",
-                f"at most {large['target_at_most']['error']}",
-                held,
-            )
+            (f"{name}: largest relative error, gradients included", f"{error:.1e}", limits["error"], held["error"])
         )
-    others = doubled["others"]
-    step = f"a step with 8 completions / with 4, prompt {others['prompt_tokens']}, completions {others['new_tokens']}"
-    net, held = doubled["target_at_most"]["net"], "yes" if doubled["held"]["net"] else "no"
-    rows.append(
-        (
-            f"{step}, less what the completions add by themselves",
-            spread_cell(doubled["stream"]["net"]),
-            f"at most {net}",
-            held,
-        )
-    )
-    rows.append((f"{step}, as it is", spread_cell(doubled["stream"]["plain"]), "-", "-"))
-    rows.append((f"{step}, as it is, copies", spread_cell(doubled["copies"]["plain"]), "-", "-"))
-    return table(("figure", "median (range)", "target", "held"), rows)
+    others, stream, copies = doubled["others"], doubled["stream"], doubled["copies"]
+    name = f"a step with 8 completions / with 4, prompt {others['prompt_tokens']}, completions {others['new_tokens']}"
+    limit, held = doubled["target_at_most"]["net"], doubled["held"]["net"]
+    rows.append((f"{name}: less what the completions add by themselves", spread_cell(stream["net"]), limit, held))
+    rows.append((f"{name}: as it is", spread_cell(stream["plain"]), None, None))
+    rows.append((f"{name}: as it is, copies", spread_cell(copies["plain"]), None, None))
+    words = {True: "yes", False: "no", None: "-"}
+    cells = [(name, figure, f"at most {limit}" if limit else "-", words[held]) for name, figure, limit, held in rows]
+    return table(("figure", "median (range)", "target", "held"), cells)
 
 
 def plot(axes: dict[str, dict], path: Path) -> None:

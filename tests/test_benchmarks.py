@@ -164,6 +164,16 @@ def test_the_work_of_a_step_is_counted_as_by_hand(load):
     assert (totals.num_rows, totals.num_tokens) == (6, 24)
 
 
+def test_sides_that_compute_different_things_are_not_compared(load):
+    measure, scaling = load("measure"), load("scaling")
+    point = scaling.Point("tiny", prompts=2, group=3, prompt_tokens=8, new_tokens=4)
+    sides = {side: [scaling.train(side, point, measure.Place())] for side in scaling.SIDES}
+    scaling._must_agree(sides, measure.Place())
+    sides["copies"][0]["gradient"] *= 1.001
+    with pytest.raises(RuntimeError, match="disagree"):
+        scaling._must_agree(sides, measure.Place())
+
+
 def test_the_net_cost_of_a_doubled_group_leaves_its_completions_out(load):
     found = load("scaling").of_doubling([{"t4": 10.0, "t8": 13.0, "s4": 2.0, "s8": 4.0}])
     assert found["plain"]["median"] == pytest.approx(1.3)
