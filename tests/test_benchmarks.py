@@ -1,9 +1,41 @@
-"""What is shown as measured is what the results files hold."""
+"""What is shown as measured is what the results files hold, and what measures it measures what it says."""
 
+import importlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """A module of benchmarks/, which is no package."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+@pytest.fixture
+def run_quickly(tmp_path):
+    """Run a measurement with tiny sizes: what it wrote as JSON."""
+
+    def run(name):
+        command = [sys.executable, f"benchmarks/{name}.py", "--quick", "--out", str(tmp_path)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / f"{name}.md").read_text() in done.stdout
+        assert "<svg" in (tmp_path / f"{name}.svg").read_text()
+        found = json.loads((tmp_path / f"{name}.json").read_text())
+        assert {"command", "commit", "versions", "hardware", "dtype", "rounds"} <= found.keys()
+        return found
+
+    return run
 
 
 def test_the_table_of_the_readme_is_the_results_file():
@@ -46,3 +78,112 @@ def test_r17_what_grpo_trains_is_at_most_0_55_of_what_ppo_trains():
         assert found["grpo / ppo"]["trained_state_megabytes"] <= 0.55
         for name in ("trained_state_megabytes", "peak_megabytes", "update_seconds"):
             assert f"{found['grpo / ppo'][name]:.2f}" in page, (size, name)
+
+
+def test_scaling_measures_every_axis_on_both_sides(run_quickly):
+    found = run_quickly("scaling")
+    assert found["axes"].keys() == {"group", "prompt_tokens", "new_tokens", "vocabulary", "model"}
+    for axis in found["axes"].values():
+        for work in ("training", "sampling"):
+            assert [point["x"] for point in axis[work]["points"]] == axis["x"]
+            for point in axis[work]["points"]:
+                assert point["stream"]["seconds"] > 0
+                assert point["copies"]["seconds"] > 0
+            assert axis[work]["growth"].keys() == {"stream", "copies"}
+    (of_width,) = found["large_vocabulary"]["widths"].values()
+    assert max(of_width["relative_error"].values()) <= 1e-5
+    assert of_width["held"]["error"]
+    assert 0 < of_width["chunks / all"]["megabytes"]["median"] < 1  # fewer logits are held than there are
+    doubled = found["doubled_group"]
+    assert doubled["held"]["net"] == (doubled["stream"]["net"]["median"] <= 1.15)
+
+
+def test_roofline_measures_the_machine_and_the_work(run_quickly):
+    found = run_quickly("roofline")
+    step = found["step"]
+    work = step["flop"]["linear"] + step["flop"]["attention"]
+    assert step["flop_per_second"]["median"] == pytest.approx(work / step["seconds"]["median"], rel=1e-2)
+    assert step["held"] == (step["of_matrix_rate"]["median"] >= 0.5)
+    assert [one["rows"] for one in found["decode"]] == [1, 2, 4]
+    assert all(one["flop_per_step"] == one["rows"] * found["decode"][0]["flop_per_step"] for one in found["decode"])
+
+
+def test_generation_writes_the_same_tokens_on_every_side(run_quickly):
+    found = run_quickly("generation")
+    assert found["cases"]
+    for case in found["cases"]:
+        rows = case["prompts"] * case["group"]
+        assert (case["tokens"] < rows * found["new_tokens"]) == (case["kind"] == "ragged")
+        for side in ("native", "dynamic", "static"):
+            assert case[side]["same_tokens"] == 1.0, (side, case)
+        assert case["continuous"].get("same_tokens", 1.0) == 1.0
+        assert case["held"] == (case[f"{case['faster_cache']} / native"]["seconds"]["median"] >= 1.5)
+
+
+def test_growth_is_fitted(load):
+    measure = load("measure")
+    assert measure.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    assert measure.line([1, 2, 4], [5, 7, 11]) == pytest.approx({"start": 3, "slope": 2, "explained": 1})
+
+
+def test_sides_are_measured_in_turn_and_compared_round_by_round(load):
+    measure = load("measure")
+    order = []
+
+    def side(name, seconds):
+        times = iter(seconds)
+        return lambda: order.append(name) or {"seconds": next(times)}
+
+    found = measure.in_turn({"a": side("a", [4, 2, 9]), "b": side("b", [2, 2, 3])}, 3)
+    assert order == list("ababab")
+    assert measure.ratios(found["a"], found["b"], "seconds") == {"median": 2, "range": [1, 3]}
+    assert measure.middle(found["a"], "seconds") == 4
+
+
+def test_peak_memory_is_of_what_was_held_at_once(load):
+    measure = load("measure")
+    before = torch.ones(20_000_000)  # 80 MB that come and go before
+    del before
+    memory = measure.PeakMemory(measure.Place())
+    for _ in range(3):  # 40 MB at a time
+        torch.ones(10_000_000)
+    assert memory.megabytes() == pytest.approx(40, abs=4)
+
+
+def test_the_work_of_a_step_is_counted_as_by_hand(load):
+    measure, roofline = load("measure"), load("roofline")
+    policy = measure.make_policy("tiny", measure.Place())
+    prompts, group, prompt, new = 2, 3, 5, 4
+    streams, totals = roofline.batch(policy, prompts, group, prompt, new)
+    num_tokens, num_written = prompts * (prompt + group * new), prompts * group * new
+    per_layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64  # queries, keys and values, output, three of the MLP
+    by_hand = 3 * 2 * (2 * per_layer * num_tokens + 32 * 64 * num_written)
+    assert roofline.linear_flop(lambda: roofline.all_at_once(policy, streams)) == by_hand
+    pairs = sum(range(1, prompt + 1)) + group * sum(range(prompt + 1, prompt + new + 1))
+    assert roofline.attention_flop(policy, streams) == 3 * 2 * 2 * prompts * pairs * 32 * 2
+    assert (totals.num_rows, totals.num_tokens) == (6, 24)
+
+
+def test_sides_that_compute_different_things_are_not_compared(load):
+    measure, scaling = load("measure"), load("scaling")
+    point = scaling.Point("tiny", prompts=2, group=3, prompt_tokens=8, new_tokens=4)
+    sides = {side: [scaling.train(side, point, measure.Place())] for side in scaling.SIDES}
+    scaling._must_agree(sides, measure.Place())
+    sides["copies"][0]["gradient"] *= 1.001
+    with pytest.raises(RuntimeError, match="disagree"):
+        scaling._must_agree(sides, measure.Place())
+
+
+def test_the_net_cost_of_a_doubled_group_leaves_its_completions_out(load):
+    found = load("scaling").of_doubling([{"t4": 10.0, "t8": 13.0, "s4": 2.0, "s8": 4.0}])
+    assert found["plain"]["median"] == pytest.approx(1.3)
+    assert found["net"]["median"] == pytest.approx(1.1)
+    assert found["increase"]["median"] == pytest.approx(1.5)
+
+
+def test_end_tokens_leave_half_and_tokens_are_compared_place_by_place(load):
+    generation = load("generation")
+    tokens = [[1, 2, 3, 4], [5, 2, 6, 7]]
+    assert generation.ends_for_half(tokens) == (2,)
+    assert generation.equal_share([[1, 2], [3]], [[1, 4], [3]]) == pytest.approx(2 / 3)
+    assert generation.equal_share([[1, 2]], [[1]]) == 0.5
