@@ -12,8 +12,8 @@ from test_stream import random_groups, stream_of
 
 import coterie
 from coterie.errors import UserError
-from coterie.models.layout import StreamLayout
 from coterie.models.heads import Scorer
+from coterie.models.layout import StreamLayout
 from coterie.models.logprobs import token_logprobs, token_statistics
 from coterie.models.policy import Policy
 from coterie.models.recompute import recomputable_layers, recomputed
