@@ -23,6 +23,7 @@ from coterie.tasks.load import check_lengths, make_task, prepare
 from coterie.training.optimise import load_objective
 from coterie.training.preferences import pair_streams
 from coterie.training.sample import load_advantages
+from coterie.training.train import as_trained
 from coterie.types import Group, Prompt
 
 
@@ -36,10 +37,12 @@ def check_recipe(name: str, overrides: Sequence[str]) -> None:
     quiet_transformers()
     model = start_model(recipe, codec, choose_device(recipe.device))
     policy = console.warning_of(lambda: Policy.of(model))
+    policy = policy.recomputing() if recipe.optimiser.activation_checkpointing else policy
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     console.say(
         f"model: {type(model).__name__}, {num_parameters:,} parameters, prompts are shared: {policy.served == 'stream'}"
     )
+    policy = as_trained(policy, recipe, console)
     if recipe.method in ("dpo", "reward_model"):
         _check_pair(console, recipe, codec, task, policy)
     elif recipe.method == "sft":

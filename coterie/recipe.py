@@ -25,6 +25,12 @@ def _not_bool(value: Any) -> Any:
     return value
 
 
+def _as_list(value: Any) -> Any:
+    """One name may stand without the brackets of a list."""
+    return [value] if isinstance(value, str) else value
+
+
+ALL_LINEAR = "all-linear"
 Number = Annotated[float, BeforeValidator(_not_bool)]
 Whole = Annotated[int, BeforeValidator(_not_bool)]
 Share = Annotated[Number, Field(ge=0, le=1)]
@@ -194,6 +200,26 @@ class Value(Settings):
     warmup_steps: Whole = Field(0, ge=0, description="first steps in which only the value model learns")
 
 
+class Lora(Settings):
+    """LoRA: low-rank matrices beside the linear layers are trained, in place of the model's own weights."""
+
+    rank: PositiveInt = 16
+    alpha: Positive = Field(32.0, description="the matrices' product counts alpha / rank")
+    targets: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = Field(
+        (ALL_LINEAR,),
+        description="the layers' names, as q_proj or layers.0.mlp.up_proj; all-linear for every one below the head",
+    )
+
+    @field_validator("targets")
+    @classmethod
+    def _some(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        if not targets or not all(targets):
+            raise ValueError(f"{list(targets)} names no layer; leave it out for {ALL_LINEAR}")
+        if len(targets) > 1 and ALL_LINEAR in targets:
+            raise ValueError(f"{ALL_LINEAR} holds the others; name it alone, or leave it out")
+        return targets
+
+
 class Preference(Settings):
     """DPO."""
 
@@ -214,6 +240,9 @@ class Optimiser(Settings):
     max_grad_norm: Positive = 1.0
     updates_per_batch: PositiveInt = Field(1, description="optimiser steps on each batch of samples")
     micro_batch_tokens: PositiveInt = Field(16384, description="stream tokens per forward and backward pass")
+    activation_checkpointing: bool = Field(
+        False, description="keep only the inputs of each layer for the backward pass, and compute the rest again there"
+    )
 
 
 class Evaluation(Settings):
@@ -267,6 +296,7 @@ class Recipe(Settings):
     overlong: Overlong = Overlong()
     value: Value = Value()
     preference: Preference = Preference()
+    lora: Lora | None = None
     optimiser: Optimiser = Optimiser()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
@@ -360,6 +390,11 @@ class Recipe(Settings):
     @property
     def needs_rewards(self) -> bool:
         return self.samples
+
+    @property
+    def cold_start_adapts(self) -> bool:
+        """Whether the cold start, too, trains LoRA's matrices: beside the random weights of a fresh model they would learn little."""
+        return self.lora is not None and isinstance(self.model, str)
 
     @property
     def needs_reference(self) -> bool:
@@ -612,7 +647,7 @@ def is_local_path(name: str) -> bool:
 
 _KINDS = {"int_type": "a whole number", "int_parsing": "a whole number", "int_from_float": "a whole number",
           "float_type": "a number", "float_parsing": "a number", "string_type": "text", "finite_number": "a finite number",
-          "bool_parsing": "true or false", "tuple_type": "a list", "model_type": "a group of settings",
+          "bool_parsing": "true or false", "bool_type": "true or false", "tuple_type": "a list", "model_type": "a group of settings",
           "model_attributes_type": "a group of settings", "dict_type": "a group of settings"}  # fmt: skip
 
 
@@ -658,7 +693,7 @@ def _settings_at(place: list[str]) -> type[Settings]:
     homes: dict[str, type[Settings]] = {
         "task": DatasetTask, "rewards": RewardSpec, "cold_start": ColdStart, "sampling": Sampling, "advantage": Advantage,
         "loss": Loss, "kl": KL, "entropy": Entropy, "reference": Reference, "correction": Correction, "redraw": Redraw,
-        "overlong": Overlong, "value": Value, "preference": Preference, "optimiser": Optimiser, "evaluation": Evaluation,
+        "overlong": Overlong, "value": Value, "preference": Preference, "lora": Lora, "optimiser": Optimiser, "evaluation": Evaluation,
         "checkpoint": Checkpoint, "record": Record,
     }  # fmt: skip
     return homes.get(place[0], Recipe) if place else Recipe

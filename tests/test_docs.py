@@ -55,6 +55,24 @@ def test_r8_the_functions_of_a_user_that_are_shown_train(tmp_path):
     assert summary["after"]["reward_interval"][0] > summary["before"]["reward_interval"][1]
 
 
+def test_the_adapters_of_a_loop_of_one_s_own_learn_and_leave_a_plain_model(make_model):
+    """The lines of docs/lora.md, with an update where they leave it out."""
+    (code,) = blocks(ROOT / "docs" / "lora.md", "python")
+    before, ellipsis, after = code.partition("...")
+    names = {"coterie": coterie, "torch": torch, "model": make_model("qwen3")}
+    parameters = dict(names["model"].named_parameters()).keys()
+    weights = [parameter.clone() for parameter in names["model"].parameters()]
+    exec(compile(before, "docs/lora.md", "exec"), names)
+    metrics = coterie.update(
+        names["policy"], names["optimiser"], reference=names["reference"], prompts=[[1, 2]], completions=[[[3, 4], [5]]],
+        rewards=[[0.0, 1.0]], preset="grpo",
+    )  # fmt: skip
+    assert metrics["policy/kl"] == 0
+    exec(compile(ellipsis + after, "docs/lora.md", "exec"), names)
+    assert dict(names["model"].named_parameters()).keys() == parameters
+    assert any(not torch.equal(p, w) for p, w in zip(names["model"].parameters(), weights, strict=True))
+
+
 def test_the_table_of_presets_is_what_the_presets_are():
     page = (ROOT / "docs" / "objectives" / "README.md").read_text(encoding="utf-8")
     table = page.partition("<!-- presets -->")[2].partition("<!-- end -->")[0]

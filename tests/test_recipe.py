@@ -227,6 +227,13 @@ def test_presets_are_what_their_papers_say():
         ({"task": "equation"}, "task", "did you mean 'equations'"),
         ({"loss": {"ratio": "tokens"}}, "loss.ratio", "did you mean 'token'"),
         ({"kl": {"estimator": "k4"}}, "kl.estimator", "k1, k2, k3"),
+        ({"lora": {"dropout": 0.1}}, "lora.dropout", "rank"),
+        ({"lora": {"targts": "q_proj"}}, "lora.targts", "did you mean 'targets'"),
+        (
+            {"optimiser": {"gradient_checkpointing": True}},
+            "optimiser.gradient_checkpointing",
+            "'activation_checkpointing'",
+        ),
         ({"advantage": {"scale": "std"}}, "advantage.scale", "population"),
     ],
 )
@@ -253,6 +260,10 @@ def test_a_wrong_name_is_answered_with_the_nearest(settings, key, hint):
         ({"rewards": [{"function": 5}]}, "rewards.0.function", "5"),
         ({"preset": ["grpo"]}, "preset", "grpo"),
         ({"seed": {}}, "seed", "{}"),
+        ({"lora": True}, "lora", "True"),
+        ({"lora": {"targets": 3}}, "lora.targets", "3"),
+        ({"lora": {"rank": 1.5}}, "lora.rank", "1.5"),
+        ({"optimiser": {"activation_checkpointing": []}}, "optimiser.activation_checkpointing", "[]"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_named_with_what_was_given(settings, key, given):
@@ -283,6 +294,11 @@ def test_a_value_of_the_wrong_type_is_named_with_what_was_given(settings, key, g
         ({"checkpoint": {"every": 0}}, "checkpoint.every"),
         ({"rewards": [{"function": "m:f", "weight": float("nan")}]}, "rewards.0.weight"),
         ({"task": {"data": "x.jsonl", "heldout": 1.01}}, "task.heldout"),
+        ({"lora": {"rank": 0}}, "lora.rank"),
+        ({"lora": {"alpha": 0}}, "lora.alpha"),
+        ({"lora": {"targets": []}}, "lora.targets"),
+        ({"lora": {"targets": ["q_proj", ""]}}, "lora.targets"),
+        ({"lora": {"targets": ["all-linear", "q_proj"]}}, "lora.targets"),
     ],
 )
 def test_a_value_out_of_range_is_named(settings, key):
@@ -293,6 +309,12 @@ def test_a_value_out_of_range_is_named(settings, key):
 def test_what_is_needed_is_asked_for(missing):
     with pytest.raises(UserError, match=f"{missing}:"):
         make_recipe({key: value for key, value in LEAST.items() if key != missing})
+
+
+def test_lora_is_trained_where_the_section_stands_and_one_target_needs_no_brackets():
+    assert made().lora is None
+    assert made(lora={}).lora == made(lora={"rank": 16, "alpha": 32, "targets": "all-linear"}).lora
+    assert made(lora={"targets": "q_proj"}).lora.targets == ("q_proj",)
 
 
 def test_an_empty_section_is_no_section():
@@ -415,6 +437,8 @@ def test_set_of_an_unknown_key_names_the_nearest(write):
             "cold_start": {"steps": 3},
         },
         {"optimiser": {"learning_rate": 1e-7, "schedule": "cosine", "final_share": 0.1}},
+        {"lora": {}, "optimiser": {"activation_checkpointing": True}},
+        {"lora": {"rank": 4, "targets": ["q_proj", "layers.0.mlp.up_proj"]}},
         {
             "model": {"type": "llama", "hidden_size": 64, "rope_theta": 1e6},
             "made_with": {"torch": "2.13", "commit": None},

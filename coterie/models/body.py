@@ -10,7 +10,7 @@ Legend: T tokens of a stream, H heads, E width of a head, D width of the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -48,26 +48,32 @@ class Body:
         known = _parts(model) == _PARTS["model"] and all(map(_is_known, model.layers)) and _is_norm(model.norm)
         return cls(model, settings) if known and len(settings) == len(model.layers) else None
 
-    def run(self, tokens: Tensor, positions: Tensor, layout: Layout) -> Tensor:
-        """tokens [T], positions [T] -> [T, D]."""
+    def run(
+        self, tokens: Tensor, positions: Tensor, layout: Layout, recompute: Callable[..., Tensor] | None = None
+    ) -> Tensor:
+        """tokens [T], positions [T] -> [T, D]. `recompute(function, *arguments)` calls a layer, and again for its gradient."""
         model = self._model
         stream = model.embed_tokens(tokens)  # [T, D]
         rotary = _Rotary(*model.rotary_emb(stream[None], positions[None]))
-        for index, layer in enumerate(model.layers):
-            attention, mlp = layer.self_attn, layer.mlp
-            inner = _norm(stream, layer.input_layernorm)
-            q, k, v = (
-                _linear(inner, projection) for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )
-            q = rotary.turn(_norm_heads(q, getattr(attention, "q_norm", None)))
-            k = rotary.turn(_norm_heads(k, getattr(attention, "k_norm", None)))
-            q, k, v = (x.view(1, len(x), -1, rotary.width).transpose(1, 2) for x in (q, k, v))  # [1, H, T, E]
-            attended = layout.attend(index, q, k, v, self.settings[index])
-            stream = stream + _linear(attended.reshape(len(stream), -1), attention.o_proj)
-            inner = _norm(stream, layer.post_attention_layernorm)
-            gated = _gated(_linear(inner, mlp.gate_proj), _linear(inner, mlp.up_proj))
-            stream = stream + _linear(gated, mlp.down_proj)
+        for index in range(len(model.layers)):
+            arguments = (index, stream, rotary, layout)
+            stream = self._layer(*arguments) if recompute is None else recompute(self._layer, *arguments)
         return _norm(stream, model.norm)
+
+    def _layer(self, index: int, stream: Tensor, rotary: _Rotary, layout: Layout) -> Tensor:
+        """[T, D] -> [T, D]."""
+        layer = self._model.layers[index]
+        attention, mlp = layer.self_attn, layer.mlp
+        inner = _norm(stream, layer.input_layernorm)
+        q, k, v = (_linear(inner, projection) for projection in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q = rotary.turn(_norm_heads(q, getattr(attention, "q_norm", None)))
+        k = rotary.turn(_norm_heads(k, getattr(attention, "k_norm", None)))
+        q, k, v = (x.view(1, len(x), -1, rotary.width).transpose(1, 2) for x in (q, k, v))  # [1, H, T, E]
+        attended = layout.attend(index, q, k, v, self.settings[index])
+        stream = stream + _linear(attended.reshape(len(stream), -1), attention.o_proj)
+        inner = _norm(stream, layer.post_attention_layernorm)
+        gated = _gated(_linear(inner, mlp.gate_proj), _linear(inner, mlp.up_proj))
+        return stream + _linear(gated, mlp.down_proj)
 
 
 def _parts(module: nn.Module) -> set[str]:

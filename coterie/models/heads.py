@@ -6,45 +6,65 @@ Legend: T tokens of the stream, N completion tokens, B rows, D width.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from coterie.errors import UserError
-from coterie.models.body import Body
+from coterie.models.adapters import Adapter
 from coterie.models.policy import Policy, padded_outputs
 from coterie.types import Stream
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A transformers sequence-classification model with one label, on the same stream as the policy."""
+    """A transformers sequence-classification model with one label, on the same stream as the policy.
+
+    base: the model below its head, run as the policy is. Where it has an adapter its weights are the policy's own, and only the
+    adapter and the head are trained.
+    """
 
     model: PreTrainedModel
-    served: Literal["stream", "padded"]
-    body: Body | None = None
+    base: Policy
 
     @classmethod
     def from_policy(cls, policy: Policy) -> Scorer:
-        """The policy's body, copied, and a head of zeros: every score starts at exactly 0.
+        """The policy's body, and a head of zeros: every score starts at exactly 0.
 
+        The body is a copy; where the policy has an adapter it is shared, without that adapter and with another one.
         Raises UserError for an architecture that transformers has no sequence-classification model for.
         """
-        config = copy.deepcopy(policy.model.config)
-        config.num_labels = 1
-        try:
-            with torch.random.fork_rng(devices=[]):  # the fresh weights are replaced: no random number is spent on them
-                model = AutoModelForSequenceClassification.from_config(config)
-            model.base_model.load_state_dict(policy.model.base_model.state_dict())
-            torch.nn.init.zeros_(model.score.weight)
-        except (ValueError, RuntimeError, AttributeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"model: {type(policy.model).__name__} has no form with one score: {reason}") from error
-        model.to(device=policy.device, dtype=policy.model.dtype).eval()
-        return cls(model, policy.served, Body(model.base_model, policy.body.settings) if policy.body else None)
+        model = _without_weights(policy)
+        base, dtype = replace(policy, model=policy.model.base_model), policy.model.dtype
+        if policy.adapter is not None:
+            base, dtype = replace(base, adapter=policy.adapter.added("scorer")), torch.float32  # as an adapter is
+        else:
+            base = copy.deepcopy(base)
+            base.model.requires_grad_(True)
+        setattr(model, model.base_model_prefix, base.model)
+        head = model.score.to_empty(device=policy.device).to(dtype)
+        torch.nn.init.zeros_(head.weight)
+        return cls(model.eval(), base)
+
+    @staticmethod
+    def check(policy: Policy) -> None:
+        """Raises what `from_policy` raises, without its cost."""
+        _without_weights(policy)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What is trained and saved of it."""
+        if self.adapter is None:
+            return self.model.named_parameters()
+        head = ((f"score.{name}", parameter) for name, parameter in self.model.score.named_parameters())
+        return chain(self.adapter.named_parameters(), head)
+
+    @property
+    def adapter(self) -> Adapter | None:
+        return self.base.adapter
 
     @property
     def device(self) -> torch.device:
@@ -52,13 +72,13 @@ class Scorer:
 
     def values(self, stream: Stream) -> Tensor:
         """What the model expects before each completion token is written: [N]."""
-        if self.served == "padded":
+        if self.base.served == "padded":
             return self._scored(torch.cat([row[prompt - 1 : -1] for prompt, row in self._padded(stream)]))
-        return self._scored(self._states(stream).index_select(0, stream.predictors))
+        return self._scored(self.base.stream_states(stream).index_select(0, stream.predictors))
 
     def scores(self, stream: Stream) -> Tensor:
         """What the model makes of each whole completion, read off its last token: [B]."""
-        if self.served == "padded":
+        if self.base.served == "padded":
             return self._scored(torch.stack([row[-1] for _, row in self._padded(stream)]))
         ends, at = [], 0
         for prompt_length, lengths in stream.segments:
@@ -66,14 +86,31 @@ class Scorer:
             for length in lengths:
                 at += length
                 ends.append(at - 1)
-        return self._scored(self._states(stream).index_select(0, torch.tensor(ends, device=self.device)))
-
-    def _states(self, stream: Stream) -> Tensor:
-        return Policy(self.model, "stream", self.body).stream_states(stream)
+        return self._scored(self.base.stream_states(stream).index_select(0, torch.tensor(ends, device=self.device)))
 
     def _padded(self, stream: Stream) -> list[tuple[int, Tensor]]:
-        return padded_outputs(lambda **inputs: self.model.base_model(**inputs).last_hidden_state, stream)
+        with self.base.acting(on_stream=False):
+            return padded_outputs(lambda **inputs: self.base.model(**inputs).last_hidden_state, stream)
 
     def _scored(self, states: Tensor) -> Tensor:
         """[..., D] -> [...], in float32."""
-        return self.model.score(states).squeeze(-1).float()
+        head = self.model.score
+        return head(states.to(head.weight.dtype)).squeeze(-1).float()
+
+
+def _without_weights(policy: Policy) -> PreTrainedModel:
+    """The architecture's model with one score in place of a vocabulary. It holds no memory yet, and spends no random number."""
+    config = copy.deepcopy(policy.model.config)
+    config.num_labels = 1
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config)
+        ours, theirs = type(policy.model.base_model), type(model.base_model)
+        if ours is not theirs:
+            raise ValueError(f"its body would be a {theirs.__name__}, and is a {ours.__name__}")
+        if model.score.bias is not None or model.score.out_features != 1:
+            raise ValueError("its head is no plain one")
+    except (ValueError, RuntimeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model: {type(policy.model).__name__} has no form with one score: {reason}") from error
+    return model

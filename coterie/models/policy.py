@@ -6,18 +6,24 @@ Legend: T tokens of the stream, N completion tokens, B rows, V vocabulary, D wid
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from coterie.errors import UserError
+from coterie.models.adapters import Adapter, add_adapter
 from coterie.models.attention import AttentionSettings, Layout, UnservedModelError, stream_attention
 from coterie.models.body import Body
 from coterie.models.layout import StreamLayout
+from coterie.models.recompute import recomputable_layers, recomputed, recomputed_layers
+from coterie.recipe import Lora
 from coterie.types import Stream
 
 
@@ -28,11 +34,15 @@ class Policy:
     served: "stream" where the packed stream gives what the unmodified model gives; "padded" where it does not, and each
     completion is run with a prompt of its own instead. body: our forward pass of the model below its head, where it gives the
     same as the model's own.
+    adapter: the LoRA matrices that it computes with, and that are trained in place of the model's weights.
+    recomputes: whether a backward pass computes each layer again, from its inputs alone.
     """
 
     model: PreTrainedModel
     served: Literal["stream", "padded"]
     body: Body | None = None
+    adapter: Adapter | None = None
+    recomputes: bool = False
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Policy:
@@ -55,6 +65,21 @@ class Policy:
         )
         return cls(model, "padded")
 
+    def with_adapter(self, settings: Lora, seed: int) -> Policy:
+        """The same model, to be trained through LoRA matrices that are put into it. They do nothing yet."""
+        return replace(self, adapter=add_adapter(self.model, settings, seed))
+
+    def recomputing(self) -> Policy:
+        """The same policy with activation checkpointing."""
+        if not recomputable_layers(self.model):
+            name = type(self.model).__name__
+            raise UserError(f"optimiser.activation_checkpointing: {name} has no layers that can be computed again")
+        return replace(self, recomputes=True)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What is trained and saved of it."""
+        return (self.adapter or self.model).named_parameters()
+
     @property
     def device(self) -> torch.device:
         return self.model.device
@@ -71,7 +96,8 @@ class Policy:
     def hidden_states(self, stream: Stream) -> Tensor:
         """What predicts each token that the policy wrote: [N, D]; of a padded policy its logits, [N, V]."""
         if self.served == "padded":
-            outputs = padded_outputs(lambda **inputs: self.model(**inputs).logits, stream)
+            with self.acting(on_stream=False):
+                outputs = padded_outputs(lambda **inputs: self.model(**inputs).logits, stream)
             return torch.cat([row[prompt - 1 : -1] for prompt, row in outputs])
         return self.stream_states(stream).index_select(0, stream.predictors)
 
@@ -82,12 +108,32 @@ class Policy:
     def run(self, tokens: Tensor, positions: Tensor, layout: Layout) -> Tensor:
         """The model below its head on a stream: tokens [T], positions [T] -> [T, D]."""
         if self.body is not None:
-            return self.body.run(tokens, positions, layout)
-        with stream_attention(self.model):
+            setting = partial(self._setting, on_stream=False)
+            with setting():
+                return self.body.run(tokens, positions, layout, recomputed(setting) if self._recomputes_now else None)
+        with self.acting(on_stream=True):
             output = self.model.base_model(
                 input_ids=tokens[None], position_ids=positions[None], layout=layout, use_cache=False
             )
         return output.last_hidden_state[0]
+
+    @contextmanager
+    def acting(self, *, on_stream: bool) -> Iterator[None]:
+        """What a forward pass stands in: the policy's adapter, our attention, and layers that forget what they can compute."""
+        setting = partial(self._setting, on_stream=on_stream)
+        with setting(), recomputed_layers(self.model, setting) if self._recomputes_now else nullcontext():
+            yield
+
+    @property
+    def _recomputes_now(self) -> bool:
+        return self.recomputes and torch.is_grad_enabled()
+
+    @contextmanager
+    def _setting(self, *, on_stream: bool) -> Iterator[None]:
+        """What a layer stands in, in the forward pass and where it is computed again."""
+        adapter = self.adapter.acting() if self.adapter is not None else nullcontext()
+        with adapter, stream_attention(self.model) if on_stream else nullcontext():
+            yield
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's head, with what some architectures do after it: [..., D] -> [..., V]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from coterie.errors import UserError
+from coterie.models.adapters import check_lora
 from coterie.models.codec import Codec
 from coterie.models.load import choose_device, codec_of, load_config, make_byte_tokenizer
 from coterie.models.policy import context_length_of
@@ -21,6 +22,8 @@ def prepare(recipe: Recipe) -> tuple[list[Reward], Codec, Task]:
     choose_device(recipe.device)
     rewards = load_rewards(recipe.rewards)
     config = load_config(recipe)
+    if recipe.lora is not None:
+        check_lora(config, recipe.lora)
     codec = load_codec(recipe)
     task = make_task(recipe.task, codec)
     context_length = context_length_of(config)

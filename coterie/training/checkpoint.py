@@ -11,9 +11,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -43,6 +44,12 @@ class Position:
         return STAGES.index(self.stage), self.step
 
 
+class Trained(Protocol):
+    """A module, or a policy or scorer, which may name the parameters of an adapter alone."""
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
+
+
 @dataclass(frozen=True)
 class TrainState:
     """All that changes while a run trains.
@@ -51,8 +58,8 @@ class TrainState:
     controllers hold, changed in place.
     """
 
-    models: Mapping[str, torch.nn.Module]
-    optimisers: Mapping[str, tuple[torch.nn.Module, torch.optim.Optimizer]] = field(default_factory=dict)
+    models: Mapping[str, Trained]
+    optimisers: Mapping[str, tuple[Trained, torch.optim.Optimizer]] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
 
 
@@ -125,7 +132,7 @@ def find_checkpoint(folder: Path, report: Callable[[str], None]) -> Position:
 
 
 def prune_checkpoints(folder: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last`, and the start of reinforcement learning, which the reference is read from."""
+    """Delete all but the newest `keep_last`, and the start of their stage, which a reference or an adapter stands on."""
     whole = {}
     for path in folder.iterdir():
         if path.name.startswith("."):  # left by a save that was interrupted
@@ -133,16 +140,18 @@ def prune_checkpoints(folder: Path, keep_last: int) -> None:
             continue
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # a damaged one is kept, to be looked at
             whole[path] = _position(path)
-    for path in sorted(whole, key=lambda path: whole[path].order)[:-keep_last]:
-        if path.name != Position("train", 0).name:
+    in_order = sorted(whole, key=lambda path: whole[path].order)
+    starts = {Position(whole[path].stage, 0).name for path in in_order[-keep_last:]}
+    for path in in_order[:-keep_last]:
+        if path.name not in starts:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _parameters(model: torch.nn.Module) -> dict[str, Tensor]:
+def _parameters(model: Trained) -> dict[str, Tensor]:
     return {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
 
 
-def _optimiser_tensors(model: torch.nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimiser_tensors(model: Trained, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's state as `parameter/slot` -> tensor."""
     return {
         f"{name}/{slot}": value.detach().cpu().contiguous()

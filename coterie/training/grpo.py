@@ -58,10 +58,10 @@ def train_grpo(
     """Every step samples, scores, updates, records, and where it is time evaluates and saves."""
     temperature, budget = recipe.sampling.temperature, recipe.optimiser.micro_batch_tokens
     objective, advantages_of = load_objective(recipe.loss), load_advantages(recipe, rewards)
-    optimiser = make_optimiser(policy.model, recipe.optimiser)
+    optimiser = make_optimiser(policy, recipe.optimiser)
     weights = {"kl_weight": recipe.loss.kl_weight, "entropy_weight": recipe.entropy.weight}
-    moving = {"reference": reference.model} if recipe.reference.kind != "frozen" else {}
-    state = TrainState({"model": policy.model, **moving}, {"optimiser": (policy.model, optimiser)}, weights)
+    moving = {"reference": reference} if recipe.reference.kind != "frozen" else {}
+    state = TrainState({"model": policy, **moving}, {"optimiser": (policy, optimiser)}, weights)
     run.restore("train", state)
     for step in run.remaining("train", recipe.steps):
         clock = Clock()

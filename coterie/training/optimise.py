@@ -25,6 +25,7 @@ from coterie.models.policy import Policy
 from coterie.recipe import KL, ColdStart, Correction, Loss, Optimiser, Recipe
 from coterie.rewards.load import load_function
 from coterie.sections import section
+from coterie.training.checkpoint import Trained
 from coterie.training.metrics import Tally
 from coterie.types import BatchTotals, Stream
 
@@ -104,11 +105,11 @@ def learning_rate_at(step: int, num_steps: int, settings: Optimiser | ColdStart)
 
 
 def make_optimiser(
-    model: torch.nn.Module, settings: Optimiser | None = None, learning_rate: float | None = None
+    model: Trained, settings: Optimiser | None = None, learning_rate: float | None = None
 ) -> torch.optim.Optimizer:
     """AdamW over all parameters that are trained, in the model's order."""
     settings = settings or Optimiser()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = [parameter for _, parameter in model.named_parameters() if parameter.requires_grad]
     return torch.optim.AdamW(
         parameters,
         lr=learning_rate or settings.learning_rate,

@@ -63,12 +63,12 @@ def train_ppo(
     temperature, in_reward = recipe.sampling.temperature, recipe.kl.place == "reward"
     objective = load_objective(recipe.loss)
     value = Scorer.from_policy(reference)
-    optimiser = make_optimiser(policy.model, recipe.optimiser)
-    value_optimiser = make_optimiser(value.model, recipe.optimiser, recipe.value.learning_rate)
+    optimiser = make_optimiser(policy, recipe.optimiser)
+    value_optimiser = make_optimiser(value, recipe.optimiser, recipe.value.learning_rate)
     weights = {"kl_weight": recipe.loss.kl_weight, "entropy_weight": recipe.entropy.weight}
     state = TrainState(
-        {"model": policy.model, "value": value.model},
-        {"optimiser": (policy.model, optimiser), "value_optimiser": (value.model, value_optimiser)},
+        {"model": policy, "value": value},
+        {"optimiser": (policy, optimiser), "value_optimiser": (value, value_optimiser)},
         weights,
     )
     run.restore("train", state)

@@ -44,8 +44,8 @@ def train_dpo(
     engine: Engine,
 ) -> None:
     """The loop: pairs -> stream -> log-probabilities of policy and reference -> loss -> step. Nothing is sampled."""
-    optimiser = make_optimiser(policy.model, recipe.optimiser)
-    state = TrainState({"model": policy.model}, {"optimiser": (policy.model, optimiser)})
+    optimiser = make_optimiser(policy, recipe.optimiser)
+    state = TrainState({"model": policy}, {"optimiser": (policy, optimiser)})
     run.restore("train", state)
     for step in run.remaining("train", recipe.steps):
         clock = Clock()
@@ -87,8 +87,8 @@ def fit_dpo(
 
 def train_reward_model(run: Run, recipe: Recipe, task: Task, scorer: Scorer) -> None:
     """The loop: pairs -> stream -> scores -> Bradley-Terry loss -> step."""
-    optimiser = make_optimiser(scorer.model, recipe.optimiser)
-    state = TrainState({"model": scorer.model}, {"optimiser": (scorer.model, optimiser)})
+    optimiser = make_optimiser(scorer, recipe.optimiser)
+    state = TrainState({"model": scorer}, {"optimiser": (scorer, optimiser)})
     run.restore("train", state)
     for step in run.remaining("train", recipe.steps):
         clock = Clock()

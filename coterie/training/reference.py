@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 
@@ -10,11 +11,18 @@ from coterie.models.policy import Policy
 from coterie.recipe import Reference
 
 
-def frozen_copy(policy: Policy) -> Policy:
-    """The policy as it is now, without gradients."""
-    frozen = copy.deepcopy(policy)
-    frozen.model.requires_grad_(False)
-    return frozen
+def make_reference(policy: Policy, settings: Reference) -> Policy:
+    """The policy as it is now, without gradients.
+
+    A copy, unless the policy learns through an adapter, which at the start does nothing. Then the reference is the same
+    model without it, or, where it moves, with a second adapter of its own.
+    """
+    if policy.adapter is None:
+        reference = copy.deepcopy(policy)
+        reference.model.requires_grad_(False)
+        return reference
+    moves = settings.kind != "frozen"
+    return replace(policy, adapter=policy.adapter.copied("reference") if moves else policy.adapter.off())
 
 
 @torch.no_grad()
@@ -23,6 +31,6 @@ def move_reference(reference: Policy, policy: Policy, settings: Reference, step:
     if settings.kind == "frozen" or (settings.kind == "replaced" and step % settings.every):
         return
     share = 1 - settings.decay if settings.kind == "moving" else 1.0
-    pairs = zip(reference.model.parameters(), policy.model.parameters(), strict=True)
-    for held, trained in pairs:
+    pairs = zip(reference.named_parameters(), policy.named_parameters(), strict=True)
+    for (_, held), (_, trained) in pairs:
         held.lerp_(trained.to(held.dtype), share)

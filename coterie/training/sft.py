@@ -21,8 +21,8 @@ from coterie.types import BatchTotals, Stream
 
 def train_sft(run: Run, recipe: Recipe, task: Task, policy: Policy, *, stage: str, settings: ColdStart) -> None:
     """The loop: demonstrations -> stream -> log-probabilities -> mean negative log-likelihood -> step."""
-    optimiser = make_optimiser(policy.model, recipe.optimiser)
-    state = TrainState({"model": policy.model}, {"optimiser": (policy.model, optimiser)})
+    optimiser = make_optimiser(policy, recipe.optimiser)
+    state = TrainState({"model": policy}, {"optimiser": (policy, optimiser)})
     run.restore(stage, state)
     for step in run.remaining(stage, settings.steps):
         pairs = task.demonstrations(settings.rows_per_step, seed=recipe.seed, step=step)

@@ -30,7 +30,7 @@ from coterie.training.optimise import make_optimiser
 from coterie.training.ppo import train_ppo
 from coterie.training.preferences import evaluate_pairs, train_dpo, train_reward_model
 from coterie.training.profile import Profiler
-from coterie.training.reference import frozen_copy
+from coterie.training.reference import make_reference
 from coterie.training.run import Run
 from coterie.training.sft import train_sft
 
@@ -92,43 +92,74 @@ def _train(run: Run, rewards: list[Reward], codec: Codec, task: Task) -> None:
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     console.say(f"run {run.folder}: {type(model).__name__}, {num_parameters:,} parameters, on {device}")
     console.say(recipe.in_short())
+    policy = policy.recomputing() if recipe.optimiser.activation_checkpointing else policy
     if recipe.method in ("ppo", "reward_model"):
-        Scorer.from_policy(
-            policy
-        )  # an architecture that has no form with a score is refused before anything is trained
-    if recipe.dtype == "bfloat16":
+        Scorer.check(policy)  # an architecture that has no form with a score is refused before anything is trained
+    if recipe.dtype == "bfloat16" and (recipe.lora is None or (recipe.cold_start and not recipe.cold_start_adapts)):
         console.warn(
             "dtype: bfloat16 weights keep 8 bits, and small updates are rounded away; float32 learns what a low learning "
             "rate asks for"
         )
     if not (run.position and run.position.stage == "train"):
         if recipe.cold_start is not None and recipe.method != "sft":
-            train_sft(run, recipe, task, policy, stage="cold_start", settings=recipe.cold_start)
+            _cold_start(run, recipe, recipe.cold_start, task, policy)
             if run.stopped:
                 _say_how_to_resume(run)
                 return
         if recipe.method != "reward_model":
             _evaluate_and_record(run, 0, "before", task, rewards, codec, policy)
-        run.checkpoint(
-            "train", 0, TrainState({"model": model}, {"optimiser": (model, make_optimiser(model))}), last=True
-        )
-    load_checkpoint(run.folder / "checkpoints" / Position("train", 0).name, TrainState({"model": model}))
-    start = frozen_copy(policy)
+    _stand_at_start(run, "train", policy)
+    policy = as_trained(policy, recipe, console)
+    start = make_reference(policy, recipe.reference)
     trained = _train_method(run, task, rewards, codec, policy, start)
     if run.stopped:
         _say_how_to_resume(run)
         return
     if recipe.method != "reward_model":
         _evaluate_and_record(run, recipe.steps, "after", task, rewards, codec, policy)
-    _save_model(run.folder / "model", trained, codec)
+    if trained.adapter is not None:
+        trained.adapter.merge()
+    _save_model(run.folder / "model", trained.model, codec)
     summary = write_summary(run)
     write_report(run.folder)
     _say_results(run, summary)
 
 
+def _cold_start(run: Run, recipe: Recipe, settings: ColdStart, task: Task, policy: Policy) -> None:
+    """Supervised fine-tuning first: of all weights, or through an adapter that becomes a part of them."""
+    learner = policy
+    if recipe.cold_start_adapts:
+        _stand_at_start(run, "cold_start", policy)
+        learner = as_trained(policy, recipe, run.console)
+    train_sft(run, recipe, task, learner, stage="cold_start", settings=settings)
+    if learner.adapter is not None:
+        learner.adapter.merge()
+
+
+def _stand_at_start(run: Run, stage: str, policy: Policy) -> None:
+    """Save the weights that a stage begins with, whole, or where the run is inside of the stage read them back."""
+    if not (run.position and run.position.stage == stage):
+        model = policy.model
+        run.checkpoint(stage, 0, TrainState({"model": model}, {"optimiser": (model, make_optimiser(model))}), last=True)
+    start = run.folder / "checkpoints" / Position(stage, 0).name
+    load_checkpoint(start, TrainState({"model": policy.model}))
+
+
+def as_trained(policy: Policy, recipe: Recipe, console: Console) -> Policy:
+    """The policy as a stage trains it: all of it, or through an adapter that is put into its model."""
+    if recipe.lora is None:
+        return policy
+    policy = policy.with_adapter(recipe.lora, recipe.seed)
+    num_trained = sum(parameter.numel() for _, parameter in policy.named_parameters())
+    console.say(
+        f"lora: rank {recipe.lora.rank}, {', '.join(recipe.lora.targets)}: {num_trained:,} parameters are trained"
+    )
+    return policy
+
+
 def _train_method(
     run: Run, task: Task, rewards: list[Reward], codec: Codec, policy: Policy, start: Policy
-) -> PreTrainedModel:
+) -> Policy | Scorer:
     """The loop that the recipe names, from weights that may be a checkpoint's. `start` is frozen. Returns what it trained."""
     recipe = run.recipe
     if recipe.method == "reward_model":
@@ -138,13 +169,13 @@ def _train_method(
         train_reward_model(run, recipe, task, scorer)
         if not run.stopped:
             run.record_evaluation("train", recipe.steps, evaluate_pairs(scorer, task, recipe))
-        return scorer.model
+        return scorer
     if recipe.method == "sft":
         train_sft(run, recipe, task, policy, stage="train", settings=_as_sft(recipe))
     else:
         loop = {"grpo": train_grpo, "ppo": train_ppo, "dpo": train_dpo}[recipe.method]
         loop(run, recipe, task, rewards, codec, policy, start, make_engine(policy))
-    return policy.model
+    return policy
 
 
 def _as_sft(recipe: Recipe) -> ColdStart:

@@ -42,8 +42,8 @@ def update(
     when it was sampled; without them the policy's own are taken, which is right if it has not changed since.
     reference: what the KL is held to; needed where the preset or `settings` give the KL a weight.
     settings: sections of a recipe that override the preset, as {"loss": {"clip_high": 0.3}}; optimiser.max_grad_norm,
-    optimiser.updates_per_batch and optimiser.micro_batch_tokens act here too, the learning rate is the optimiser's own. What a
-    recipe does before the update (redraw, overlong) is the caller's, and the longest completion is the length limit.
+    updates_per_batch, micro_batch_tokens and activation_checkpointing act here too, the learning rate is the optimiser's own.
+    What a recipe does before the update (redraw, overlong) is the caller's, and the longest completion is the length limit.
 
     Raises UserError for shapes that do not agree, empty prompts or completions, and rewards or settings out of range.
     """
@@ -63,6 +63,7 @@ def update(
             f"{recipe.advantage.baseline}"
         )
     policy = policy if isinstance(policy, Policy) else Policy.of(policy)
+    policy = policy.recomputing() if recipe.optimiser.activation_checkpointing else policy
     reference = Policy.of(reference) if isinstance(reference, PreTrainedModel) else reference
 
     advantages = _advantages(recipe, rewards)  # [P, G]

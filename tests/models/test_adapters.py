@@ -1,0 +1,227 @@
+"""LoRA's matrices: nothing at the start, the only thing that is trained, and a plain model again at the end."""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import SHAPES
+from transformers import AutoModelForCausalLM
+
+from coterie.errors import UserError
+from coterie.models.adapters import check_lora, target_layers
+from coterie.models.heads import Scorer
+from coterie.models.logprobs import token_logprobs
+from coterie.models.policy import Policy
+from coterie.recipe import Lora, Reference
+from coterie.rollouts.pack import Row, make_stream
+from coterie.training.reference import make_reference, move_reference
+
+STREAM = make_stream(
+    [(prompt, [Row.written(c) for c in completions]) for prompt, completions in [
+        ([3, 4, 5], [[6, 7], [8, 9, 10, 11], [12]]), ([13], [[14, 15, 16]]), ([17, 18, 19, 20], [[21], [22, 23]])
+    ]]
+)  # fmt: skip
+
+
+def policy_of(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Policy.of(model)
+
+
+def logprobs(policy):
+    with torch.no_grad():
+        return token_logprobs(policy, STREAM)
+
+
+def stir(trained, scale=0.1, seed=5):
+    """Give the matrices values that training might give them."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in trained.named_parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+@pytest.mark.parametrize("architecture", SHAPES)
+def test_off_it_is_the_start_and_merged_it_is_the_policy(make_model, architecture):
+    """To the bit, and the model's own weights stay as they are until they are merged."""
+    model = make_model(architecture)
+    plain = policy_of(model)
+    start, before = logprobs(plain), {name: p.clone() for name, p in model.named_parameters()}
+    policy = plain.with_adapter(Lora(rank=3, alpha=5), seed=0)
+    reference = make_reference(policy, Reference())
+    assert torch.equal(logprobs(policy), start)
+    stir(policy)
+    moved = logprobs(policy)
+    assert (moved - start).abs().max() > 0.1
+    assert torch.equal(logprobs(reference), start)
+    assert torch.equal(logprobs(policy), moved)  # switched back
+    names = dict(model.named_parameters())
+    for name, weight in before.items():
+        (held,) = (p for n, p in names.items() if n.replace(".base_layer.", ".") == name)
+        assert torch.equal(held, weight), name
+    policy.adapter.merge()
+    assert dict(model.named_parameters()).keys() == before.keys()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    torch.testing.assert_close(logprobs(plain), moved, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt2", "gemma2", "bloom"])
+def test_only_the_matrices_have_gradients_and_they_are_right(make_model, architecture):
+    """Against the gradient of the merged weight W: dL/dB = dL/dW A^T alpha / rank."""
+    model = make_model(architecture)
+    policy = policy_of(model).with_adapter(Lora(rank=3, alpha=6), seed=0)
+    stir(policy)
+    token_logprobs(policy, STREAM).sin().sum().backward()
+    own = {id(parameter) for _, parameter in policy.named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (id(parameter) in own), name
+    found = {name: (p.detach().clone(), p.grad.clone()) for name, p in policy.named_parameters()}
+    places = list(policy.adapter.layers)
+    policy.adapter.merge()
+    token_logprobs(policy_of(model), STREAM).sin().sum().backward()
+    for place in places:
+        of_weight = model.get_submodule(place).weight.grad
+        of_weight = of_weight.T if architecture == "gpt2" else of_weight
+        (a, of_a), (b, of_b) = found[f"{place}.lora_A"], found[f"{place}.lora_B"]
+        torch.testing.assert_close(of_b, of_weight @ a.T * 2, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(of_a, b.T @ of_weight * 2, rtol=1e-3, atol=1e-4)
+
+
+def test_policy_reference_and_scorer_share_one_copy_of_the_weights(make_model):
+    model = make_model("qwen3")
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    num_weights = sum(parameter.numel() for parameter in model.parameters())
+    policy = Policy.of(model).with_adapter(Lora(rank=2), seed=0)
+    moving = make_reference(policy, Reference(kind="moving"))
+    frozen = make_reference(policy, Reference())
+    scorer = Scorer.from_policy(frozen)
+    of_sets = {p.data_ptr() for holder in (policy, moving, scorer) for _, p in holder.named_parameters()}
+    for holder in (policy, moving, frozen, scorer):
+        held = {parameter.data_ptr() for parameter in holder.model.parameters()}
+        assert held <= weights | of_sets
+    assert list(frozen.named_parameters()) == []
+    # rank * (in + out) of 7 layers in each of 2 blocks: q 32 + 32, k and v 32 + 16, o 32 + 32, gate, up and down 32 + 48
+    per_block = 2 * (64 + 48 + 48 + 64 + 3 * 80)
+    for holder, more in ((policy, 0), (moving, 0), (scorer, 32)):
+        assert sum(p.numel() for _, p in holder.named_parameters()) == 2 * per_block + more
+    assert sum(p.numel() for p in model.parameters()) == num_weights + 3 * 2 * per_block
+
+
+def test_a_moving_reference_moves_by_its_own_matrices(make_model):
+    policy = Policy.of(make_model("llama")).with_adapter(Lora(rank=2), seed=0)
+    stir(policy)
+    references = {
+        kind: make_reference(policy, Reference(kind=kind, decay=0.75, every=2)) for kind in ("moving", "frozen")
+    }
+    at_start = [p.clone() for _, p in references["moving"].named_parameters()]
+    assert torch.equal(logprobs(references["moving"]), logprobs(policy))
+    stir(policy, seed=6)
+    move_reference(references["moving"], policy, Reference(kind="moving", decay=0.75), 1)
+    for held, (_, moved), (_, trained) in zip(
+        at_start, references["moving"].named_parameters(), policy.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(moved, 0.75 * held + 0.25 * trained)
+        assert not moved.requires_grad
+        assert trained.requires_grad
+    move_reference(references["moving"], policy, Reference(kind="replaced", every=2), 2)
+    assert torch.equal(logprobs(references["moving"]), logprobs(policy))
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("architecture", ["qwen3", "bloom"])
+def test_two_sets_of_one_model_learn_apart(make_model, architecture, recomputes):
+    """A scorer's backward pass finds its own matrices, though the policy's act again by then."""
+    policy = policy_of(make_model(architecture))
+    policy = (policy.recomputing() if recomputes else policy).with_adapter(Lora(rank=2), seed=0)
+    scorer = Scorer.from_policy(make_reference(policy, Reference()))
+    stir(policy)
+    assert (scorer.values(STREAM) == 0).all()
+    torch.nn.init.ones_(scorer.model.score.weight)
+    stir(scorer, seed=8)
+    scorer.values(STREAM).sin().sum().backward()
+    assert all(p.grad is None for _, p in policy.named_parameters())
+    gradients = {name: p.grad.clone() for name, p in scorer.named_parameters()}
+    assert all(gradient.abs().max() > 0 for gradient in gradients.values())
+
+    alone = policy_of(make_model(architecture)).with_adapter(
+        Lora(rank=2), seed=0
+    )  # its policy's set does the scorer's work
+    with torch.no_grad():
+        for (_, own), (_, other) in zip(alone.named_parameters(), scorer.adapter.named_parameters(), strict=True):
+            own.copy_(other)
+    plain = Scorer(scorer.model, replace(alone, model=alone.model.base_model))
+    plain.values(STREAM).sin().sum().backward()
+    for name, parameter in alone.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_the_random_start_depends_on_the_seed_alone(make_model):
+    state = torch.random.get_rng_state()
+
+    def matrices(seed):
+        return [p for _, p in Policy.of(make_model("qwen3")).with_adapter(Lora(rank=2), seed=seed).named_parameters()]
+
+    first, again, other = matrices(1), matrices(1), matrices(2)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    model = make_model("qwen3")
+    state = torch.random.get_rng_state()
+    Policy(model, "stream").with_adapter(Lora(rank=2), seed=3)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_the_matrices_of_a_bfloat16_model_are_float32(make_model):
+    policy = policy_of(make_model("qwen3").bfloat16()).with_adapter(Lora(rank=2), seed=0)
+    assert {p.dtype for _, p in policy.named_parameters()} == {torch.float32}
+    stir(policy)
+    token_logprobs(policy, STREAM).sum().backward()
+    assert all(p.grad.dtype == torch.float32 for _, p in policy.named_parameters())
+    policy.adapter.merge()
+    assert {p.dtype for p in policy.model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "targets", "count"),
+    [
+        ("qwen3", ["all-linear"], 14),
+        ("qwen3", ["q_proj", "v_proj"], 4),
+        ("qwen3", ["layers.1.self_attn.q_proj", "up_proj"], 3),
+        ("gpt2", ["c_attn"], 2),
+        ("gpt2", ["attn.c_proj"], 2),
+        ("phi3", ["qkv_proj"], 2),
+    ],
+)
+def test_targets_are_names_of_layers(make_model, architecture, targets, count):
+    model = make_model(architecture)
+    places = target_layers(model, Lora(targets=targets))
+    assert len(places) == count
+    policy = Policy.of(model).with_adapter(Lora(rank=1, targets=targets), seed=0)
+    assert len(list(policy.named_parameters())) == 2 * count
+
+
+@pytest.mark.parametrize("target", ["q_prj", "proj", "lm_head", "embed_tokens", "norm", "self_attn"])
+def test_a_target_that_matches_nothing_is_answered_with_what_there_is(make_model, target):
+    model = make_model("qwen3")
+    for check in (lambda s: target_layers(model, s), lambda s: check_lora(model.config, s)):
+        with pytest.raises(UserError, match=f"lora.targets: '{target}' .* q_proj, k_proj, v_proj, o_proj"):
+            check(Lora(targets=["v_proj", target]))
+
+
+def test_without_peft_the_extra_is_named(make_model, monkeypatch):
+    monkeypatch.setattr("coterie.models.adapters.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'coterie\[lora\]'"):
+        check_lora(make_model("qwen3").config, Lora())
+
+
+def test_a_merged_model_is_saved_as_any_other(make_model, tmp_path):
+    policy = Policy.of(make_model("qwen2")).with_adapter(Lora(rank=2), seed=0)
+    stir(policy)
+    moved = logprobs(policy)
+    policy.adapter.merge()
+    policy.model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    torch.testing.assert_close(
+        logprobs(Policy.of(AutoModelForCausalLM.from_pretrained(tmp_path))), moved, rtol=0, atol=1e-5
+    )

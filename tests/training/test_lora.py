@@ -1,0 +1,236 @@
+"""Runs that train LoRA's matrices alone: every method, exact resume, checkpoints, and the model at the end."""
+
+import json
+import math
+import shutil
+import sqlite3
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_methods import METHODS, digests, metrics, recorded, train  # noqa: F401
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import coterie
+from coterie.commands import check_recipe, evaluate_model, sample_model
+from coterie.errors import UserError
+from coterie.models.logprobs import token_logprobs
+from coterie.models.policy import Policy
+from coterie.recipe import load_recipe
+from coterie.rollouts.pack import Row, make_stream
+
+LORA = "lora={rank: 4, alpha: 8}"
+CHOSEN = ("grpo", "ppo", "dpo", "sft", "reward_model", "anchored", "replaced", "exact", "rloo")
+
+
+def saved(folder, step, name="model"):
+    return load_file(folder / "checkpoints" / f"step_00000{step}" / f"{name}.safetensors")
+
+
+def trained_policy(folder, step):
+    """The policy of a checkpoint: the start's weights, and the matrices that were trained beside them."""
+    recipe = load_recipe(str(folder / "recipe.yaml"))
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    start = saved(folder, 0)
+    policy = Policy.of(model).with_adapter(recipe.lora, recipe.seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" not in name:
+                parameter.copy_(start[name.replace(".base_layer.", ".")])
+        matrices = saved(folder, step)
+        for name, parameter in policy.named_parameters():
+            parameter.copy_(matrices[name])
+    return policy
+
+
+def some_logprobs(policy):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(20, (30,), generator=generator).tolist()
+    with torch.no_grad():
+        return token_logprobs(
+            policy, make_stream([(tokens[:9], [Row.written(tokens[9:20]), Row.written(tokens[20:])])])
+        )
+
+
+@pytest.mark.parametrize("method", CHOSEN)
+def test_every_method_trains_the_matrices_and_resumes_to_the_same_bits(train, method):  # noqa: F811
+    whole = train("whole", *METHODS[method], LORA)
+    weights = saved(whole, 0)
+    matrices = saved(whole, 4)
+    assert not any(".lora_" in name for name in weights)
+    assert {name.rpartition(".")[2] for name in matrices} <= {"lora_A", "lora_B", "weight"}
+    assert sum(name.endswith("lora_B") for name in matrices) == 14
+    assert all(matrices[name].abs().max() > 0 for name in matrices if name.endswith("lora_B"))
+    for step in range(1, 5):
+        found = metrics(whole, step)
+        assert all(math.isfinite(value) for value in found.values()), found
+        assert found["optimiser/skipped_share"] == 0
+    state = saved(whole, 4, "optimiser")
+    assert {place.rpartition("/")[0] for place in state} == matrices.keys()
+    stopped = train("stopped", *METHODS[method], LORA, stop_after=3)
+    coterie.train(resume=str(stopped))
+    assert digests(stopped) == digests(whole)
+    assert recorded(stopped) == recorded(whole)
+
+
+@pytest.mark.parametrize("method", ["grpo", "ppo", "dpo", "sft", "reward_model"])
+@pytest.mark.parametrize("lora", [(), (LORA,)])
+def test_activation_checkpointing_ends_with_the_same_bits(train, method, lora):  # noqa: F811
+    plain = train("plain", *METHODS[method], *lora)
+    folder = train("recomputed", *METHODS[method], *lora, "optimiser.activation_checkpointing=true")
+    assert digests(folder) == digests(plain)
+    assert recorded(folder) == recorded(plain)
+
+
+def test_the_first_step_starts_at_the_reference(train):  # noqa: F811
+    folder = train("grpo", *METHODS["grpo"], LORA)
+    assert metrics(folder, 1)["policy/ratio_max"] == 1
+    assert metrics(folder, 1)["policy/kl"] == pytest.approx(0, abs=1e-8)  # the sampler's rounding
+    assert metrics(folder, 4)["policy/kl"] > 1e-6
+    folder = train("dpo", *METHODS["dpo"], LORA)
+    assert metrics(folder, 1)["loss/total"] == pytest.approx(math.log(2), abs=1e-7)
+    assert metrics(folder, 1)["preference/margin"] == 0
+
+
+def test_the_model_at_the_end_is_the_trained_policy(train, capsys):  # noqa: F811
+    folder = train("run", *METHODS["grpo"], LORA, "optimiser={learning_rate: 1.0e-2}")
+    start = saved(folder, 0)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert {name for name, _ in model.named_parameters()} == start.keys()
+    policy = trained_policy(folder, 4)
+    expected = some_logprobs(policy)
+    torch.testing.assert_close(some_logprobs(Policy.of(model)), expected, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(start[name])
+    assert (some_logprobs(Policy.of(model)) - expected).abs().max() > 1e-3
+    evaluate_model(str(folder), None, 1, 8, None, 0, [])
+    sample_model(str(folder), "Solve 3x - 5 = 10", 2, 0.0, 1.0, 12, None, 0)
+    printed = capsys.readouterr().out
+    assert "accuracy" in printed
+    assert "--- 2" in printed
+
+
+def test_a_moving_reference_is_saved_as_matrices_of_its_own(train):  # noqa: F811
+    folder = train("run", *METHODS["anchored"], LORA, "reference.decay=0.5", "checkpoint={every: 1, keep_last: 9}")
+    average = {name: matrix for name, matrix in saved(folder, 1).items() if name.endswith("lora_B")}
+    average = {name: 0.5 * matrix for name, matrix in average.items()}  # it starts at zero
+    for step in range(1, 5):
+        if step > 1:
+            average = {name: 0.5 * held + 0.5 * saved(folder, step)[name] for name, held in average.items()}
+        held = saved(folder, step, "reference")
+        for name, matrix in average.items():
+            torch.testing.assert_close(held[name], matrix, rtol=1e-5, atol=1e-7)
+
+
+def test_ppo_s_value_model_is_a_head_and_matrices_of_its_own(train):  # noqa: F811
+    folder = train("run", *METHODS["ppo"], LORA)
+    policy, value = saved(folder, 4), saved(folder, 4, "value")
+    assert value.keys() - policy.keys() == {"score.weight"}
+    assert value["score.weight"].abs().max() > 0
+    assert all(not torch.equal(policy[name], value[name]) for name in policy)
+
+
+def test_a_reward_model_is_merged_too(train):  # noqa: F811
+    folder = train(
+        "run", *METHODS["reward_model"], LORA, "steps=40", "prompts_per_step=16", "optimiser.learning_rate=0.01"
+    )
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "model")
+    assert model.config.num_labels == 1
+    with sqlite3.connect(folder / "run.db") as db:
+        (last,) = db.execute("SELECT value FROM evaluations WHERE mode = 'pairs' ORDER BY step DESC").fetchone()
+    assert last > 0.6
+
+
+def test_grpo_with_matrices_alone_learns(train):  # noqa: F811
+    folder = train(
+        "run", "preset=dr_grpo", LORA, "steps=30", "prompts_per_step=8", "group_size=8", "optimiser.learning_rate=0.02",
+        "evaluation={prompts: 100, samples: 1}", "cold_start={steps: 60, rows_per_step: 16, learning_rate: 5.0e-3}",
+    )  # fmt: skip
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["after"]["reward_interval"][0] > summary["before"]["reward_interval"][1]
+
+
+@pytest.fixture
+def pretrained(train):  # noqa: F811
+    return train(
+        "pretrained", "preset=sft", "cold_start=", "group_size=", "rewards=", "evaluation={prompts: 8, samples: 1}"
+    )
+
+
+def test_the_cold_start_of_a_model_that_was_loaded_trains_matrices_and_merges_them(train, pretrained, monkeypatch):  # noqa: F811
+    """It dies in the cold start, loses the model that it came from, dies again in the stage after, and ends with the same bits."""
+    from coterie.training import grpo, sft
+
+    class DiedError(Exception):
+        pass
+
+    def dying(real, count):
+        calls = iter(range(count))
+
+        def call(*args, **kwargs):
+            if next(calls, None) is None:
+                raise DiedError
+            return real(*args, **kwargs)
+
+        return call
+
+    moved = pretrained.with_name("moved")
+    shutil.copytree(pretrained / "model", moved)
+    settings = ("preset=grpo", LORA, "checkpoint={every: 2, keep_last: 2}")
+    whole = train("whole", *settings, f"model={pretrained / 'model'}")
+    with monkeypatch.context() as patched:
+        patched.setattr(sft, "fit", dying(sft.fit, 5))
+        with pytest.raises(DiedError):
+            train("died", *settings, f"model={moved}")
+    folder = whole.with_name("died")
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert names == {"cold_start_000000", "cold_start_000002", "cold_start_000004"}
+    matrices = load_file(folder / "checkpoints" / "cold_start_000004" / "model.safetensors")
+    assert all(".lora_" in name for name in matrices)
+    weights = load_file(moved / "model.safetensors")
+    base = load_file(folder / "checkpoints" / "cold_start_000000" / "model.safetensors")
+    assert all(torch.equal(base[name], weights[name]) for name in base)
+    other = AutoModelForCausalLM.from_pretrained(moved)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    other.save_pretrained(moved)
+    with monkeypatch.context() as patched:
+        patched.setattr(grpo, "optimise", dying(grpo.optimise, 3))
+        with pytest.raises(DiedError):
+            coterie.train(resume=str(folder))
+    assert any(not torch.equal(saved(folder, 0)[name], base[name]) for name in base)  # what the cold start learned
+    coterie.train(resume=str(folder))
+    assert digests(folder) == digests(whole)
+    assert recorded(folder) == recorded(whole)
+    assert not (folder / "checkpoints" / "cold_start_000000").exists()
+
+
+def test_the_cold_start_of_a_fresh_model_trains_all_of_it(train):  # noqa: F811
+    folder = train("run", "preset=grpo", LORA, "checkpoint={every: 2, keep_last: 9}")
+    whole = load_file(folder / "checkpoints" / "cold_start_000006" / "model.safetensors")
+    assert not any(".lora_" in name for name in whole)
+    assert all(torch.equal(weight, saved(folder, 0)[name]) for name, weight in whole.items())
+
+
+def test_a_wrong_target_is_refused_before_there_is_a_folder(train, tmp_path):  # noqa: F811
+    with pytest.raises(UserError, match=r"lora\.targets: 'query' matches no linear layer"):
+        train("run", "preset=grpo", "lora={targets: query}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_says_how_much_is_trained(tiny_recipe, capsys):
+    check_recipe("equations", [*tiny_recipe, "lora={rank: 2, targets: [q_proj, down_proj]}"])
+    # two blocks of rank * (in + out): q 32 + 32, down 48 + 32
+    assert f"{2 * 2 * (64 + 80)} parameters are trained" in capsys.readouterr().out
+
+
+def test_a_bfloat16_model_learns_through_float32_matrices(train, capsys):  # noqa: F811
+    settings = ("preset=grpo", "dtype=bfloat16", "cold_start=", "checkpoint={every: 4}")
+    folder = train("lora", *settings, LORA)
+    assert "keep 8 bits" not in capsys.readouterr().out
+    assert {matrix.dtype for matrix in saved(folder, 4).values()} == {torch.float32}
+    assert {weight.dtype for weight in saved(folder, 0).values()} == {torch.bfloat16}
+    train("whole", *settings)
+    assert "keep 8 bits" in capsys.readouterr().out
