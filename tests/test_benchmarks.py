@@ -120,6 +120,43 @@ def test_generation_writes_the_same_tokens_on_every_side(run_quickly):
         assert case["held"] == (case[f"{case['faster_cache']} / native"]["seconds"]["median"] >= 1.5)
 
 
+def test_the_tables_of_the_performance_page_are_the_results_files():
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    results = ROOT / "benchmarks" / "results"
+    for name in ("versus_trl", "scaling", "roofline", "generation"):
+        found = json.loads((results / f"{name}.json").read_text())
+        assert {"command", "commit", "versions", "hardware"} <= found.keys()
+        for line in (results / f"{name}.md").read_text().splitlines():
+            assert line in page
+
+
+def test_both_trainers_took_the_same_steps_and_learned_alike():
+    found = json.loads((ROOT / "benchmarks" / "results" / "versus_trl.json").read_text())["work"]
+    assert found.keys() == {"short", "long prompt", "ragged"}
+    for work, result in found.items():
+        first, last = result["first_reward"], result["last_reward"]
+        assert first["trl"] == pytest.approx(first["coterie"], abs=0.03), work
+        assert last["trl"] == pytest.approx(last["coterie"], abs=0.1), work
+        for of_seed in result["seeds"]:
+            lengths = [of_seed[side]["tokens_per_completion"] for side in ("trl", "coterie")]
+            assert lengths[0] == pytest.approx(lengths[1], rel=0.1), work
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_steps_of_both_trainers_are_measured_in_turn(load, tmp_path):
+    pytest.importorskip("trl", reason="the extra bench is not installed")
+    versus = load("versus_trl")
+    versus.make_start(tmp_path, versus.WORKLOADS["short"], steps=5)
+    found = versus.compare(tmp_path, "short", 3, 0, "generate")
+    for side in found.values():
+        assert len(side["rewards"]) == 3
+        assert side["step_seconds"] > 0
+        assert side["peak_megabytes"] > 10
+    judged = versus.judged([found], {"speed_up": 1e9})
+    assert judged["speed_up"] == pytest.approx(found["trl"]["step_seconds"] / found["coterie"]["step_seconds"])
+    assert judged["speed_up_held"] is False
+
+
 def test_growth_is_fitted(load):
     measure = load("measure")
     assert measure.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)

