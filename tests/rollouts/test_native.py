@@ -170,6 +170,15 @@ def test_keys_and_values_stay_within_their_budget(make_model, monkeypatch, copie
     assert [[c.tokens for c in g] for g in few] == [[c.tokens for c in g] for g in whole]
 
 
+def test_rows_that_have_ended_do_not_run_past_the_last_position(make_model):
+    """Learned positions end where the longest prompt's completions may end; its rows are carried along while others go on."""
+    prompts, keys = some_prompts(12)[::-1], some_keys(12, 4)
+    model = make_model("gpt2", n_positions=len(prompts[0]) + 30)
+    engine = NativeEngine(Policy.of(model))
+    few, many = (engine.generate(prompts, keys, Sampling(max_new_tokens=30, max_rows=n), ENDS) for n in (12, 1000))
+    assert [[c.tokens for c in g] for g in few] == [[c.tokens for c in g] for g in many]
+
+
 def decode(tokens):
     """Every token is two letters, so that a stop string may begin or end within one."""
     return "".join(chr(97 + token % 7) + chr(97 + token % 5) for token in tokens)
