@@ -5,8 +5,10 @@ Legend: N completion tokens of a stream, C tokens of a chunk, V vocabulary, D wi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -119,6 +121,9 @@ def _in_chunks(
 ) -> Tensor:
     """The head over chunks of tokens: [quantities, N]."""
     size = max(1, chunk_logits // head.policy.vocabulary_size)
+    plain = head.policy.plain_head if support is None and head.reference is None and not head.entropy else None
+    if plain is not None and len(targets) > size and torch.is_grad_enabled():
+        return _ChunkedLogprobs.apply(hidden, plain.weight, plain.bias, targets, head.temperature, size)[None]
     parts = []
     for start in range(0, len(targets), size):
         part = slice(start, start + size)
@@ -130,3 +135,48 @@ def _in_chunks(
         else:
             parts.append(head(*inputs))
     return torch.cat(parts, 1) if parts else hidden.new_zeros(3, 0, dtype=torch.float32)
+
+
+def _divided(logits: Tensor, temperature: float) -> Tensor:
+    """In place, and without a pass over the vocabulary where it changes nothing."""
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """log softmax(head(hidden) / temperature)[targets], [N], for a head that is one product: hidden [N, D], weight [V, D].
+
+    A chunk's logits are computed again in the backward pass and turned into their gradient in place, so that they are passed
+    over a few times only: with a large vocabulary that costs more than the products.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, size: int
+    ) -> Tensor:
+        found, normalisers = [], []
+        for part, of_part in zip(hidden.split(size), targets.split(size), strict=True):
+            logits = _divided(F.linear(part, weight, bias), temperature)
+            normalisers.append(logits.logsumexp(1))
+            found.append(logits.gather(1, of_part[:, None]).squeeze(1) - normalisers[-1])
+        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(normalisers))
+        ctx.temperature, ctx.size = temperature, size
+        return torch.cat(found)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        hidden, weight, bias, targets, normaliser = ctx.saved_tensors
+        of_hidden = torch.empty_like(hidden)
+        of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        of_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
+        for start in range(0, len(targets), ctx.size):
+            part = slice(start, start + ctx.size)
+            logits = _divided(F.linear(hidden[part], weight, bias), ctx.temperature)
+            grad = (grads[0][part] / ctx.temperature)[:, None]
+            logits.sub_(normaliser[part, None]).exp_().mul_(-grad)  # from here on the logits' gradient
+            logits.scatter_add_(1, targets[part, None], grad)
+            torch.mm(logits, weight, out=of_hidden[part])
+            if of_weight is not None:
+                of_weight.addmm_(logits.t(), hidden[part])
+            if of_bias is not None:
+                of_bias += logits.sum(0)
+        return of_hidden, of_weight, of_bias, None, None, None

@@ -149,6 +149,17 @@ class Policy:
             logits = torch.tanh(logits / cap) * cap
         return logits
 
+    @property
+    def plain_head(self) -> nn.Linear | None:
+        """The model's head, where it is one product in full precision and nothing follows it."""
+        head, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
+        follows = any(getattr(config, name, None) is not None for name in _AFTER_HEAD)
+        plain = type(head) is nn.Linear and head.weight.dtype in (torch.float32, torch.float64)
+        return head if plain and not follows and self.served == "stream" else None
+
+
+_AFTER_HEAD = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+
 
 def quiet_transformers() -> None:
     """Keep transformers' progress bars and advice out of a command's own output."""

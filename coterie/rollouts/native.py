@@ -122,7 +122,9 @@ class NativeEngine:
     def _decode(self, grid: Grid, tokens: Tensor) -> None:
         """Feed each row the token it drew, [R], and put the logits that follow in the grid."""
         grid.make_room()
-        positions = (grid.prompt_lengths + grid.num_written) * grid.live  # ended rows would run past the model's last one
+        positions = (
+            grid.prompt_lengths + grid.num_written
+        ) * grid.live  # ended rows would run past the model's last one
         hidden = self.policy.run(tokens, positions, DecodeLayout(grid))
         grid.now += 1
         grid.logits = self.policy.logits(hidden)

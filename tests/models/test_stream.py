@@ -113,6 +113,30 @@ def test_chunked_logprobs_and_gradients_equal_whole_ones(make_model, temperature
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt2", "phi"])  # phi's head has a bias, gpt2's is the embedding
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_plain_heads_gradients_in_chunks_are_those_of_whole_logits(make_model, architecture, temperature):
+    policy = Policy.of(make_model(architecture))
+    head = policy.plain_head
+    assert head is not None
+    policy.model.double()
+    hidden = torch.randn(37, 32, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(61, (37,))
+    inputs = [hidden, *head.parameters()]
+    found = chunked_logprobs(policy, hidden, targets, temperature=temperature, chunk_logits=61 * 5)
+    whole = (head(hidden) / temperature).log_softmax(1)[torch.arange(37), targets]
+    torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12)
+    for mine, theirs in zip(
+        torch.autograd.grad(found.sin().sum(), inputs), torch.autograd.grad(whole.sin().sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "granite"])
+def test_a_head_with_something_after_it_is_not_plain(make_model, architecture):
+    assert Policy.of(make_model(architecture)).plain_head is None
+
+
 def test_truncated_logprobs_are_those_of_the_tokens_that_were_kept(make_model):
     policy = Policy.of(make_model("qwen3"))
     hidden, targets = torch.randn(3, 32), torch.tensor([4, 9, 60])
