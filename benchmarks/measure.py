@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from tables import RESULTS
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from coterie.models.policy import Policy
 from coterie.noise import key, mix
@@ -90,16 +90,21 @@ def parse(parser: argparse.ArgumentParser, name: str) -> tuple[argparse.Namespac
     return given, Place(given.device, given.dtype)
 
 
-def make_policy(size: str, place: Place, **changes: Any) -> Policy:
+def make_model(size: str, place: Place, **changes: Any) -> PreTrainedModel:
     """A Qwen3-shaped model with random weights, the same in every process."""
     without_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     settings = {"tie_word_embeddings": True, "max_position_embeddings": 4096, **without_ids, **SIZES[size], **changes}
     torch.manual_seed(0)
     with torch.device(place.device):
-        model = AutoModelForCausalLM.from_config(
+        return AutoModelForCausalLM.from_config(
             AutoConfig.for_model("qwen3", **settings), dtype=DTYPES[place.dtype], attn_implementation="sdpa"
         )
-    return Policy(model.eval(), "stream")
+
+
+def make_policy(size: str, place: Place, **changes: Any) -> Policy:
+    policy = Policy.of(make_model(size, place, **changes))
+    assert policy.served == "stream"
+    return policy
 
 
 def random_prompts(lengths: Sequence[int], vocabulary: int, seed: int = 0) -> list[list[int]]:

@@ -37,6 +37,7 @@ from measure import (
     exponent,
     in_turn,
     line,
+    make_model,
     make_parser,
     make_policy,
     measured,
@@ -76,7 +77,11 @@ class Point:
     vocabulary: int | None = None
 
     def make_policy(self, place: Place) -> Policy:
-        return make_policy(self.model, place, **({"vocab_size": self.vocabulary} if self.vocabulary else {}))
+        return make_policy(self.model, place, **self.changes)
+
+    @property
+    def changes(self) -> dict[str, int]:
+        return {"vocab_size": self.vocabulary} if self.vocabulary else {}
 
     def make_prompts(self, policy: Policy) -> list[list[int]]:
         return random_prompts([self.prompt_tokens] * self.prompts, policy.vocabulary_size)
@@ -232,7 +237,7 @@ def growth_of(xs: Sequence[float], measured: Sequence[dict[str, float]]) -> dict
 
 
 def parameters_of(point: Point) -> int:
-    return sum(parameter.numel() for parameter in point.make_policy(Place("meta")).model.parameters())
+    return make_model(point.model, Place("meta"), **point.changes).num_parameters()
 
 
 def _must_agree(sides: dict[str, list[dict]], place: Place) -> None:
@@ -456,7 +461,7 @@ def measure(given: argparse.Namespace, place: Place) -> dict[str, Any]:
             )
             found["axes"][axis] = grow(axis, values, base, place, given.rounds)
     if "large_vocabulary" in wanted:
-        widths, tokens = ((16,), 256) if given.quick else ((64, 128, 256), 1536)
+        widths, tokens = ((16,), 512) if given.quick else ((64, 128, 256), 1536)
         found["large_vocabulary"] = large_vocabulary(151936, widths, tokens, place, given.rounds)
     if "doubled_group" in wanted:
         point = base if given.quick else replace(base, prompt_tokens=512, new_tokens=16)
