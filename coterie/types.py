@@ -47,7 +47,7 @@ class Completion:
 
     tokens: n token ids, the end token included where there is one. logprobs [n], entropies [n]: of the distribution that
     was sampled, temperature and truncation included, in nats. support: for each token the ids that top-k or top-p kept,
-    or None where all were. ended: "stop" for an end token, "length" where the limit cut it.
+    or None where all were. ended: "stop" for an end token or a stop string, "length" where the limit cut it.
     """
 
     tokens: list[int]

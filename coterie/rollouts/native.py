@@ -56,12 +56,13 @@ class NativeEngine:
         num_live = num_steps = 0
         carried = 0.0  # work on rows that have ended, in steps
         while queue.waiting or grid is not None:
-            admitted = queue.admit(num_live)
+            looked = num_steps % look_every == 0  # only then is it known how many rows are live
+            admitted = queue.admit(num_live) if looked else []
             if admitted:
                 new = self._prefill(prompts, admitted, num_completions, queue.copies_prompts)
                 grid, carried = new if grid is None else grid.joined(new), 0.0
                 num_live += sum(job.count for job in admitted)
-            elif grid is not None and carried >= _PATIENCE:
+            elif grid is not None and looked and carried >= _PATIENCE:
                 grid, carried = grid.compacted(), 0.0
             assert grid is not None
             written = grid.num_written
@@ -122,9 +123,8 @@ class NativeEngine:
     def _decode(self, grid: Grid, tokens: Tensor) -> None:
         """Feed each row the token it drew, [R], and put the logits that follow in the grid."""
         grid.make_room()
-        positions = (
-            grid.prompt_lengths + grid.num_written
-        ) * grid.live  # ended rows would run past the model's last one
+        positions = grid.prompt_lengths + grid.num_written
+        positions *= grid.live  # those of ended rows would run past the model's last one
         hidden = self.policy.run(tokens, positions, DecodeLayout(grid))
         grid.now += 1
         grid.logits = self.policy.logits(hidden)

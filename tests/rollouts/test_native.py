@@ -170,6 +170,20 @@ def test_keys_and_values_stay_within_their_budget(make_model, monkeypatch, copie
     assert [[c.tokens for c in g] for g in few] == [[c.tokens for c in g] for g in whole]
 
 
+@pytest.mark.parametrize("copied", [0, 1000])
+@pytest.mark.parametrize("look_every", [5, 16])
+def test_looking_now_and_then_at_which_rows_have_ended_changes_no_token(make_model, monkeypatch, copied, look_every):
+    """As on a GPU: between two looks all rows may end, and ended ones are carried along."""
+    monkeypatch.setattr(native, "_COPIED_PROMPT", copied)
+    engine, prompts, keys = NativeEngine(Policy.of(make_model("qwen3"))), some_prompts(9), some_keys(9, 3)
+    for sampling in (Sampling(max_new_tokens=40, max_rows=10), Sampling(max_new_tokens=40)):
+        expected = engine.generate(prompts, keys, sampling, ENDS)
+        with monkeypatch.context() as patch:
+            patch.setitem(native._LOOK_EVERY, "cpu", look_every)
+            found = engine.generate(prompts, keys, sampling, ENDS)
+        assert [[c.tokens for c in g] for g in found] == [[c.tokens for c in g] for g in expected]
+
+
 def test_rows_that_have_ended_do_not_run_past_the_last_position(make_model):
     """Learned positions end where the longest prompt's completions may end; its rows are carried along while others go on."""
     prompts, keys = some_prompts(12)[::-1], some_keys(12, 4)
