@@ -1,269 +1,50 @@
 """Recipes: what a run is, as a short YAML file, checked strictly before anything costs time.
 
-A recipe names a preset and says only what differs from it. Every setting and every default stands in this file, two levels
-deep. Nothing here imports torch, so a wrong recipe is refused at once.
+A recipe names a preset and says only what differs from it. Its settings are two levels deep: the first stands here, the
+sections in `settings.py`. Nothing here imports torch, so a wrong recipe is refused at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from coterie.algorithms.presets import CHOSEN_BY_OBJECTIVE, OBJECTIVE_SETTINGS, PRESETS
 from coterie.errors import UserError, nearest
-
-
-def _not_bool(value: Any) -> Any:
-    """YAML reads `yes` as true, and Python takes true for 1."""
-    if isinstance(value, bool):
-        raise ValueError(f"{value!r} is not a number")
-    return value
-
-
-def _as_list(value: Any) -> Any:
-    """One name may stand without the brackets of a list."""
-    return [value] if isinstance(value, str) else value
-
-
-ALL_LINEAR = "all-linear"
-Number = Annotated[float, BeforeValidator(_not_bool)]
-Whole = Annotated[int, BeforeValidator(_not_bool)]
-Share = Annotated[Number, Field(ge=0, le=1)]
-NonNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
-Finite = Annotated[Number, Field(allow_inf_nan=False)]
-PositiveInt = Annotated[Whole, Field(gt=0)]
-Schedule = Literal["constant", "linear", "cosine"]
-Preset = Literal[
-    "grpo", "dr_grpo", "dapo", "gspo", "dcpo", "cispo", "sapo", "gmpo", "gdpo", "rloo", "reinforce++",
-    "reinforce++_baseline", "anchored", "ppo", "dpo", "reward_model", "sft",
-]  # fmt: skip
-
-
-class Settings(BaseModel):
-    """A frozen group of settings that refuses keys it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class ModelShape(Settings):
-    """A fresh model with random weights, from a transformers configuration."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
-
-    type: str = Field(description="transformers' model_type: qwen3, llama, gpt2, ...")
-
-
-class DatasetTask(Settings):
-    """Prompts from the user's own file or hub data set."""
-
-    data: str = Field(description="a .jsonl or .parquet file, or a hub data set id")
-    prompt: str = Field("prompt", description="the column that holds the prompt: text, or a list of chat messages")
-    answer: str | None = Field(None, description="the column with the answer to learn, for sft and a cold start")
-    chosen: str | None = Field(None, description="the column with the preferred answer, for dpo and reward_model")
-    rejected: str | None = Field(None, description="the column with the other answer of the pair")
-    split: str = Field("train", description="which split of a hub data set")
-    heldout: Share = Field(0.1, description="share of the rows kept for evaluation, chosen by content")
-    correct_above: Finite | None = Field(None, description="total reward above which a completion counts as correct")
-
-
-class RewardSpec(Settings):
-    """One reward function and its weight in the sum."""
-
-    function: str = Field(description="module:function or file.py:function")
-    weight: Finite = 1.0
-    name: str = Field("", description="how it is called in metrics; the function's name if empty")
-
-
-class ColdStart(Settings):
-    """Supervised fine-tuning on the task's demonstrations before reinforcement learning."""
-
-    steps: PositiveInt = 600
-    rows_per_step: PositiveInt = 64
-    learning_rate: Positive = 1e-3
-    warmup_steps: Whole = Field(20, ge=0)
-    schedule: Schedule = "cosine"
-
-
-class Sampling(Settings):
-    """How completions are drawn. Temperature 0 is greedy, for evaluation only."""
-
-    max_new_tokens: PositiveInt = 256
-    temperature: NonNegative = 1.0
-    top_k: Whole = Field(0, ge=0, description="keep the k likeliest tokens; 0 keeps all")
-    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
-    min_p: Share = Field(0.0, description="keep tokens at least this share as likely as the likeliest; 0 keeps all")
-    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
-        (), description="texts that end a completion; they are learned, and no part of its text"
-    )
-    max_rows: PositiveInt = Field(256, description="completions decoded at the same time")
-    max_cache_megabytes: Positive = Field(4000, description="their keys and values together; more of them wait")
-
-
-class Advantage(Settings):
-    """How rewards become advantages inside a group."""
-
-    function: str | None = Field(None, description="your own, file.py:function, in place of all that follows")
-    baseline: Literal["group", "leave_one_out", "batch", "none"] = "group"
-    scale: Literal["sample", "population", "none", "batch", "batch_differences"] = "sample"
-    combine: Literal["sum", "each"] = Field(
-        "sum", description="rewards summed, then normalised; or each normalised first"
-    )
-    epsilon: Positive = 1e-6
-
-
-class Loss(Settings):
-    """The objective, how its terms are summed, and the weight of the KL to the reference."""
-
-    objective: str = Field("clip", description=f"{', '.join(OBJECTIVE_SETTINGS)}, or your own as file.py:function")
-    ratio: Literal["token", "sequence", "sequence_mean", "sequence_mean_token"] = "token"
-    clip_low: Annotated[Number, Field(gt=0, le=1)] = 0.2
-    clip_high: Positive = 0.2
-    clip_bounds: Literal["fixed", "dynamic"] = Field("fixed", description="dynamic: wider for rare tokens (DCPO)")
-    clip_ceiling: Annotated[Number, Field(gt=1, allow_inf_nan=False)] = Field(3.0, description="of dual_clip")
-    gate_positive: Positive = Field(1.0, description="of sapo: how steep the gate is where the advantage is positive")
-    gate_negative: Positive = 1.05
-    anchor_alpha: Annotated[Number, Field(ge=0, lt=1)] = Field(0.5, description="the policy's share of the anchor")
-    anchor_beta: Positive = 1.0
-    anchor_level: Literal["token", "sequence"] = "token"
-    anchor_weight: Literal["advantage", "reward"] = "advantage"
-    aggregation: Literal["sequence_mean", "sequence_sum", "token_mean", "fixed_length"] = "sequence_mean"
-    kl_weight: NonNegative = 0.0
-
-    @field_validator("objective")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in OBJECTIVE_SETTINGS and ":" not in name:
-            raise ValueError(f"there is no {name!r}; {nearest(name, OBJECTIVE_SETTINGS)}; your own is file.py:function")
-        return name
-
-
-class KL(Settings):
-    """How the KL divergence to the reference is measured, where it acts, and whether its weight adapts."""
-
-    estimator: Literal["k1", "k2", "k3", "exact"] = Field("k3", description="exact sums over the vocabulary")
-    place: Literal["loss", "reward"] = "loss"
-    target: Positive | None = Field(None, description="nats per token that the weight adapts to; fixed if empty")
-    adapt_rate: Annotated[Number, Field(gt=0, lt=1)] = 0.1
-
-
-class Entropy(Settings):
-    """A bonus for the policy's entropy."""
-
-    weight: NonNegative = 0.0
-    target: Positive | None = Field(None, description="nats per token that the weight adapts to; fixed if empty")
-    adapt_rate: Positive = Field(1e-3, description="how much the weight grows a step and a nat below the target")
-
-
-class Reference(Settings):
-    """What the KL and the anchor are measured against."""
-
-    kind: Literal["frozen", "moving", "replaced"] = "frozen"
-    decay: Annotated[Number, Field(ge=0, lt=1)] = Field(0.99, description="of moving: share of itself it keeps a step")
-    every: PositiveInt = Field(50, description="of replaced: steps between two copies of the policy")
-
-
-class Correction(Settings):
-    """Importance weights for samples that another engine or an older policy made."""
-
-    kind: Literal["none", "truncate", "mask"] = "none"
-    level: Literal["token", "sequence"] = "token"
-    limit: Annotated[Number, Field(gt=1, allow_inf_nan=False)] = 2.0
-
-
-class Redraw(Settings):
-    """Dynamic sampling: groups without signal are dropped, and new prompts drawn in their place."""
-
-    rounds: Whole = Field(0, ge=0, le=100, description="how often at most; 0 keeps every group")
-
-
-class Overlong(Settings):
-    """What becomes of completions that reach the length limit."""
-
-    treatment: Literal["keep", "leave_out", "punish"] = "keep"
-    margin: Share = Field(0.1, description="of punish: the last share of the limit, over which it grows")
-    penalty: Positive = Field(1.0, description="of punish: what a completion loses that is cut")
-
-
-class Value(Settings):
-    """PPO's value model: a copy of the start with one output in place of the vocabulary."""
-
-    learning_rate: Positive = 1e-5
-    clip: Positive = 0.2
-    discount: Annotated[Number, Field(gt=0, le=1)] = 1.0
-    trace: Share = Field(0.95, description="lambda of generalised advantage estimation")
-    warmup_steps: Whole = Field(0, ge=0, description="first steps in which only the value model learns")
-
-
-class Lora(Settings):
-    """LoRA: low-rank matrices beside the linear layers are trained, in place of the model's own weights."""
-
-    rank: PositiveInt = 16
-    alpha: Positive = Field(32.0, description="the matrices' product counts alpha / rank")
-    targets: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = Field(
-        (ALL_LINEAR,),
-        description="the layers' names, as q_proj or layers.0.mlp.up_proj; all-linear for every one below the head",
-    )
-
-    @field_validator("targets")
-    @classmethod
-    def _some(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
-        if not targets or not all(targets):
-            raise ValueError(f"{list(targets)} names no layer; leave it out for {ALL_LINEAR}")
-        if len(targets) > 1 and ALL_LINEAR in targets:
-            raise ValueError(f"{ALL_LINEAR} holds the others; name it alone, or leave it out")
-        return targets
-
-
-class Preference(Settings):
-    """DPO."""
-
-    beta: Positive = 0.1
-    label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = 0.0
-
-
-class Optimiser(Settings):
-    """AdamW, its learning-rate schedule, and how a batch is cut to fit."""
-
-    learning_rate: Positive = 1e-6
-    warmup_steps: Whole = Field(0, ge=0)
-    schedule: Schedule = "constant"
-    final_share: Share = Field(0.0, description="share of the learning rate left at the end of the schedule")
-    weight_decay: NonNegative = 0.0
-    beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[Number, Field(ge=0, lt=1)] = 0.99
-    max_grad_norm: Positive = 1.0
-    updates_per_batch: PositiveInt = Field(1, description="optimiser steps on each batch of samples")
-    micro_batch_tokens: PositiveInt = Field(16384, description="stream tokens per forward and backward pass")
-    activation_checkpointing: bool = Field(
-        False, description="keep only the inputs of each layer for the backward pass, and compute the rest again there"
-    )
-
-
-class Evaluation(Settings):
-    """Held-out evaluation before, during and after training."""
-
-    prompts: PositiveInt = Field(512, description="held-out prompts used before and after; all if there are fewer")
-    samples: PositiveInt = Field(2, description="sampled completions of each")
-    every: Whole = Field(0, ge=0, description="steps between evaluations on the way; 0 for none")
-
-
-class Checkpoint(Settings):
-    """When the run is saved, and how many of the saves are kept."""
-
-    every: PositiveInt = 50
-    keep_last: PositiveInt = 2
-
-
-class Record(Settings):
-    """What run.db keeps of each step."""
-
-    max_megabytes_per_step: Positive = 4.0
+from coterie.settings import (
+    KL,
+    Advantage,
+    Checkpoint,
+    ColdStart,
+    Correction,
+    DatasetTask,
+    Entropy,
+    Evaluation,
+    Limits,
+    Lora,
+    Loss,
+    ModelShape,
+    Optimiser,
+    Overlong,
+    PositiveInt,
+    Preference,
+    Preset,
+    Record,
+    Redraw,
+    Reference,
+    RewardSpec,
+    Sampling,
+    Settings,
+    Share,
+    Value,
+    Whole,
+)
 
 
 class Recipe(Settings):
@@ -276,7 +57,7 @@ class Recipe(Settings):
     seed: Annotated[Whole, Field(ge=0, lt=2**31)] = 0
     model: str | ModelShape
     tokenizer: str | None = Field(None, description="path or hub id; default: the task's own, or the model's")
-    task: Literal["equations"] | DatasetTask
+    task: Literal["equations", "programs", "dialogue"] | DatasetTask
     rewards: tuple[RewardSpec, ...] = ()
     max_failed_rewards: Share = Field(0.1, description="share of a step's rewards that may fail before the run stops")
     steps: PositiveInt = 100
@@ -301,6 +82,7 @@ class Recipe(Settings):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     record: Record = Record()
+    limits: Limits = Limits()
     made_with: dict[str, Any] | None = Field(None, description="written into a run's copy: versions and commit")
 
     @model_validator(mode="after")
@@ -315,16 +97,18 @@ class Recipe(Settings):
             raise ValueError(
                 f"value.warmup_steps: {self.value.warmup_steps} leaves none of the {self.steps} steps to the policy"
             )
-        for name in {spec.name for spec in self.rewards} & {
+        names = [spec.name for spec in self.rewards]
+        taken = {
             "mean",
             "std",
             "num_abstained",
             "num_failed",
             "kl",
             "overlong",
-        }:
+            *(f"{name}_group_std" for name in (*names, "overlong")),
+        }
+        for name in sorted(taken.intersection(names)):
             raise ValueError(f"rewards: the name {name!r} is taken by a metric; give that reward another `name`")
-        names = [spec.name for spec in self.rewards]
         if len(set(names)) < len(names):
             raise ValueError(f"rewards: two have the same name among {', '.join(names)}; give each a `name`")
         return self
@@ -598,7 +382,10 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def _plain_rewards(values: dict[str, Any], folder: Path) -> None:
-    """Let a reward be written as a bare string, resolve its file, and name it after its function."""
+    """Let a reward be written as a bare string, resolve its files, and name it after its function.
+
+    A reward model stands on the recipe's device, unless its own options name another.
+    """
     rewards = values.get("rewards")
     if isinstance(rewards, str | dict):
         rewards = [rewards]
@@ -608,12 +395,33 @@ def _plain_rewards(values: dict[str, Any], folder: Path) -> None:
     for reward in rewards:
         spec = {"function": reward} if isinstance(reward, str) else reward
         if isinstance(spec, dict) and isinstance(spec.get("function"), str):
-            home, _, function = spec["function"].rpartition(":")
+            home, colon, function = spec["function"].rpartition(":")
             if home.endswith(".py"):
                 home = _resolved(home, folder)
-            spec = {**spec, "function": f"{home}:{function}", "name": spec.get("name") or function}
+            spec = {**spec, "function": f"{home}{colon}{function}", "name": spec.get("name") or function}
+            options = spec.get("options") or {}
+            if isinstance(options, dict):
+                of_recipe = {"device": values.get("device", "auto")} if function == "reward_model" else {}
+                resolved = _resolved_options(options, _PATH_OPTIONS.get(function), folder)
+                spec = {**spec, "options": {**of_recipe, **resolved}}
         specs.append(spec)
     values["rewards"] = specs
+
+
+_PATH_OPTIONS = {"reward_model": ("model",), "judge": ("cache",)}  # of the built-in rewards that have some
+
+
+def _resolved_options(options: dict[str, Any], names: Iterable[str] | None, folder: Path) -> dict[str, Any]:
+    """A reward's options with their files and folders resolved: those of these names, or all that are written as paths.
+
+    A bare word is no path there: a folder that happens to be called like it changes nothing.
+    """
+    resolved = dict(options)
+    for name, value in options.items():
+        if isinstance(value, str) and value and (name in names if names is not None else "/" in value):
+            with contextlib.suppress(OSError, RuntimeError):  # a text that no file could be called
+                resolved[name] = _resolved(value, folder)
+    return resolved
 
 
 def _absolute_paths(values: dict[str, Any], folder: Path) -> None:
@@ -641,7 +449,9 @@ def _resolved(name: str, folder: Path) -> str:
 
 def is_local_path(name: str) -> bool:
     """Whether a name is meant as a file or folder here, and not as a hub id such as `Qwen/Qwen3-0.6B`."""
-    looks_local = name.startswith((".", "/", "~")) or name.endswith((".jsonl", ".json", ".parquet", ".py", ".yaml"))
+    looks_local = name.startswith((".", "/", "~", "runs/")) or name.endswith(
+        (".jsonl", ".json", ".parquet", ".py", ".yaml")
+    )
     return looks_local or name.count("/") > 1 or Path(name).exists()
 
 
@@ -655,7 +465,9 @@ def _explain(error: ValidationError, source: str) -> str:
     """One sentence for each wrong setting: its key, what was given, and what is allowed."""
     lines: list[str] = []
     for problem in error.errors():
-        place = [str(part) for part in problem["loc"] if str(part) not in _UNION_TAGS]
+        place = [
+            part for part in map(str, problem["loc"]) if part not in _UNION_TAGS and not part.startswith("literal[")
+        ]
         key, kind, given = ".".join(place), problem["type"], problem.get("input")
         if kind == "extra_forbidden":
             owner = _settings_at(place[:-1])
@@ -677,7 +489,7 @@ def _explain(error: ValidationError, source: str) -> str:
     return f"{source}: " + "\n".join(_without_union_noise(lines))
 
 
-_UNION_TAGS = {"ModelShape", "DatasetTask", "str", "literal['equations']"}
+_UNION_TAGS = {"ModelShape", "DatasetTask", "str"}
 
 
 def _without_union_noise(lines: list[str]) -> list[str]:
@@ -694,7 +506,7 @@ def _settings_at(place: list[str]) -> type[Settings]:
         "task": DatasetTask, "rewards": RewardSpec, "cold_start": ColdStart, "sampling": Sampling, "advantage": Advantage,
         "loss": Loss, "kl": KL, "entropy": Entropy, "reference": Reference, "correction": Correction, "redraw": Redraw,
         "overlong": Overlong, "value": Value, "preference": Preference, "lora": Lora, "optimiser": Optimiser, "evaluation": Evaluation,
-        "checkpoint": Checkpoint, "record": Record,
+        "checkpoint": Checkpoint, "record": Record, "limits": Limits,
     }  # fmt: skip
     return homes.get(place[0], Recipe) if place else Recipe
 

@@ -41,6 +41,23 @@ SHAPES = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_home_of_the_users(tmp_path_factory):
+    """Tests remember nothing in the user's home, and nothing of what was trusted there."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def everything_is_trusted_again():
+    """As in Python, whatever a command restricted in the test before."""
+    from coterie import trust
+
+    yield
+    trust.release()
+
+
 @pytest.fixture
 def make_model():
     """Build a small model of an architecture, with weights large enough that a mistake shows."""

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import get_args
 
@@ -14,8 +15,9 @@ from coterie.algorithms.kl import ESTIMATORS
 from coterie.algorithms.presets import OBJECTIVE_SETTINGS, PRESETS
 from coterie.algorithms.ratios import RATIOS
 from coterie.errors import UserError
-from coterie.recipe import KL, Advantage, Loss, Recipe, find_recipe, load_recipe, make_recipe
+from coterie.recipe import Recipe, find_recipe, load_recipe, make_recipe
 from coterie.rewards.load import load_rewards
+from coterie.settings import KL, Advantage, Loss
 
 BUNDLED = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 LEAST = {"model": {"type": "qwen3"}, "task": "equations", "rewards": ["coterie.rewards.steps:right_answer"]}
@@ -60,7 +62,9 @@ def test_there_are_bundled_recipes():
 def test_every_bundled_recipe_loads_by_path_and_by_name_and_its_rewards_exist(path, monkeypatch, tmp_path):
     by_path = load_recipe(str(path))
     assert by_path.rewards or not by_path.needs_rewards
-    load_rewards(by_path.rewards)
+    of_another_run = path.stem == "dialogue"  # its reward model is what another recipe trains
+    with pytest.raises(UserError, match="dialogue_reward_model") if of_another_run else nullcontext():
+        load_rewards(by_path.rewards)
     monkeypatch.chdir(tmp_path)
     for name in (path.stem, path.name, f"recipes/{path.name}"):
         assert load_recipe(name) == by_path
@@ -177,6 +181,7 @@ def test_another_objective_may_be_chosen_over_any_preset(objective):
         ({"kl": {"target": 0.1, "adapt_rate": 1}}, "kl.adapt_rate", "1"),
         ({"preset": "ppo", "value": {"warmup_steps": 100}}, "value.warmup_steps", "100"),
         ({"rewards": [{"function": "m:f", "name": "kl"}]}, "rewards", "taken by a metric"),
+        ({"rewards": ["m:f", {"function": "m:g", "name": "f_group_std"}]}, "rewards", "taken by a metric"),
         ({"preset": "dpo", "record": {"max_megabytes_per_step": 1}}, "record", "method is dpo"),
         ({"preset": "gdpo", "overlong": {"treatment": "punish"}}, "overlong.treatment", "normalise away"),
         ({"preset": "gdpo", "loss": {"kl_weight": 0.1}, "kl": {"place": "reward"}}, "kl.place", "normalise away"),
@@ -498,7 +503,7 @@ def test_files_beside_a_recipe_are_found_from_anywhere(tmp_path, monkeypatch):
         ("coterie.rewards.steps:right_anwser", "did you mean 'right_answer'"),
         ("coterie.rewards.nothing:f", "can't be imported"),
         ("nothing.py:f", "does not exist"),
-        ("right_answer", "names no function"),
+        ("right_answer", "your own is module:function"),
     ],
 )
 def test_r30_a_reward_that_is_not_there_is_named(function, word):
@@ -509,3 +514,30 @@ def test_r30_a_reward_that_is_not_there_is_named(function, word):
 def test_a_recipe_cannot_be_changed_once_made():
     with pytest.raises(ValueError, match="frozen"):
         made().steps = 3
+
+
+def test_r22_files_that_a_reward_s_options_name_are_found_beside_the_recipe(tmp_path):
+    """Of a function of the user's what is written as a path; of a built-in reward the options that are paths."""
+    for name in ("model", "lists", "judge"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "lists" / "words.txt").write_text("")
+    rewards = [
+        {
+            "function": "mine:f",
+            "options": {"words": "lists/words.txt", "mode": "model", "deep": 1, "text": "a/b" * 9999},
+        },
+        {"function": "reward_model", "options": {"model": "model"}},
+        {"function": "judge", "options": {"model": "model", "cache": "judge"}},
+    ]
+    values = {"model": {"type": "gpt2"}, "task": "equations", "rewards": rewards, "device": "cpu"}
+    mine, learned, judge = make_recipe(values, folder=tmp_path).rewards
+    assert mine.options == {
+        "words": str(tmp_path / "lists/words.txt"),
+        "mode": "model",
+        "deep": 1,
+        "text": "a/b" * 9999,
+    }
+    assert learned.options == {"model": str(tmp_path / "model"), "device": "cpu"}
+    assert judge.options == {"model": "model", "cache": str(tmp_path / "judge")}
+    rewards[1]["options"]["device"] = "auto"
+    assert make_recipe(values, folder=tmp_path).rewards[1].options["device"] == "auto"

@@ -133,6 +133,18 @@ def has_signal(rewards: Tensor) -> Tensor:
     return high > low
 
 
+def group_std(rewards: Tensor) -> Tensor:
+    """How far apart the rewards of a group lie: rewards [P, G], NaN where one abstains -> sample std [P].
+
+    NaN where fewer than two of a group have a reward; exactly 0 where they are equal.
+    """
+    valid = ~rewards.isnan()
+    num_valid = valid.sum(1, keepdim=True)  # [P, 1]
+    difference = _difference_from_mean(rewards, valid, num_valid)
+    std = _root_mean_square(difference, (num_valid - 1).clamp(min=1))[:, 0]
+    return torch.where(has_signal(rewards), std, 0.0).masked_fill(num_valid[:, 0] < 2, torch.nan)
+
+
 def _difference_from_mean(rewards: Tensor, valid: Tensor, num_valid: Tensor) -> Tensor:
     """Rewards [P, G] less their group's mean; 0 where abstained. Shares are summed, so that the sum cannot overflow."""
     share = torch.where(valid, rewards, 0.0) / num_valid.clamp(min=1)

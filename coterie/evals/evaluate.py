@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from coterie.evals.statistics import Estimate, mean_interval, wilson
 from coterie.models.codec import Codec
 from coterie.noise import permutation
-from coterie.recipe import Sampling
 from coterie.rewards.score import Reward, score
 from coterie.rollouts.collect import collect
 from coterie.rollouts.engine import Engine
 from coterie.sections import section
+from coterie.settings import Sampling
 from coterie.tasks.base import Task
 from coterie.types import Prompt, Scored
 

@@ -50,6 +50,11 @@ class Scorer:
         torch.nn.init.zeros_(head.weight)
         return cls(model.eval(), base)
 
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Scorer:
+        """A sequence-classification model that is trained already, compared on the stream as a policy is."""
+        return cls(model.eval(), Policy.of(model.base_model))
+
     @staticmethod
     def check(policy: Policy) -> None:
         """Raises what `from_policy` raises, without its cost."""

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -19,9 +20,11 @@ from transformers import (
 
 from coterie.errors import UserError, nearest
 from coterie.models.codec import Codec
+from coterie.models.heads import Scorer
 from coterie.models.policy import Policy
 from coterie.noise import key
-from coterie.recipe import ModelShape, Recipe, is_local_path
+from coterie.recipe import Recipe, is_local_path
+from coterie.settings import ModelShape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -47,7 +50,8 @@ def check_model_folder(model: str) -> None:
     if not path.exists() and not is_local_path(model):
         return
     if not path.is_dir():
-        raise UserError(f"model: the folder {model} does not exist")
+        first = f"; train it first: coterie train {path.name}" if path.parts[0] == "runs" else ""
+        raise UserError(f"model: the folder {model} does not exist{first}")
     if not (path / "config.json").is_file():
         raise UserError(f"model: {model} has no config.json, so it is no model in Hugging Face format")
     if not list(path.glob("*.safetensors")):
@@ -104,6 +108,43 @@ def load_policy(source: str, device: torch.device) -> tuple[Policy, Codec]:
     check_model_folder(source)
     codec = codec_of(source)
     return Policy.of(load_model(source, device)), codec
+
+
+def check_scorer(source: str) -> str:
+    """Where a reward model is: `source`, or the folder `model` in it where it is a run. Reads no weights.
+
+    Raises UserError where nothing is there, or something else than a model with one score.
+    """
+    path = Path(source)
+    if (path / "recipe.yaml").is_file():
+        source = str(path / "model")
+        if not (path / "model").is_dir():
+            raise UserError(f"model: the run {path} has no model yet; it is written when the run has finished")
+    check_model_folder(source)
+    config = _from_hub(AutoConfig, source)
+    kinds = config.architectures or ["a model of no stated kind"]
+    if not kinds[0].endswith("ForSequenceClassification"):
+        raise UserError(f"model: {source} is {kinds[0]}, and a reward model is one ForSequenceClassification")
+    if config.num_labels != 1:
+        raise UserError(f"model: {source} gives {config.num_labels} scores, and a reward model gives one")
+    return source
+
+
+def load_scorer(source: str, device: torch.device) -> tuple[Scorer, Codec]:
+    """A reward model and its tokenizer, in float32 and from safetensors only, frozen. Raises UserError as `check_scorer`."""
+    source = check_scorer(source)
+    model, found = _from_hub(
+        AutoModelForSequenceClassification, source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+    )
+    if found["missing_keys"]:
+        raise UserError(f"model: {source} lacks weights: {', '.join(sorted(found['missing_keys']))}")
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        raise UserError(f"model: {type(model).__name__} has no plain head, and can't be read off the last token")
+    codec = codec_of(source)
+    num_known = model.get_input_embeddings().weight.shape[0]
+    if len(codec.tokenizer) > num_known:
+        raise UserError(f"model: {source} knows {num_known} tokens, and its tokenizer has {len(codec.tokenizer)}")
+    return Scorer.of(model.requires_grad_(False).to(device)), codec
 
 
 def _fresh_config(shape: ModelShape, **more: Any) -> PretrainedConfig:

@@ -17,6 +17,8 @@ from coterie.models.policy import Policy
 from coterie.types import Stream
 
 CHUNK_LOGITS = 1 << 24  # logits held at a time
+# Of a plain head: logits of a tile, and how many of the vocabulary it covers
+TILE_LOGITS = {"cpu": (1 << 20, 2048), "cuda": (1 << 24, 8192)}
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ class _Head:
 
     def _logits(self, policy: Policy, hidden: Tensor, support: Sequence[Tensor] | None) -> Tensor:
         """The logits that are sampled from: [C, V]."""
-        logits = policy.logits(hidden).float() / self.temperature
+        logits = policy.logits(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
         if support is None:
             return logits
         sizes = torch.tensor([len(ids) for ids in support])
@@ -122,8 +125,8 @@ def _in_chunks(
     """The head over chunks of tokens: [quantities, N]."""
     size = max(1, chunk_logits // head.policy.vocabulary_size)
     plain = head.policy.plain_head if support is None and head.reference is None and not head.entropy else None
-    if plain is not None and len(targets) > size and torch.is_grad_enabled():
-        return _ChunkedLogprobs.apply(hidden, plain.weight, plain.bias, targets, head.temperature, size)[None]
+    if plain is not None and len(targets):
+        return _TiledLogprobs.apply(hidden, plain.weight, plain.bias, targets, head.temperature)[None]
     parts = []
     for start in range(0, len(targets), size):
         part = slice(start, start + size)
@@ -137,46 +140,77 @@ def _in_chunks(
     return torch.cat(parts, 1) if parts else hidden.new_zeros(3, 0, dtype=torch.float32)
 
 
-def _divided(logits: Tensor, temperature: float) -> Tensor:
-    """In place, and without a pass over the vocabulary where it changes nothing."""
-    return logits if temperature == 1 else logits.div_(temperature)
-
-
-class _ChunkedLogprobs(torch.autograd.Function):
+class _TiledLogprobs(torch.autograd.Function):
     """log softmax(head(hidden) / temperature)[targets], [N], for a head that is one product: hidden [N, D], weight [V, D].
 
-    A chunk's logits are computed again in the backward pass and turned into their gradient in place, so that they are passed
-    over a few times only: with a large vocabulary that costs more than the products.
+    A tile is some tokens by some of the vocabulary, small enough to stay in a CPU's cache for all that is done to it: with a
+    large vocabulary, passing over logits in memory costs more than the products. The normalisers are summed from tile to tile; in the
+    backward pass a tile's logits are computed again and turned into their gradient in place.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, size: int
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
     ) -> Tensor:
-        found, normalisers = [], []
-        for part, of_part in zip(hidden.split(size), targets.split(size), strict=True):
-            logits = _divided(F.linear(part, weight, bias), temperature)
-            normalisers.append(logits.logsumexp(1))
-            found.append(logits.gather(1, of_part[:, None]).squeeze(1) - normalisers[-1])
-        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(normalisers))
-        ctx.temperature, ctx.size = temperature, size
-        return torch.cat(found)
+        tiles = _Tiles(weight, bias, temperature)
+        chosen, normaliser = hidden.new_zeros(len(hidden)), hidden.new_empty(len(hidden))
+        for rows in tiles.rows(len(hidden)):
+            largest = hidden.new_full((len(hidden[rows]),), -torch.inf)
+            total = torch.zeros_like(largest)
+            for columns in tiles.columns:
+                logits = tiles.logits(hidden[rows], columns)
+                at, inside = tiles.places(targets[rows], columns)
+                chosen[rows] += logits.gather(1, at)[:, 0].where(inside, 0)
+                before, largest = largest, torch.maximum(largest, logits.amax(1))
+                total = total * (before - largest).exp() + logits.sub_(largest[:, None]).exp_().sum(1)
+            normaliser[rows] = largest + total.log()
+        ctx.save_for_backward(hidden, weight, bias, targets, normaliser)
+        ctx.temperature = temperature
+        return chosen - normaliser
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         hidden, weight, bias, targets, normaliser = ctx.saved_tensors
-        of_hidden = torch.empty_like(hidden)
+        tiles = _Tiles(weight, bias, ctx.temperature)
+        grad = grads[0] / ctx.temperature
+        of_hidden = torch.zeros_like(hidden)
         of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         of_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
-        for start in range(0, len(targets), ctx.size):
-            part = slice(start, start + ctx.size)
-            logits = _divided(F.linear(hidden[part], weight, bias), ctx.temperature)
-            grad = (grads[0][part] / ctx.temperature)[:, None]
-            logits.sub_(normaliser[part, None]).exp_().mul_(-grad)  # from here on the logits' gradient
-            logits.scatter_add_(1, targets[part, None], grad)
-            torch.mm(logits, weight, out=of_hidden[part])
-            if of_weight is not None:
-                of_weight.addmm_(logits.t(), hidden[part])
-            if of_bias is not None:
-                of_bias += logits.sum(0)
-        return of_hidden, of_weight, of_bias, None, None, None
+        for rows in tiles.rows(len(hidden)):
+            for columns in tiles.columns:
+                at, inside = tiles.places(targets[rows], columns)
+                of_logits = (
+                    tiles.logits(hidden[rows], columns).sub_(normaliser[rows, None]).exp_().mul_(-grad[rows, None])
+                )
+                of_logits.scatter_add_(1, at, grad[rows].where(inside, 0)[:, None])
+                of_hidden[rows].addmm_(of_logits, weight[columns])
+                if of_weight is not None:
+                    of_weight[columns].addmm_(of_logits.t(), hidden[rows])
+                if of_bias is not None:
+                    of_bias[columns] += of_logits.sum(0)
+        return of_hidden, of_weight, of_bias, None, None
+
+
+class _Tiles:
+    """A head's logits, a tile at a time."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, temperature: float) -> None:
+        size, width = TILE_LOGITS["cpu" if weight.device.type == "cpu" else "cuda"]
+        width = min(width, len(weight))
+        self._weight, self._bias, self._temperature = weight, bias, temperature
+        self._size = max(1, size // width)
+        self.columns = [slice(start, start + width) for start in range(0, len(weight), width)]
+
+    def rows(self, tokens: int) -> list[slice]:
+        return [slice(start, start + self._size) for start in range(0, tokens, self._size)]
+
+    def logits(self, hidden: Tensor, columns: slice) -> Tensor:
+        bias = self._bias[columns] if self._bias is not None else None
+        logits = F.linear(hidden, self._weight[columns], bias)
+        return logits if self._temperature == 1 else logits.div_(self._temperature)
+
+    def places(self, targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+        """Where the targets stand among these columns, [C, 1], and which do, [C]: the others' places mean nothing."""
+        stop = min(columns.stop, len(self._weight))
+        inside = (targets >= columns.start) & (targets < stop)
+        return (targets.clamp(columns.start, stop - 1) - columns.start)[:, None], inside

@@ -23,7 +23,7 @@ from coterie.models.attention import AttentionSettings, Layout, UnservedModelErr
 from coterie.models.body import Body
 from coterie.models.layout import StreamLayout
 from coterie.models.recompute import recomputable_layers, recomputed, recomputed_layers
-from coterie.recipe import Lora
+from coterie.settings import Lora
 from coterie.types import Stream
 
 
@@ -177,9 +177,10 @@ def context_length_of(config: PretrainedConfig) -> int | None:
 def _stream_error(policy: Policy, settings: dict[int, AttentionSettings] | None = None) -> float:
     """The largest difference, over two small groups, between the stream's logits and the unmodified model's.
 
-    What each layer's attention is called with is written to `settings`.
+    Of a model without a head, between their last hidden states. What each layer's attention is called with is written to `settings`.
     """
     model = policy.model
+    has_head = model.get_output_embeddings() is not None
     segments = [(5, [4, 7]), (3, [6, 2])]
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
@@ -195,11 +196,12 @@ def _stream_error(policy: Policy, settings: dict[int, AttentionSettings] | None 
             tokens.append(completion)
             positions.append(torch.arange(prompt_length, prompt_length + length))
             whole = torch.cat([prompt, completion])[None].to(model.device)
-            plain.append(model(input_ids=whole, use_cache=False).logits[0, prompt_length:].float())
+            output = model(input_ids=whole, use_cache=False)
+            plain.append((output.logits if has_head else output.last_hidden_state)[0, prompt_length:].float())
     layout = _Watched(StreamLayout(segments, model.device), settings if settings is not None else {})
     hidden = policy.run(torch.cat(tokens).to(model.device), torch.cat(positions).to(model.device), layout)
-    logits = policy.logits(hidden).float().split([len(part) for part in tokens])
-    pairs = [(ours, theirs) for ours, theirs in zip(logits, plain, strict=True) if theirs is not None]
+    outputs = (policy.logits(hidden) if has_head else hidden).float().split([len(part) for part in tokens])
+    pairs = [(ours, theirs) for ours, theirs in zip(outputs, plain, strict=True) if theirs is not None]
     errors = [((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)).item() for ours, theirs in pairs]
     return max(errors)
 

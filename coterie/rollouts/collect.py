@@ -10,11 +10,11 @@ import torch
 from coterie.models.codec import Codec
 from coterie.models.policy import Policy
 from coterie.noise import key, mix
-from coterie.recipe import Sampling
 from coterie.rollouts.engine import Engine
 from coterie.rollouts.native import NativeEngine
 from coterie.rollouts.padded import PaddedEngine
 from coterie.sections import section
+from coterie.settings import Sampling
 from coterie.types import Completion, Group, Prompt
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from coterie.models.policy import Policy
-from coterie.recipe import Sampling
 from coterie.rollouts.engine import History, StopStrings, sample_tokens
 from coterie.rollouts.grid import DecodeLayout, Grid, PrefillLayout, copied, empty
 from coterie.sections import section
+from coterie.settings import Sampling
 from coterie.types import Completion
 
 _COPIED_PROMPT = 32  # prompts up to this length are copied to their rows, which then attend in one product

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from coterie.models.policy import Policy
-from coterie.recipe import Sampling
 from coterie.rollouts.engine import History, StopStrings, sample_tokens
 from coterie.sections import section
+from coterie.settings import Sampling
 from coterie.types import Completion
 
 

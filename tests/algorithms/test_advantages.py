@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from coterie.algorithms.advantages import SCALES, group_advantages, has_signal
+from coterie.algorithms.advantages import SCALES, group_advantages, group_std, has_signal
 from coterie.algorithms.aggregate import aggregate
 from coterie.algorithms.objectives import clipped_loss
 from coterie.types import BatchTotals
@@ -265,3 +265,15 @@ def test_r7_the_group_mean_stands_in_for_the_state_value(size):
         expected = expected + chance * (advantages * logits.log_softmax(0)[tokens]).mean()
     got = torch.autograd.grad(expected, logits)[0]
     torch.testing.assert_close(got, exact * (size - 1) / size, atol=1e-12, rtol=0)
+
+
+def test_r33_the_std_of_a_group_leaves_out_who_abstains_and_is_exactly_0_where_all_are_equal():
+    """The sample std of 1, 2, 4 is sqrt(7 / 3). Huge rewards do not overflow, and one reward alone has no std."""
+    nan = math.nan
+    rewards = torch.tensor(
+        [[1, 2, 4, nan], [0.1, 0.1, 0.1, 0.1], [3, nan, nan, nan], [1e200, 3e200, nan, nan]], dtype=torch.float64
+    )
+    wanted = torch.tensor([math.sqrt(7 / 3), 0, nan, math.sqrt(2) * 1e200], dtype=torch.float64)
+    found = group_std(rewards)
+    torch.testing.assert_close(found, wanted, equal_nan=True, rtol=1e-15, atol=0)
+    assert found[1] == 0

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import SHAPES
 
+from coterie.models import logprobs
 from coterie.models.logprobs import chunked_logprobs, token_logprobs
 from coterie.models.policy import Policy
 from coterie.rollouts.pack import Row, make_stream
@@ -105,17 +106,23 @@ def test_chunked_logprobs_and_gradients_equal_whole_ones(make_model, temperature
     results = []
     for chunk_logits in (10**9, 61 * 5):
         hidden.grad = None
-        logprobs = chunked_logprobs(
+        found = chunked_logprobs(
             policy, hidden, targets, temperature=temperature, support=support, chunk_logits=chunk_logits
         )
-        logprobs.sin().sum().backward()
-        results.append((logprobs.detach(), hidden.grad))
+        found.sin().sum().backward()
+        results.append((found.detach(), hidden.grad))
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "gpt2", "phi"])  # phi's head has a bias, gpt2's is the embedding
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_a_plain_heads_gradients_in_chunks_are_those_of_whole_logits(make_model, architecture, temperature):
+@pytest.mark.parametrize(
+    "tile", [(70, 14), (1 << 20, 2048)]
+)  # five tokens by fourteen of the vocabulary, and all in one
+def test_a_plain_heads_gradients_in_tiles_are_those_of_whole_logits(
+    make_model, monkeypatch, architecture, temperature, tile
+):
+    monkeypatch.setitem(logprobs.TILE_LOGITS, "cpu", tile)
     policy = Policy.of(make_model(architecture))
     head = policy.plain_head
     assert head is not None
@@ -123,7 +130,7 @@ def test_a_plain_heads_gradients_in_chunks_are_those_of_whole_logits(make_model,
     hidden = torch.randn(37, 32, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(61, (37,))
     inputs = [hidden, *head.parameters()]
-    found = chunked_logprobs(policy, hidden, targets, temperature=temperature, chunk_logits=61 * 5)
+    found = chunked_logprobs(policy, hidden, targets, temperature=temperature)
     whole = (head(hidden) / temperature).log_softmax(1)[torch.arange(37), targets]
     torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12)
     for mine, theirs in zip(

@@ -8,11 +8,11 @@ from coterie.models.codec import Codec
 from coterie.models.logprobs import token_logprobs
 from coterie.models.policy import Policy
 from coterie.noise import key, mix, uniform
-from coterie.recipe import Sampling
 from coterie.rollouts import native
 from coterie.rollouts.collect import collect, make_engine
 from coterie.rollouts.native import NativeEngine
 from coterie.rollouts.pack import Row, make_stream
+from coterie.settings import Sampling
 from coterie.types import Prompt
 
 ENDS = (1, 2)

@@ -1,0 +1,299 @@
+"""The sections of a recipe: every setting below the first level and its default.
+
+Each section is frozen and refuses keys that it does not know. Nothing here imports torch, so a wrong recipe is refused at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+from coterie.algorithms.presets import OBJECTIVE_SETTINGS
+from coterie.errors import nearest
+
+
+def _not_bool(value: Any) -> Any:
+    """YAML reads `yes` as true, and Python takes true for 1."""
+    if isinstance(value, bool):
+        raise ValueError(f"{value!r} is not a number")
+    return value
+
+
+def _as_list(value: Any) -> Any:
+    """One name may stand without the brackets of a list."""
+    return [value] if isinstance(value, str) else value
+
+
+ALL_LINEAR = "all-linear"
+Number = Annotated[float, BeforeValidator(_not_bool)]
+Whole = Annotated[int, BeforeValidator(_not_bool)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+NonNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[Number, Field(allow_inf_nan=False)]
+PositiveInt = Annotated[Whole, Field(gt=0)]
+Schedule = Literal["constant", "linear", "cosine"]
+Preset = Literal[
+    "grpo", "dr_grpo", "dapo", "gspo", "dcpo", "cispo", "sapo", "gmpo", "gdpo", "rloo", "reinforce++",
+    "reinforce++_baseline", "anchored", "ppo", "dpo", "reward_model", "sft",
+]  # fmt: skip
+
+
+class Settings(BaseModel):
+    """A frozen group of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelShape(Settings):
+    """A fresh model with random weights, from a transformers configuration."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+    type: str = Field(description="transformers' model_type: qwen3, llama, gpt2, ...")
+
+
+class DatasetTask(Settings):
+    """Prompts from the user's own file or hub data set."""
+
+    data: str = Field(description="a .jsonl or .parquet file, or a hub data set id")
+    prompt: str = Field("prompt", description="the column that holds the prompt: text, or a list of chat messages")
+    answer: str | None = Field(None, description="the column with the answer to learn, for sft and a cold start")
+    chosen: str | None = Field(None, description="the column with the preferred answer, for dpo and reward_model")
+    rejected: str | None = Field(None, description="the column with the other answer of the pair")
+    split: str = Field("train", description="which split of a hub data set")
+    heldout: Share = Field(0.1, description="share of the rows kept for evaluation, chosen by content")
+    lenient: bool = Field(
+        False, description="leave out rows that can't be used, counted by reason, in place of refusing them"
+    )
+    max_left_out: Share = Field(
+        0.05, description="of lenient: share of the rows above which the data is refused after all"
+    )
+    correct_above: Finite | None = Field(None, description="total reward above which a completion counts as correct")
+
+
+class RewardSpec(Settings):
+    """One reward function and its weight in the sum."""
+
+    function: str = Field(description="a built-in reward, or your own as module:function or file.py:function")
+    weight: Finite = 1.0
+    name: str = Field("", description="how it is called in metrics; the function's name if empty")
+    options: dict[str, Any] = Field({}, description="further keyword arguments of the function")
+    where: dict[str, Any] = Field(
+        {}, description="only prompts whose columns hold these values, or one of a list; the others abstain"
+    )
+    timeout: Positive | None = Field(
+        None, description="seconds that a call may take; 30 for your own functions, a built-in reward keeps its own"
+    )
+    workers: Whole = Field(
+        0, ge=0, description="processes of their own for your function, killed at the timeout; 0 for none"
+    )
+
+
+class ColdStart(Settings):
+    """Supervised fine-tuning on the task's demonstrations before reinforcement learning."""
+
+    steps: PositiveInt = 600
+    rows_per_step: PositiveInt = 64
+    learning_rate: Positive = 1e-3
+    warmup_steps: Whole = Field(20, ge=0)
+    schedule: Schedule = "cosine"
+
+
+class Sampling(Settings):
+    """How completions are drawn. Temperature 0 is greedy, for evaluation only."""
+
+    max_new_tokens: PositiveInt = 256
+    temperature: NonNegative = 1.0
+    top_k: Whole = Field(0, ge=0, description="keep the k likeliest tokens; 0 keeps all")
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    min_p: Share = Field(0.0, description="keep tokens at least this share as likely as the likeliest; 0 keeps all")
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="texts that end a completion; they are learned, and no part of its text"
+    )
+    max_rows: PositiveInt = Field(256, description="completions decoded at the same time")
+    max_cache_megabytes: Positive = Field(4000, description="their keys and values together; more of them wait")
+
+
+class Advantage(Settings):
+    """How rewards become advantages inside a group."""
+
+    function: str | None = Field(None, description="your own, file.py:function, in place of all that follows")
+    baseline: Literal["group", "leave_one_out", "batch", "none"] = "group"
+    scale: Literal["sample", "population", "none", "batch", "batch_differences"] = "sample"
+    combine: Literal["sum", "each"] = Field(
+        "sum", description="rewards summed, then normalised; or each normalised first"
+    )
+    epsilon: Positive = 1e-6
+
+
+class Loss(Settings):
+    """The objective, how its terms are summed, and the weight of the KL to the reference."""
+
+    objective: str = Field("clip", description=f"{', '.join(OBJECTIVE_SETTINGS)}, or your own as file.py:function")
+    ratio: Literal["token", "sequence", "sequence_mean", "sequence_mean_token"] = "token"
+    clip_low: Annotated[Number, Field(gt=0, le=1)] = 0.2
+    clip_high: Positive = 0.2
+    clip_bounds: Literal["fixed", "dynamic"] = Field("fixed", description="dynamic: wider for rare tokens (DCPO)")
+    clip_ceiling: Annotated[Number, Field(gt=1, allow_inf_nan=False)] = Field(3.0, description="of dual_clip")
+    gate_positive: Positive = Field(1.0, description="of sapo: how steep the gate is where the advantage is positive")
+    gate_negative: Positive = 1.05
+    anchor_alpha: Annotated[Number, Field(ge=0, lt=1)] = Field(0.5, description="the policy's share of the anchor")
+    anchor_beta: Positive = 1.0
+    anchor_level: Literal["token", "sequence"] = "token"
+    anchor_weight: Literal["advantage", "reward"] = "advantage"
+    aggregation: Literal["sequence_mean", "sequence_sum", "token_mean", "fixed_length"] = "sequence_mean"
+    kl_weight: NonNegative = 0.0
+
+    @field_validator("objective")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in OBJECTIVE_SETTINGS and ":" not in name:
+            raise ValueError(f"there is no {name!r}; {nearest(name, OBJECTIVE_SETTINGS)}; your own is file.py:function")
+        return name
+
+
+class KL(Settings):
+    """How the KL divergence to the reference is measured, where it acts, and whether its weight adapts."""
+
+    estimator: Literal["k1", "k2", "k3", "exact"] = Field("k3", description="exact sums over the vocabulary")
+    place: Literal["loss", "reward"] = "loss"
+    target: Positive | None = Field(None, description="nats per token that the weight adapts to; fixed if empty")
+    adapt_rate: Annotated[Number, Field(gt=0, lt=1)] = 0.1
+
+
+class Entropy(Settings):
+    """A bonus for the policy's entropy."""
+
+    weight: NonNegative = 0.0
+    target: Positive | None = Field(None, description="nats per token that the weight adapts to; fixed if empty")
+    adapt_rate: Positive = Field(1e-3, description="how much the weight grows a step and a nat below the target")
+
+
+class Reference(Settings):
+    """What the KL and the anchor are measured against."""
+
+    kind: Literal["frozen", "moving", "replaced"] = "frozen"
+    decay: Annotated[Number, Field(ge=0, lt=1)] = Field(0.99, description="of moving: share of itself it keeps a step")
+    every: PositiveInt = Field(50, description="of replaced: steps between two copies of the policy")
+
+
+class Correction(Settings):
+    """Importance weights for samples that another engine or an older policy made."""
+
+    kind: Literal["none", "truncate", "mask"] = "none"
+    level: Literal["token", "sequence"] = "token"
+    limit: Annotated[Number, Field(gt=1, allow_inf_nan=False)] = 2.0
+
+
+class Redraw(Settings):
+    """Dynamic sampling: groups without signal are dropped, and new prompts drawn in their place."""
+
+    rounds: Whole = Field(0, ge=0, le=100, description="how often at most; 0 keeps every group")
+
+
+class Overlong(Settings):
+    """What becomes of completions that reach the length limit."""
+
+    treatment: Literal["keep", "leave_out", "punish"] = "keep"
+    margin: Share = Field(0.1, description="of punish: the last share of the limit, over which it grows")
+    penalty: Positive = Field(1.0, description="of punish: what a completion loses that is cut")
+
+
+class Value(Settings):
+    """PPO's value model: a copy of the start with one output in place of the vocabulary."""
+
+    learning_rate: Positive = 1e-5
+    clip: Positive = 0.2
+    discount: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    trace: Share = Field(0.95, description="lambda of generalised advantage estimation")
+    warmup_steps: Whole = Field(0, ge=0, description="first steps in which only the value model learns")
+
+
+class Lora(Settings):
+    """LoRA: low-rank matrices beside the linear layers are trained, in place of the model's own weights."""
+
+    rank: PositiveInt = 16
+    alpha: Positive = Field(32.0, description="the matrices' product counts alpha / rank")
+    targets: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = Field(
+        (ALL_LINEAR,),
+        description="the layers' names, as q_proj or layers.0.mlp.up_proj; all-linear for every one below the head",
+    )
+
+    @field_validator("targets")
+    @classmethod
+    def _some(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        if not targets or not all(targets):
+            raise ValueError(f"{list(targets)} names no layer; leave it out for {ALL_LINEAR}")
+        if len(targets) > 1 and ALL_LINEAR in targets:
+            raise ValueError(f"{ALL_LINEAR} holds the others; name it alone, or leave it out")
+        return targets
+
+
+class Preference(Settings):
+    """DPO."""
+
+    beta: Positive = 0.1
+    label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = 0.0
+
+
+class Optimiser(Settings):
+    """AdamW, its learning-rate schedule, and how a batch is cut to fit."""
+
+    learning_rate: Positive = 1e-6
+    warmup_steps: Whole = Field(0, ge=0)
+    schedule: Schedule = "constant"
+    final_share: Share = Field(0.0, description="share of the learning rate left at the end of the schedule")
+    weight_decay: NonNegative = 0.0
+    beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[Number, Field(ge=0, lt=1)] = 0.99
+    max_grad_norm: Positive = 1.0
+    updates_per_batch: PositiveInt = Field(1, description="optimiser steps on each batch of samples")
+    micro_batch_tokens: PositiveInt = Field(16384, description="stream tokens per forward and backward pass")
+    activation_checkpointing: bool = Field(
+        False, description="keep only the inputs of each layer for the backward pass, and compute the rest again there"
+    )
+
+
+class Evaluation(Settings):
+    """Held-out evaluation before, during and after training."""
+
+    prompts: PositiveInt = Field(512, description="held-out prompts used before and after; all if there are fewer")
+    samples: PositiveInt = Field(2, description="sampled completions of each")
+    every: Whole = Field(0, ge=0, description="steps between evaluations on the way; 0 for none")
+
+
+class Checkpoint(Settings):
+    """When the run is saved, and how many of the saves are kept."""
+
+    every: PositiveInt = 50
+    keep_last: PositiveInt = 2
+    keep_best: Whole = Field(
+        0, ge=0, description="further ones kept for the highest held-out accuracy on the way, or reward"
+    )
+
+
+class Record(Settings):
+    """What run.db keeps of each step."""
+
+    max_megabytes_per_step: Positive = 4.0
+
+
+class Limits(Settings):
+    """Figures past which a step is an event in the run, and those among them that end it."""
+
+    grad_norm_times: Positive = Field(20.0, description="the gradient's norm over the median of the last 50 steps")
+    ratio: Positive = Field(100.0, description="of the policy to the one that sampled, for a single token or sequence")
+    sampler_gap: Positive = Field(
+        0.5, description="nats between the sampler's log-probability of a token and the trainer's"
+    )
+    kl: Positive | None = Field(None, description="nats a token to the reference; no limit if empty")
+    entropy: NonNegative = Field(0.005, description="nats a token, below which the policy has collapsed")
+    stop_on: tuple[Literal["grad_norm_times", "ratio", "sampler_gap", "kl", "entropy"], ...] = Field(
+        (), description="which of these end the run; the newest checkpoint stands"
+    )
+    skipped_steps: PositiveInt = Field(
+        5, description="steps in a row with a loss that is not finite, which end the run"
+    )
+    step_seconds: Positive = Field(3600.0, description="what a step may take; then the run ends and says where it hung")
