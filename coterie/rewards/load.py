@@ -1,53 +1,33 @@
-"""Find a user's function by name: `package.module:function`, or `file.py:function`."""
+"""The rewards that a recipe names: built-in ones, and a user's functions, in processes of their own where it asks for them."""
 
-import importlib
-import importlib.util
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import ModuleType
-from typing import Any
+from collections.abc import Sequence
 
-from coterie.errors import UserError, nearest
-from coterie.recipe import RewardSpec
+from coterie.errors import UserError
+from coterie.rewards.builtin import make_builtin
+from coterie.rewards.isolated import Isolated
+from coterie.rewards.own import load_function
 from coterie.rewards.score import Reward
+from coterie.settings import RewardSpec
+
+OWN_TIMEOUT = 30.0  # seconds that a call of a user's function may take
 
 
 def load_rewards(specs: Sequence[RewardSpec]) -> list[Reward]:
     """The functions that a recipe names. Raises UserError where a module, file or function is missing or fails to load."""
-    return [Reward(spec.name, load_function(spec.function, "rewards"), spec.weight) for spec in specs]
+    return [_load(spec) for spec in specs]
 
 
-def load_function(name: str, setting: str) -> Callable[..., Any]:
-    """The function behind a name that stands under `setting`, which an error starts with."""
-    home, _, function = name.rpartition(":")
-    if not home or not function:
-        raise UserError(f"{setting}: {name!r} names no function; write module:function or file.py:function")
-    module = _module(home, setting)
-    found = getattr(module, function, None)
-    if not callable(found):
-        own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UserError(f"{setting}: {home} has no function {function!r}; {nearest(function, own)}")
-    return found
-
-
-def _module(home: str, setting: str) -> ModuleType:
-    try:
-        if not home.endswith(".py"):
-            return importlib.import_module(home)
-        path = Path(home)
-        if not path.is_file():
-            raise UserError(f"{setting}: the file {home} does not exist")
-        spec = importlib.util.spec_from_file_location(f"coterie_user_{path.stem}", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        return module
-    except UserError:
-        raise
-    except ModuleNotFoundError as error:
-        raise UserError(f"{setting}: {home} can't be imported: {error}") from error
-    except Exception as error:  # a user's file may raise anything when it is imported
-        raise UserError(f"{setting}: {home} fails when imported: {type(error).__name__}: {error}") from error
+def _load(spec: RewardSpec) -> Reward:
+    if ":" not in spec.function:
+        if spec.workers:
+            raise UserError(
+                f"rewards: {spec.name} is built in and has processes where it needs them; leave out workers"
+            )
+        made = make_builtin(spec.function, spec.options)
+        return Reward(spec.name, made, spec.weight, {}, spec.where, spec.timeout)
+    function = load_function(spec.function, "rewards")
+    seconds = spec.timeout or OWN_TIMEOUT
+    if spec.workers:  # which keep the time of each completion's call themselves
+        isolated = Isolated(spec.function, function, spec.workers, seconds, options=tuple(spec.options))
+        return Reward(spec.name, isolated, spec.weight, spec.options, spec.where)
+    return Reward(spec.name, function, spec.weight, spec.options, spec.where, seconds)

@@ -5,15 +5,18 @@ Legend: P prompts, G completions per prompt, B = P*G.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from coterie.errors import UserError
+from coterie.errors import RewardError, UserError
+from coterie.faults import strikes
+from coterie.rewards.limits import TookTooLong, time_limit
 from coterie.sections import section
 from coterie.types import Group, RewardFailure, Scored
 
@@ -24,12 +27,28 @@ RewardFunction = Callable[..., Sequence[float | None]]
 class Reward:
     """A reward function `fn(prompts, completions, **columns) -> list[float | None]`, the signature TRL's users have.
 
-    It gets one entry per completion in each argument. None abstains: that reward says nothing of that completion.
+    It gets one entry per completion in each argument. None abstains: that reward says nothing of that completion; an
+    exception in the list is a failure. An async function is awaited. options: keyword arguments beside the columns.
+    where: only completions whose prompt's columns hold these values, or one of a list of values. timeout: seconds of a call.
     """
 
     name: str
     function: RewardFunction
     weight: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    where: Mapping[str, Any] = field(default_factory=dict)
+    timeout: float | None = None
+
+    def applies_to(self, columns: Mapping[str, Any]) -> bool:
+        """Whether it has something to say of a prompt with these columns."""
+        return all(
+            columns.get(name) in (value if isinstance(value, list) else [value]) for name, value in self.where.items()
+        )
+
+    def close(self) -> None:
+        """End its processes and connections, where it has any."""
+        if hasattr(self.function, "close"):
+            self.function.close()
 
 
 @section("score")
@@ -44,7 +63,7 @@ def score(groups: list[Group], rewards: Sequence[Reward], *, max_failed_share: f
     total, spoke = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.bool)
     parts, failures = {}, []
     for reward in rewards:
-        values, failed = _call(reward, _arguments(groups))  # lists of its own, which a function may change
+        values, failed = _call(reward, groups, max_failed_share)
         part = torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64).view(shape)
         parts[reward.name] = part
         spoke |= ~part.isnan()
@@ -66,11 +85,6 @@ def score(groups: list[Group], rewards: Sequence[Reward], *, max_failed_share: f
     return Scored(groups, total.masked_fill(~spoke, math.nan), parts, failures)
 
 
-def completion_text(completion: str | list[dict[str, str]]) -> str:
-    """The text of a completion, which is a list of one message where the prompt was a chat."""
-    return completion if isinstance(completion, str) else "".join(message["content"] for message in completion)
-
-
 def _arguments(groups: list[Group]) -> dict[str, list[Any]]:
     """What a reward function is called with: each a list [B]."""
     arguments: dict[str, list[Any]] = {"prompts": [], "completions": [], "completion_ids": []}
@@ -89,40 +103,79 @@ def _arguments(groups: list[Group]) -> dict[str, list[Any]]:
     return arguments
 
 
-def _call(reward: Reward, arguments: Mapping[str, list[Any]]) -> tuple[list[float | None], dict[int, str]]:
-    """The reward's values [B], and the reasons of those that failed. What the function itself raises is caught here."""
-    num_completions = len(arguments["completions"])
-    accepted = _accepted(reward, arguments)
+def _call(reward: Reward, groups: list[Group], max_failed_share: float) -> tuple[list[float | None], dict[int, str]]:
+    """The reward's values [B], None where it abstains, and the reasons of those that failed."""
+    num_completions = sum(len(group.completions) for group in groups)
+    concerned = [
+        i for i, g in enumerate(g for g in groups for _ in g.completions) if reward.applies_to(g.prompt.columns)
+    ]
+    values: list[float | None] = [None] * num_completions
+    failed = {}
+    if concerned:
+        accepted = _accepted(reward, _arguments(groups))  # lists of its own, which a function may change
+        accepted = {name: [column[i] for i in concerned] for name, column in accepted.items()}
+        answers = _answers(reward, accepted, len(concerned), max_failed_share * num_completions)
+        for index, answer in zip(concerned, answers, strict=True):
+            values[index], reason = _number(answer)
+            if reason:
+                failed[index] = reason
+    return values, failed
+
+
+def _answers(reward: Reward, columns: Mapping[str, list[Any]], count: int, max_late: float) -> list[Any]:
+    """What the function says of each completion: what it raises, or that it takes too long, is found out one by one."""
     try:
-        answers = _checked_length(reward, reward.function(**_copied(accepted)), num_completions)
+        return _run(reward, _copied(columns), count)
     except UserError:
         raise
-    except Exception:  # a user's function may raise anything: find out for which completions
-        answers = []
-        for index in range(num_completions):
-            alone = {name: [values[index]] for name, values in accepted.items()}
+    except (Exception, SystemExit, TookTooLong):  # a user's function may raise anything: find out for which completions
+        answers: list[Any] = []
+        num_late = 0
+        for index in range(count):
+            if num_late > max_late:  # the step is lost, and each of the others may take as long
+                answers += [RewardError("not tried, too many had taken too long")] * (count - index)
+                break
             try:
-                answers += _checked_length(reward, reward.function(**alone), 1)
+                answers += _run(reward, {name: [values[index]] for name, values in columns.items()}, 1)
             except UserError:
                 raise
             except Exception as error:
                 answers.append(error)
-    values: list[float | None] = []
-    failed = {}
-    for index, answer in enumerate(answers):
-        value, reason = _number(answer)
-        values.append(value)
-        if reason:
-            failed[index] = reason
-    return values, failed
+            except SystemExit as error:
+                answers.append(RewardError(f"called sys.exit({error.code})"))
+            except TookTooLong:
+                answers.append(RewardError(f"took longer than {reward.timeout:g} s"))
+                num_late += 1
+        return answers
+
+
+def _run(reward: Reward, columns: dict[str, list[Any]], count: int) -> list[Any]:
+    """One call, awaited if it is async, within the time limit. Raises what the function raises, and TookTooLong."""
+    with time_limit(reward.timeout):
+        strikes("in_reward")
+        answer = reward.function(**columns, **reward.options)
+        if inspect.isawaitable(answer):
+            answer = asyncio.run(_awaited(answer))
+        return _checked_length(reward, answer, count)
+
+
+async def _awaited(answer: Awaitable[Any]) -> Any:
+    return await answer
 
 
 def _accepted(reward: Reward, arguments: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
     """Only what the function takes, unless it takes everything."""
     parameters = inspect.signature(reward.function).parameters.values()
+    clash = sorted(set(reward.options) & set(arguments))
+    if clash:
+        raise UserError(f"reward {reward.name}: the option {clash[0]} is a column of the data too; rename one of them")
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return dict(arguments)
-    missing = [p.name for p in parameters if p.default is p.empty and p.name not in arguments]
+    unknown = sorted(set(reward.options) - {parameter.name for parameter in parameters})
+    if unknown:
+        raise UserError(f"reward {reward.name}: the function takes no {unknown[0]}, which is among its options")
+    given = {*arguments, *reward.options}
+    missing = [p.name for p in parameters if p.default is p.empty and p.name not in given]
     if missing:
         raise UserError(
             f"reward {reward.name}: the function needs {', '.join(missing)}, which is no column of the data; "
@@ -152,7 +205,7 @@ def _number(answer: Any) -> tuple[float | None, str]:
     if answer is None:
         return None, ""
     if isinstance(answer, Exception):
-        return None, f"raised {type(answer).__name__}: {answer}"
+        return None, str(answer) if isinstance(answer, RewardError) else f"raised {type(answer).__name__}: {answer}"
     if isinstance(answer, str | bytes):
         return None, f"returned the text {answer!r:.60}, not a number"
     try:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from coterie.rewards.score import completion_text
+from coterie.rewards.text_of import completion_text
 
 _MAX_LINES, _MAX_LINE = 50, 200  # of a longer completion only the last line is read, and it has no steps
 _MAX_DIGITS = 12

@@ -11,6 +11,7 @@ from typing import Any
 
 from coterie.recipe import load_recipe
 from coterie.runs.profile import profile_panel
+from coterie.runs.signs import SIGN
 from coterie.runs.store import Store
 
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2")
@@ -26,6 +27,7 @@ def write_report(folder: Path) -> Path:
         parts = [
             _head(folder.name),
             _results(folder, recipe.preset),
+            _signs(store),
             "<h2>Curves</h2>",
             _charts(store),
             profile_panel(folder),
@@ -85,17 +87,34 @@ def _figure(figures: dict[str, Any], name: str) -> str:
     return f"<b>{figures[name]:.3f}</b> <span class='note'>{low:.3f} to {high:.3f}</span>"
 
 
+def _signs(store: Store) -> str:
+    """Signs of reward hacking, each when it began; that there are none where they were looked for."""
+    rows = store.read("SELECT step, kind, message FROM events WHERE kind LIKE ? ORDER BY step, time", f"{SIGN}%")
+    if not rows:
+        looked = "reward/mean" in _names(store)
+        return "<p class='note'>No signs of reward hacking were seen.</p>" if looked else ""
+    entries = "".join(
+        f"<li><b>{html.escape(kind.removeprefix(SIGN).replace('_', ' '))}</b> from step {step}: {html.escape(message)}</li>"
+        for step, kind, message in rows
+    )
+    return (
+        f"<h2>Signs of reward hacking</h2><ul class='signs'>{entries}</ul><p class='note'>Each is a reason to read "
+        "completions, not a verdict.</p>"
+    )
+
+
 def _charts(store: Store) -> str:
     """Learning curves; entropy, KL and clipping; length; signal; the optimiser; time."""
     import plotly.graph_objects as go
     from plotly.offline import get_plotlyjs
     from plotly.subplots import make_subplots
 
-    rewards = [
-        name for name in _names(store) if name.startswith("reward/") and "num_" not in name and name != "reward/std"
-    ]
+    of_rewards = [name for name in _names(store) if name.startswith("reward/") and "num_" not in name]
+    spreads = [name for name in of_rewards if name.endswith("_group_std")]
+    rewards = [name for name in of_rewards if name not in (*spreads, "reward/std")]
     wanted: list[tuple[str, list[str]]] = [
         ("Reward", rewards),
+        ("Std of each part within groups", spreads),
         (_HELD_OUT, []),
         ("Loss", ["loss/total"]),
         ("Pairs in the right order", ["preference/accuracy"]),
@@ -244,7 +263,8 @@ def _card(row: sqlite3.Row) -> str:
 
 
 def _events(store: Store) -> str:
-    rows = store.read("SELECT stage, step, kind, message FROM events ORDER BY time LIMIT 200")
+    query = "SELECT stage, step, kind, message FROM events WHERE kind NOT LIKE ? ORDER BY time LIMIT 200"
+    rows = store.read(query, f"{SIGN}%")
     if not rows:
         return ""
     body = "".join("<tr>" + "".join(f"<td>{html.escape(str(value))}</td>" for value in row) + "</tr>" for row in rows)
@@ -285,6 +305,8 @@ table.figures td:not(:first-child), table.figures th:not(:first-child) { text-al
 .profile { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; margin: .8rem 0; } .profile > div { overflow-x: auto; } .profile td, .profile th { white-space: nowrap; font-size: .85rem; padding: .2rem .7rem; }
 .profile td:first-child { white-space: normal; overflow-wrap: anywhere; }
 .examples { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 1rem; }
+.signs { margin: .4rem 0; padding: .6rem .8rem .6rem 2rem; background: var(--paper); border: 1px solid #d97706; border-radius: 8px; }
+.signs li { margin: .2rem 0; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .6rem; }
 figure, .card, .recipe { margin: 0; background: var(--paper); border: 1px solid var(--edge); border-radius: 8px; padding: .6rem .8rem; }
 figcaption { color: var(--soft); font-size: .8rem; }

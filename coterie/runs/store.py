@@ -35,6 +35,7 @@ CREATE TABLE IF NOT EXISTS evaluations (
 CREATE TABLE IF NOT EXISTS examples (
     stage TEXT, step INTEGER, number INTEGER, prompt TEXT, text TEXT, PRIMARY KEY (stage, step, number)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS inputs (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS events (time REAL, stage TEXT, step INTEGER, kind TEXT, message TEXT);
 """
 _TABLES = ("metrics", "completions", "evaluations", "examples", "events")
@@ -111,6 +112,12 @@ class Store:
     def event(self, stage: str, step: int, kind: str, message: str) -> None:
         with self._db:
             self._db.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?)", (time.time(), stage, step, kind, message))
+
+    def inputs(self, values: Mapping[str, str]) -> None:
+        """Replace what is known of what the run depends on."""
+        with self._db:
+            self._db.execute("DELETE FROM inputs")
+            self._db.executemany("INSERT INTO inputs VALUES (?, ?)", list(values.items()))
 
     def truncate(self, stage: str, step: int, later_stages: tuple[str, ...]) -> None:
         """Remove what came after a step, in one transaction: a resume will write it again."""

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from coterie.errors import UserError, nearest
+from coterie.errors import BadRowError, UserError, nearest
 from coterie.models.codec import Codec
 from coterie.noise import key, permutation
-from coterie.recipe import DatasetTask, is_local_path
+from coterie.recipe import is_local_path
+from coterie.settings import DatasetTask
 from coterie.tasks.base import Demonstration, Preference, draw
 from coterie.types import Prompt, Scored
 
-Row = tuple[str, Mapping[str, Any]]  # where it stands, and its columns
+Row = tuple[str, Mapping[str, Any] | BadRowError]  # where it stands, and its columns or why it has none
 
 
 class Dataset:
@@ -23,28 +26,61 @@ class Dataset:
 
     def __init__(self, settings: DatasetTask, codec: Codec) -> None:
         self._settings, self._codec = settings, codec
-        rows = list(read_rows(settings))
-        for column in filter(None, (settings.answer, settings.chosen, settings.rejected)):
-            for origin, row in rows:
-                _answer_of(row, origin, column)
-        contents = [_prompt_of(row, origin, settings.prompt) for origin, row in rows]
-        prompts = []
-        for number, ((origin, columns), content) in enumerate(zip(rows, contents, strict=True)):
-            others = {name: value for name, value in columns.items() if name != settings.prompt}
-            try:
-                tokens = codec.encode_prompt(content)
-            except UserError as error:
-                raise UserError(f"{origin}: {error}") from None
-            if not tokens:
-                raise UserError(f"{origin}: the prompt in column {settings.prompt!r} is empty")
-            prompts.append(Prompt(number, content, tokens, others, origin))
-        places = [key("heldout", json.dumps(content, sort_keys=True)) for content in contents]
+        self.left_out: Counter[str] = Counter()  # rows by the reason they can't be used for
+        prompts = list(self._prompts())
+        places = [key("heldout", json.dumps(prompt.content, sort_keys=True)) for prompt in prompts]
         ordered = sorted(set(places))
         num_heldout = math.ceil(settings.heldout * len(ordered)) if len(ordered) > 1 else 0
         heldout = set(ordered[: min(num_heldout, len(ordered) - 1)])
         self.train = [prompt for prompt, place in zip(prompts, places, strict=True) if place not in heldout]
         self.heldout = [prompt for prompt, place in zip(prompts, places, strict=True) if place in heldout]
         self.examples = (self.heldout or self.train)[:2]
+
+    def _prompts(self) -> Iterator[Prompt]:
+        """The rows that can be used. A row that can't is refused; or left out, where the settings are lenient."""
+        settings = self._settings
+        seen: dict[str, str] = {}
+        number = num_rows = 0
+        first: BadRowError | None = None
+        for origin, row in read_rows(settings):
+            num_rows += 1
+            try:
+                yield self._prompt(number, origin, row, seen)
+                number += 1
+            except BadRowError as error:
+                if not settings.lenient:
+                    raise
+                first = first or error
+                self.left_out[error.reason] += 1
+        if first is not None and (self.left_out.total() > settings.max_left_out * num_rows or not number):
+            counts = ", ".join(f"{count} {reason}" for reason, count in self.left_out.most_common())
+            raise UserError(
+                f"{settings.data}: {self.left_out.total()} of {num_rows} rows can't be used ({counts}), more than "
+                f"task.max_left_out={settings.max_left_out:g} allows; the first: {first}"
+            )
+
+    def _prompt(self, number: int, origin: str, row: Mapping[str, Any] | BadRowError, seen: dict[str, str]) -> Prompt:
+        """A row as a prompt. `seen`: where each row before it stands, by its content."""
+        settings = self._settings
+        if isinstance(row, BadRowError):
+            raise row
+        content = prompt_of(row, origin, settings.prompt)
+        for column in filter(None, (settings.answer, settings.chosen, settings.rejected)):
+            answer_of(row, origin, column)
+        whole = hashlib.sha256(
+            json.dumps(row, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
+        ).hexdigest()
+        if whole in seen:
+            raise BadRowError(origin, "a duplicate", f"is the same as {seen[whole]}")
+        seen[whole] = origin
+        try:
+            tokens = self._codec.encode_prompt(content)
+        except UserError as error:
+            raise BadRowError(origin, "not to be encoded", str(error)) from None
+        if not tokens:
+            raise BadRowError(origin, "empty", f"the prompt in column {settings.prompt!r} is empty")
+        others = {name: value for name, value in row.items() if name != settings.prompt}
+        return Prompt(number, content, tokens, others, origin)
 
     def demonstrations(self, count: int, *, seed: int, step: int) -> list[Demonstration]:
         """The rows' answers, every row once an epoch."""
@@ -78,7 +114,7 @@ class Dataset:
         return prompt.tokens, self._answer(prompt, chosen), self._answer(prompt, rejected)
 
     def _answer(self, prompt: Prompt, column: str) -> list[int]:
-        return self._codec.encode_answer(_answer_of(prompt.columns, prompt.origin, column))
+        return self._codec.encode_answer(answer_of(prompt.columns, prompt.origin, column))
 
     def columns_of(self, text: str) -> Mapping[str, Any] | None:
         """Those of the first row with this prompt."""
@@ -91,7 +127,7 @@ class Dataset:
 
 
 def read_rows(settings: DatasetTask) -> Iterator[Row]:
-    """Every row with where it stands (file:line). Raises UserError for a missing file and for a broken row."""
+    """Every row with where it stands (file:line), or what is wrong with it. Raises UserError for a missing file."""
     path = Path(settings.data)
     if not path.exists() and not is_local_path(settings.data):
         yield from _hub_rows(settings)
@@ -100,12 +136,13 @@ def read_rows(settings: DatasetTask) -> Iterator[Row]:
     elif path.suffix == ".parquet":
         yield from _parquet_rows(path)
     elif path.suffix in (".jsonl", ".json", ".ndjson"):
-        yield from _jsonl_rows(path)
+        yield from jsonl_rows(path)
     else:
         raise UserError(f"task.data: {settings.data} is neither .jsonl nor .parquet")
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
+def jsonl_rows(path: Path) -> Iterator[Row]:
+    """Every object of a JSONL file with where it stands. Raises UserError with file:line for a broken line."""
     num_rows = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -115,11 +152,12 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
-                raise UserError(f"{origin}: is not UTF-8: {error.reason} at byte {error.start + 1}") from None
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise UserError(f"{origin}: is not valid JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{origin}: is a {type(row).__name__}; each line must be an object with columns")
+                row = BadRowError(origin, "not UTF-8", f"is not UTF-8: {error.reason} at byte {error.start + 1}")
+            except (ValueError, RecursionError) as error:  # also a number with more digits than Python reads
+                row = BadRowError(origin, "not valid JSON", f"is not valid JSON: {error}")
+            if not isinstance(row, dict | BadRowError):
+                kind = f"is a {type(row).__name__}; each line must be an object with columns"
+                row = BadRowError(origin, "not an object", kind)
             num_rows += 1
             yield origin, row
     if not num_rows:
@@ -160,38 +198,44 @@ def _hub_rows(settings: DatasetTask) -> Iterator[Row]:
         yield f"{settings.data}[{settings.split}]:{number}", row
 
 
-def _answer_of(row: Mapping[str, Any], origin: str, column: str) -> str:
+def answer_of(row: Mapping[str, Any], origin: str, column: str) -> str:
     """The text of an answer: a string, or a list of messages of which the assistant's last one is the answer."""
     if column not in row:
-        raise UserError(f"{origin}: has no column {column!r}; {nearest(column, map(str, row))}")
+        raise BadRowError(origin, "without a column", f"has no column {column!r}; {nearest(column, map(str, row))}")
     answer = row[column]
     if isinstance(answer, list) and answer and isinstance(answer[-1], dict) and answer[-1].get("role") == "assistant":
         answer = answer[-1].get("content")
     if not isinstance(answer, str):
-        raise UserError(
-            f"{origin}: column {column!r} holds {row[column]!r:.60}; text, or messages that end with the assistant's, are allowed"
+        raise BadRowError(
+            origin,
+            "of a wrong type",
+            f"column {column!r} holds {row[column]!r:.60}; text, or messages that end with the assistant's, are allowed",
         )
     return answer
 
 
-def _prompt_of(row: Mapping[str, Any], origin: str, column: str) -> Any:
+def prompt_of(row: Mapping[str, Any], origin: str, column: str) -> Any:
     """The prompt of a row: text, or a list of messages."""
     if column not in row:
-        raise UserError(f"{origin}: has no column {column!r}; {nearest(column, map(str, row))}")
+        raise BadRowError(origin, "without a column", f"has no column {column!r}; {nearest(column, map(str, row))}")
     content = row[column]
     if isinstance(content, str):
         if not content.strip():
-            raise UserError(f"{origin}: the prompt in column {column!r} is empty")
+            raise BadRowError(origin, "empty", f"the prompt in column {column!r} is empty")
         return content
     if not isinstance(content, list):
-        raise UserError(
-            f"{origin}: column {column!r} holds {content!r:.60}, {type(content).__name__}; text or chat messages are allowed"
+        raise BadRowError(
+            origin,
+            "of a wrong type",
+            f"column {column!r} holds {content!r:.60}, {type(content).__name__}; text or chat messages are allowed",
         )
     for message in content:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise UserError(
-                f"{origin}: column {column!r} holds the message {message!r:.60}; each needs a role and a content, as text"
+            raise BadRowError(
+                origin,
+                "of a wrong type",
+                f"column {column!r} holds the message {message!r:.60}; each needs a role and a content, as text",
             )
     if not content:
-        raise UserError(f"{origin}: column {column!r} holds no messages")
+        raise BadRowError(origin, "empty", f"column {column!r} holds no messages")
     return content

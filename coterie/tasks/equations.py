@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -23,6 +22,7 @@ from coterie.models.codec import Codec
 from coterie.noise import key, mix, uniform
 from coterie.rewards.steps import all_steps, check, parse_equation
 from coterie.tasks.base import Demonstration, Preference, completions_of
+from coterie.tasks.words import make_word_tokenizer
 from coterie.types import Messages, Prompt, Scored
 
 HELDOUT_SHARE = 0.1
@@ -32,7 +32,6 @@ ONE_STEP_SHARE = 0.3  # of the demonstrations: equations of one step, always sol
 
 LANGUAGES = ("en", "zh")
 _WORDS = ("Solve ", "Add ", "Subtract ", "Divide ", "by ", "解方程 ", "加 ", "减 ", "除以 ")
-_END = "<end>"
 
 
 @dataclass(frozen=True)
@@ -194,30 +193,6 @@ def _tensor(numbers: int | Iterable[int]) -> Tensor:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """The task's own tokenizer: its words, single characters, and an end token.
-
-    The chat template is what makes `coterie sample` and `apply_chat_template` write the prompt as training did.
-    """
+    """The task's own tokenizer: its words, single characters, and an end token."""
     characters = sorted(set("".join(_WORDS)) | {chr(c) for c in range(32, 127)} | set("：。，答案所以"))
-    vocabulary = ["<pad>", "<unknown>", _END, "\n", *characters]
-    vocabulary += [word for word in (*_WORDS, "= ", ": ", "+ ", "- ", "/ ", "x ") if word not in vocabulary]
-    pattern = "|".join(sorted((_escaped(word) for word in vocabulary[3:] if len(word) > 1), key=len, reverse=True))
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unknown>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(f"{pattern}|[\\s\\S]"), "isolated")
-    core.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        unk_token="<unknown>",
-        eos_token=_END,
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.chat_template = (
-        "{% for message in messages %}{{ message['content'] }}"
-        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
-    )
-    return tokenizer
-
-
-def _escaped(word: str) -> str:
-    return "".join("\\" + character if character in "+-/:" else character for character in word)
+    return make_word_tokenizer(characters, (*_WORDS, "= ", ": ", "+ ", "- ", "/ ", "x "))

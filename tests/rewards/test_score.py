@@ -1,13 +1,18 @@
 """Rewards over groups (R18, R23, R30, R33): the user's function, its failures, abstentions, weights and columns."""
 
+import asyncio
 import math
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 
-from coterie.errors import UserError
-from coterie.rewards.score import Reward, completion_text, score
+from coterie.errors import RewardError, UserError
+from coterie.rewards.score import Reward, score
+from coterie.rewards.text_of import completion_text
 from coterie.types import Completion, Group, Prompt
 
 NAN = math.nan
@@ -276,3 +281,105 @@ def test_r33_the_same_groups_are_scored_the_same_twice():
     first, second = scored(length), scored(length)
     assert torch.equal(first.rewards, second.rewards)
     assert first.groups == GROUPS
+
+
+def test_a_reward_that_sleeps_is_stopped_and_only_that_completion_abstains():
+    def sleeps_for_bb(completions):
+        for text in completions:
+            try:
+                time.sleep(30 if text == "bb" else 0)
+            except Exception:
+                time.sleep(30)
+        return length(completions)
+
+    began = time.monotonic()
+    result = score(GROUPS, [Reward("sleepy", sleeps_for_bb, timeout=0.3)])
+    assert time.monotonic() - began < 5
+    same(result.rewards, [[1, NAN], [3, 0]])
+    assert reasons(result) == {(0, 1): "took longer than 0.3 s"}
+
+
+def test_when_too_many_take_too_long_the_others_are_not_tried():
+    tried = []
+
+    def sleeps(completions):
+        tried.extend(completions)
+        time.sleep(30)
+
+    with pytest.raises(UserError, match=r"4 of 4 completions.*took longer than 0\.2 s"):
+        score(GROUPS, [Reward("sleepy", sleeps, timeout=0.2)], max_failed_share=0.25)
+    assert len(tried) == 4 + 2
+
+
+@pytest.mark.parametrize("loops", ["for ever", "in an except"])
+def test_python_code_that_never_ends_is_interrupted(loops):
+    def spins(completions):
+        while True:
+            try:
+                while True:
+                    pass
+            except Exception:
+                pass
+
+    result = score(GROUPS[:1], [Reward("spins", spins, timeout=0.2)])
+    assert not result.valid.any()
+
+
+def test_what_spins_in_c_ends_the_process_and_says_where():
+    program = (
+        "import coterie.rewards.limits as limits\n"
+        "limits._GRACE = 0.5\n"
+        "with limits.time_limit(0.5):\n"
+        "    sum(range(10**12))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False)
+    assert ended.returncode == 1
+    assert "Timeout" in ended.stderr
+    assert "line 4" in ended.stderr
+
+
+def test_an_async_reward_is_awaited_and_held_to_its_time():
+    async def slow_for_bb(completions):
+        await asyncio.sleep(30 if "bb" in completions else 0)
+        return length(completions)
+
+    result = score(GROUPS, [Reward("async", slow_for_bb, timeout=0.3)])
+    same(result.rewards, [[1, NAN], [3, 0]])
+
+
+def test_options_are_keyword_arguments_and_may_not_be_columns():
+    def scaled(completions, scale):
+        return [scale * value for value in length(completions)]
+
+    same(score(GROUPS, [Reward("scaled", scaled, options={"scale": 3})]).rewards, [[3, 6], [9, 0]])
+    with pytest.raises(UserError, match="takes no size"):
+        score(GROUPS, [Reward("length", lambda completions: [0.0] * 4, options={"size": 3})])
+    with pytest.raises(UserError, match="letter is a column"):
+        score(GROUPS, [Reward("length", length, options={"letter": 3})])
+
+
+def test_r23_a_reward_speaks_only_of_the_rows_it_is_for():
+    seen = []
+
+    def counted(completions, letter):
+        seen.extend(completions)
+        return length(completions)
+
+    of_a = Reward("of_a", counted, where={"letter": "a"})
+    of_c = Reward("of_c", length, weight=10, where={"letter": ["c", "d"]})
+    result = score(GROUPS, [of_a, of_c])
+    same(result.rewards, [[1, 2], [30, 0]])
+    same(result.parts["of_a"], [[1, 2], [NAN, NAN]])
+    assert seen == ["a", "bb"]
+    nobody = score(GROUPS, [Reward("nobody", length, where={"missing": 1})])
+    assert not nobody.valid.any()
+    assert nobody.failures == []
+
+
+def test_an_exception_in_the_list_is_a_failure_of_that_completion():
+    def partly(completions):
+        return [RewardError("the service is away") if text == "bb" else 1.0 for text in completions]
+
+    result = scored(partly)
+    same(result.rewards, [[1, NAN], [1, 1]])
+    assert reasons(result) == {(0, 1): "the service is away"}

@@ -60,3 +60,20 @@ def test_a_resume_removes_what_came_after(tmp_path):
     store.truncate("cold_start", 5, ("train",))
     assert store.read("SELECT * FROM metrics") == []
     store.close()
+
+
+def test_r33_signs_of_reward_hacking_stand_above_the_curves_and_not_among_the_events(tmp_path):
+    write_run(tmp_path)
+    assert "No signs of reward hacking were seen" in write_report(tmp_path).read_text()
+    store = Store(tmp_path / "run.db")
+    store.event("train", 2, "sign/length_drift", f"longer {HOSTILE}")
+    store.event("train", 2, "step_skipped", "not finite")
+    store.close()
+    page = write_report(tmp_path).read_text()
+    place = page.index("<b>length drift</b> from step 2: longer &lt;script&gt;")
+    assert place < page.index("<h2>Curves")
+    assert "alert(1)</script>" not in page
+    events = page[page.index("<h2>Events") :]
+    assert "not finite" in events
+    assert "length" not in events.partition("<h2>Recipe")[0]
+    assert "No signs" not in page

@@ -10,7 +10,7 @@ import torch
 from coterie.errors import UserError
 from coterie.models.codec import Codec
 from coterie.models.load import make_byte_tokenizer
-from coterie.recipe import DatasetTask
+from coterie.settings import DatasetTask
 from coterie.tasks.base import draw
 from coterie.tasks.dataset import Dataset, read_rows
 from coterie.types import Completion, Group, Scored
@@ -147,7 +147,7 @@ GOOD = {"prompt": "good"}
     ids=lambda value: None if isinstance(value, dict) else str(value)[:20],
 )
 def test_r30_a_broken_row_is_named_by_file_and_line(line, said, jsonl):
-    path = jsonl(GOOD, "", GOOD, line, GOOD)
+    path = jsonl(GOOD, "", {"prompt": "good too"}, line, {"prompt": "as good"})
     message = refused(path, chat_codec())
     assert message.startswith(f"{path}:4: ")
     assert said in message
@@ -196,6 +196,34 @@ def test_r30_a_wrong_value_in_parquet_is_named_by_row(tmp_path):
     assert refused(path).startswith(f"{path}:2: ")
 
 
+# Rows that are the same, and rows that are left out
+
+
+def test_a_row_that_is_there_already_is_refused_by_both_places(jsonl):
+    path = jsonl(GOOD, {"prompt": "other"}, {"answer": 1, "prompt": "x"}, {"prompt": "x", "answer": 1})
+    assert refused(path) == f"{path}:4: is the same as {path}:3"
+
+
+def test_a_lenient_task_leaves_rows_out_and_counts_them_by_reason(jsonl):
+    path = jsonl(*ROWS, "{", "[1]", {"prompt": ""}, {"prompt": ""}, ROWS[0], b'{"prompt": "\xff"}\n')
+    task = dataset(path, lenient=True, max_left_out=0.2)
+    assert contents(task.train) == contents(dataset(jsonl(*ROWS, name="good.jsonl")).train)
+    assert [prompt.key for prompt in task.train] == [
+        prompt.key for prompt in dataset(jsonl(*ROWS, name="good.jsonl")).train
+    ]
+    assert task.left_out == {"not valid JSON": 1, "not an object": 1, "empty": 2, "a duplicate": 1, "not UTF-8": 1}
+
+
+def test_a_lenient_task_refuses_data_of_which_too_much_is_wrong(jsonl):
+    path = jsonl(*ROWS, "{", "{", "[1]")
+    message = refused(path, lenient=True)
+    assert "3 of 53 rows" in message
+    assert "2 not valid JSON, 1 not an object" in message
+    assert "task.max_left_out=0.05" in message
+    assert f"{path}:51" in message
+    assert "1 of 1 rows" in refused(jsonl("{", name="none.jsonl"), lenient=True, max_left_out=1.0)
+
+
 # Held out by content
 
 
@@ -229,7 +257,8 @@ def test_r30_the_other_columns_do_not_decide_what_is_held_out(jsonl):
 
 
 def test_r30_equal_prompts_are_on_the_same_side(jsonl):
-    task = dataset(jsonl(*ROWS, *ROWS, *ROWS[:10]), heldout=0.3)
+    again = [{**row, "n": row["n"] + 100} for row in ROWS]
+    task = dataset(jsonl(*ROWS, *again, *({**row, "n": row["n"] + 200} for row in ROWS[:10])), heldout=0.3)
     assert not contents(task.train) & contents(task.heldout)
     assert len(task.train) + len(task.heldout) == 110
     assert len(contents(task.heldout)) == 15
@@ -237,13 +266,13 @@ def test_r30_equal_prompts_are_on_the_same_side(jsonl):
 
 def test_r30_equal_chats_are_on_the_same_side_however_their_keys_are_ordered(jsonl):
     rows = [{"prompt": [{"role": "user", "content": f"prompt {number}"}]} for number in range(30)]
-    turned = [{"prompt": [{"content": f"prompt {number}", "role": "user"}]} for number in range(30)]
+    turned = [{"prompt": [{"content": f"prompt {number}", "role": "user"}], "n": 1} for number in range(30)]
     task = dataset(jsonl(*rows, *turned), chat_codec(), heldout=0.3)
     assert not contents(task.train) & contents(task.heldout)
 
 
 def test_r30_one_prompt_is_for_training(jsonl):
-    task = dataset(jsonl(GOOD, GOOD), heldout=0.5)
+    task = dataset(jsonl(GOOD, {**GOOD, "n": 1}), heldout=0.5)
     assert (len(task.train), len(task.heldout), len(task.examples)) == (2, 0, 2)
 
 

@@ -1,0 +1,198 @@
+"""What of comparing answers needs algebra (R18). Runs in workers only: it imports sympy, and a text can make it spin.
+
+math-verify's grammar reads the LaTeX, which never goes through Python's eval. Expressions are then compared by their values, at points
+that are always the same and to 60 digits, so equal forms need no simplification and a small difference is one. Sets and
+inequalities are compared by math-verify.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import math
+import re
+from typing import Any
+
+import sympy
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy
+from math_verify import verify
+
+from coterie.rewards.values import equal, parts
+
+logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+
+_TIDYING = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
+_READING = ConversionConfig(lowercase_symbols=False)
+_DIGITS = 60
+_CLOSE = sympy.Rational(1, 10**45)
+_NOTHING = sympy.Rational(1, 10**150)  # what is left of an exact zero after evaluation
+_MAX_LOG = 200_000.0  # bits of the largest number that is worked out
+_NUM_POINTS, _MIN_POINTS = 8, 3
+
+
+class TooLargeError(Exception):
+    """A number in the expression has too many digits to be worked out."""
+
+
+class UnreadableError(Exception):
+    """The text is no mathematics that can be read."""
+
+
+def compare(gold: str, answer: str | None) -> str:
+    """`equal`, `unequal`, or `unreadable` where it is the gold that can't be read. answer: None asks for that alone."""
+    if answer is None:
+        try:
+            for text in parts(gold):
+                read_latex(text)
+        except (UnreadableError, TooLargeError):
+            return "unreadable"
+        return "equal"
+    try:
+        return "equal" if equal(gold, answer, same_value) else "unequal"
+    except (UnreadableError, TooLargeError):
+        return "unequal"
+
+
+@functools.lru_cache(maxsize=512)
+def read_latex(text: str) -> Any:
+    """The sympy object of a tidied text. Raises UnreadableError and TooLargeError."""
+    text = re.sub(r"(\d+(?:\.\d+)?)\s*\^\s*\{?\s*\\circ\s*\}?", r"(\1\\cdot\\frac{\\pi}{180})", text)
+    text = text.replace("⦃", r"\{").replace("⦄", r"\}")
+    if "matrix" not in text and re.search(r"(?<![\\A-Za-z{])[A-Za-z]{4,}", text):
+        raise UnreadableError  # words: letter by letter they would be a product
+    if re.search("[^\x00-\x7f]|[\"'`#$&]|__", text) and "matrix" not in text:
+        raise UnreadableError
+    if re.search(r"(?<![\w.])\d[\d.]*\s+\d", text):
+        raise UnreadableError  # `1 2` is no number
+    try:
+        found = latex2sympy(
+            text, is_real=True, convert_degrees=False, normalization_config=_TIDYING, conversion_config=_READING
+        )
+    except Exception as error:  # a grammar, and sympy behind it, which raise what they like
+        raise UnreadableError from error
+    if not isinstance(found, sympy.Basic | sympy.MatrixBase):
+        raise UnreadableError
+    check_size(found)  # before anything in it is put together anew, which works it out
+    known = {value: sympy.Rational(str(value)) for value in found.atoms(sympy.Float)}
+    known |= {symbol: sympy.I for symbol in found.free_symbols if symbol.name == "i"}
+    return found.xreplace(known) if known else found
+
+
+def same_value(gold: str, answer: str) -> bool:
+    """Whether two texts that are neither lists nor points have the same value. Raises UnreadableError and TooLargeError."""
+    one, other = read_latex(gold), read_latex(answer)
+    matrices = [isinstance(each, sympy.MatrixBase | sympy.MatrixExpr) for each in (one, other)]
+    if any(matrices):
+        return all(matrices) and _same_matrix(one.doit(), other.doit())
+    if isinstance(one, sympy.Eq) and isinstance(other, sympy.Eq):
+        return _same_equation(one, other)
+    if isinstance(other, sympy.Eq) and isinstance(other.rhs, sympy.Set):  # x in (1, 2)
+        other = other.rhs
+    if isinstance(one, sympy.Eq) and isinstance(one.rhs, sympy.Set):
+        one = one.rhs
+    if isinstance(one, sympy.Expr) and isinstance(other, sympy.Expr):
+        return _same_expression(one, other)
+    if isinstance(one, sympy.Expr) or isinstance(other, sympy.Expr):
+        return False
+    return bool(verify(one, other, allow_set_relation_comp=True, float_rounding=15, timeout_seconds=None))
+
+
+def check_size(expression: Any) -> None:
+    """Raises TooLargeError where working it out would make a number of more than `_MAX_LOG` bits."""
+    if not isinstance(expression, sympy.MatrixBase):
+        _log_size(expression)
+    else:
+        for entry in expression.flat():
+            _log_size(entry)
+
+
+def _log_size(expression: Any) -> float:
+    """About how many bits the magnitude of a value has, symbols taken as small."""
+    if isinstance(expression, sympy.Rational):
+        return float(max(abs(expression.p), expression.q).bit_length())
+    if isinstance(expression, sympy.Float):
+        return abs(float(expression._mpf_[2])) + float(expression._mpf_[3]) + 1.0
+    sizes = [_log_size(argument) for argument in expression.args]
+    size = sum(sizes) + 1.0
+    if isinstance(expression, sympy.Pow) and expression.args == (0, 0):
+        raise UnreadableError
+    if isinstance(expression, sympy.Pow | sympy.exp):
+        base, exponent = (2.0, sizes[0]) if isinstance(expression, sympy.exp) else (max(sizes[0], 1.0), sizes[1])
+        size = (
+            base * 2.0 ** min(exponent, 60.0)
+            if expression.args[-1].is_Rational is not True
+            else base * max(1.0, float(abs(expression.args[-1])))
+        )
+    elif isinstance(expression, sympy.factorial | sympy.factorial2 | sympy.gamma | sympy.binomial):
+        size = 2.0 ** min(max(sizes), 60.0) * max(max(sizes), 1.0)
+    if size > _MAX_LOG or not math.isfinite(size):
+        raise TooLargeError
+    return size
+
+
+def _same_matrix(one: Any, other: Any) -> bool:
+    if one.shape != other.shape:
+        return False
+    return all(_same_expression(a, b) for a, b in zip(one.flat(), other.flat(), strict=True))
+
+
+def _same_equation(one: Any, other: Any) -> bool:
+    """Whether the difference of the sides of one is a multiple of the other's."""
+    first, second = one.lhs - one.rhs, other.lhs - other.rhs
+    if not (first.free_symbols and second.free_symbols):
+        return _same_expression(one.lhs, other.lhs) and _same_expression(one.rhs, other.rhs)
+    values = _values(first, second)
+    ratios = [a / b for a, b in values if abs(b) > _NOTHING and abs(a) > _NOTHING]
+    return len(ratios) == len(values) and all(_close(ratio, ratios[0]) for ratio in ratios)
+
+
+def _same_expression(one: Any, other: Any) -> bool:
+    if one == other:
+        return one is not sympy.zoo and one is not sympy.nan
+    return all(_close(a, b) for a, b in _values(one, other))
+
+
+def _values(one: Any, other: Any) -> list[tuple[Any, Any]]:
+    """What both are worth at the same points. Raises UnreadableError where there are too few at which both have a value."""
+    names = sorted({symbol.name for each in (one, other) for symbol in each.free_symbols})
+    one, other = one.doit(), other.doit()
+    if any(each.atoms(sympy.core.function.AppliedUndef) for each in (one, other)):
+        raise UnreadableError
+    found = []
+    for point in range(_NUM_POINTS if names else 1):
+        a, b = (_value(each, point) for each in (one, other))
+        if a is None or b is None or a.is_real != b.is_real:
+            if not names:
+                return [(sympy.S.One, sympy.S.Zero)]
+            continue
+        found.append((a, b))
+    if len(found) < (_MIN_POINTS if names else 1):
+        raise UnreadableError
+    return found
+
+
+def _value(expression: Any, point: int) -> Any:
+    at = {symbol: _coordinate(symbol.name, point) for symbol in expression.free_symbols}
+    value = expression.xreplace(at) if at else expression
+    if value.is_Rational or value in (sympy.oo, -sympy.oo):
+        return value
+    value = value.evalf(_DIGITS)
+    if not value.is_number or value.has(sympy.nan, sympy.zoo) or value.atoms(sympy.Sum, sympy.Integral, sympy.Limit):
+        return None
+    real, imaginary = value.as_real_imag()
+    return real if abs(imaginary) <= _CLOSE * abs(real) else value
+
+
+def _coordinate(name: str, point: int) -> Any:
+    """Between 1/4 and 3 in size; all positive at the first points, since many identities hold there alone."""
+    digest = hashlib.sha256(f"{name} {point}".encode()).digest()
+    size = sympy.Rational(250 + int.from_bytes(digest[:4], "big") % 2750, 1000)
+    return -size if point >= _NUM_POINTS // 2 and digest[4] % 2 else size
+
+
+def _close(a: Any, b: Any) -> bool:
+    if (a.is_Rational and b.is_Rational) or a.is_infinite or b.is_infinite:
+        return bool(a == b)
+    size = max(abs(a), abs(b))
+    return bool(size < _NOTHING or abs(a - b) <= _CLOSE * size)

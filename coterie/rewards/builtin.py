@@ -1,0 +1,43 @@
+"""The rewards that a recipe names without a module.
+
+Each is a frozen dataclass: its fields are the reward's options, and calling it scores completions.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
+from importlib import import_module
+from typing import Any
+
+from coterie.errors import UserError, nearest
+
+BUILTIN: dict[str, str] = {
+    "answer": "coterie.rewards.answers:Answer",
+    "code": "coterie.rewards.code.reward:Code",
+    "format": "coterie.rewards.text:Format",
+    "judge": "coterie.rewards.judge:Judge",
+    "language": "coterie.rewards.language:Language",
+    "length": "coterie.rewards.text:Length",
+    "repetition": "coterie.rewards.text:Repetition",
+    "reward_model": "coterie.rewards.learned:RewardModel",
+    "self_correction": "coterie.rewards.corrections:SelfCorrection",
+    "steps": "coterie.rewards.solutions:Steps",
+}
+
+
+def make_builtin(name: str, options: Mapping[str, Any]) -> Callable[..., Any]:
+    """The built-in reward of that name. Raises UserError for a name or an option that there is not, or is missing."""
+    if name not in BUILTIN:
+        raise UserError(
+            f"rewards: there is no {name!r}; {nearest(name, BUILTIN)}; your own is module:function or file.py:function"
+        )
+    module, _, kind = BUILTIN[name].partition(":")
+    made = getattr(import_module(module), kind)
+    known = [field for field in fields(made) if field.init]
+    names = [field.name for field in known]
+    for option in options:
+        if option not in names:
+            raise UserError(f"rewards: {name} has no option {option!r}; {nearest(option, names)}")
+    for field in known:
+        if field.default is field.default_factory is MISSING and field.name not in options:
+            raise UserError(f"rewards: {name} needs the option {field.name!r}")
+    return made(**options)

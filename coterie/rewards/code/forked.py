@@ -1,0 +1,392 @@
+"""Sandboxes on this machine: programs are forked from servers (inside/fork_server.py) that are confined in different ways.
+
+A program's memory, processor time and files are bounded by the kernel; how long it takes and how much it writes, here, while it is
+read. This process never holds more of its output than `output_bytes`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import queue
+import secrets
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ClassVar
+
+from coterie.rewards.code.inside import confine
+from coterie.rewards.code.probes import probe
+from coterie.rewards.code.sandbox import Outcome, Output, Program, SandboxError
+
+_INSIDE = Path(__file__).parent / "inside"
+_START_SECONDS = 60.0
+_GRACE = 10.0  # seconds in which a killed program must be gone
+_CHUNK = 1 << 16
+_PACKAGES = ("site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo", "ensurepip")
+_ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PYTHONDONTWRITEBYTECODE": "1", "LANG": "C.UTF-8"}
+
+
+class ForkServer:
+    """One process that programs are forked from, one at a time."""
+
+    def __init__(self, command: Sequence[str], options: dict[str, Any], readable: Sequence[str]) -> None:
+        """Start it; `readable` is what its programs may read. Raises SandboxError where it does not come up."""
+        ours, theirs = socket.socketpair()
+        self._control = ours
+        with tempfile.TemporaryFile() as complaints:
+            try:
+                self._process = subprocess.Popen(
+                    [*command, json.dumps(options)],
+                    stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=complaints, env=_ENVIRONMENT, cwd="/",
+                    start_new_session=True,
+                )  # fmt: skip
+            except OSError as error:
+                ours.close()
+                raise SandboxError(f"{command[0]} does not start: {error}") from error
+            finally:
+                theirs.close()
+            try:
+                self._hello(readable)
+            except (OSError, ValueError, SandboxError) as error:
+                self.close()
+                complaints.seek(0)
+                said = complaints.read(2000).decode(errors="replace").strip()
+                raise SandboxError(" ".join(f"{error} {said}".split())) from error
+        _offer_when_memory_runs_out(self._process.pid)
+
+    def _hello(self, readable: Sequence[str]) -> None:
+        self._control.settimeout(_START_SECONDS)
+        self._control.sendall(json.dumps(readable).encode() + b"\n")
+        line = b""
+        while not line.endswith(b"\n"):
+            more = self._control.recv(1000)
+            if not more:
+                raise SandboxError("its process ended at the start.")
+            line += more
+        hello = json.loads(line)
+        if "error" in hello:
+            raise SandboxError(hello["error"])
+
+    def run(self, program: Program) -> Outcome:
+        """Raises SandboxError when the server is gone; it must be closed then."""
+        mark = secrets.token_hex(16)
+        job = _job_file(program, mark)
+        results, theirs = os.pipe()
+        try:
+            try:
+                socket.send_fds(self._control, [b"r"], [job, theirs])
+            except OSError as error:
+                raise SandboxError(f"the sandbox's process is gone: {error}") from error
+            finally:
+                os.close(job)
+                os.close(theirs)
+            data, why = self._read(results, program)
+        finally:
+            os.close(results)
+        ended = self._wait(kill=why is not None)
+        return read_outcome(data, mark, program, why or _say_end(ended))
+
+    def _read(self, results: int, program: Program) -> tuple[bytes, str | None]:
+        """What it writes until it ends, or until it has had its share of time or output, and which of these it was."""
+        limits = program.limits
+        poll = select.poll()
+        poll.register(results, select.POLLIN)
+        deadline = time.monotonic() + limits.wall
+        most = limits.output_bytes + 200 * len(program.inputs)  # the records' own bytes
+        data = bytearray()
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0 or not poll.poll(1000 * left):
+                return bytes(data), f"took longer than {limits.wall:g} s"
+            more = os.read(results, _CHUNK)
+            if not more:
+                return bytes(data), None
+            data += more
+            if len(data) > most:
+                return bytes(data[:most]), f"wrote more than {limits.output_bytes} bytes"
+
+    def _wait(self, kill: bool) -> int:
+        """The wait status of the program, which has closed its pipe or is killed."""
+        with contextlib.suppress(OSError):
+            self._control.send(b"k")  # one that closed the pipe without ending has nothing more to say either
+        self._control.settimeout(_GRACE)
+        status = b""
+        try:
+            while len(status) < 4:
+                more = self._control.recv(4 - len(status))
+                if not more:
+                    raise SandboxError("the sandbox's process died")
+                status += more
+        except OSError as error:
+            raise SandboxError(f"a program could not be ended: {error}") from error
+        return int(struct.unpack("<i", status)[0])
+
+    def close(self) -> None:
+        """End it, and with it what it runs."""
+        self._control.close()
+        try:
+            self._process.wait(2)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(OSError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+
+def _offer_when_memory_runs_out(pid: int) -> None:
+    """Let the kernel end a server and what it forks before it ends the trainer."""
+    family = [pid]
+    for one in family:
+        with contextlib.suppress(OSError):
+            family += map(int, Path(f"/proc/{one}/task/{one}/children").read_text().split())
+        with contextlib.suppress(OSError):
+            Path(f"/proc/{one}/oom_score_adj").write_text("500")
+
+
+def _job_file(program: Program, mark: str) -> int:
+    """A file descriptor with everything that the child needs to know, and nothing else."""
+    limits = {"cpu_seconds": program.limits.cpu_seconds, "memory_megabytes": math.ceil(program.limits.memory_megabytes)}
+    job = {
+        "source": program.source,
+        "function": program.function,
+        "inputs": program.inputs,
+        "mark": mark,
+        "limits": limits,
+    }
+    data = memoryview(json.dumps(job).encode("ascii"))
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("job")
+    else:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    while data:
+        data = data[os.write(descriptor, data) :]
+    return descriptor
+
+
+def _say_end(status: int) -> str:
+    """Why a program that said nothing of an input has ended."""
+    if os.WIFSIGNALED(status):
+        name = signal.Signals(os.WTERMSIG(status)).name
+        return "was killed: out of processor time or memory" if name in ("SIGKILL", "SIGXCPU") else f"crashed ({name})"
+    return "ended early"
+
+
+def read_outcome(data: bytes, mark: str, program: Program, end: str) -> Outcome:
+    """What stands on a program's channel. It may hold anything; the worst that it can say is a wrong output.
+
+    end: why there is no more, which is the error of the inputs that nothing is said of. Where the first record is not the
+    server's own word that everything is set up, the sandbox has failed.
+    """
+    pieces = data.split(b"\n" + mark.encode() + b" ")
+    first, *records = [piece.partition(b"\n") for piece in pieces[1:]] or [(b"", b"", b"")]
+    setup = _record(first[0])
+    if "ready" not in setup:
+        return Outcome(failed=f"{setup['setup']}" if "setup" in setup else f"it ended before the program: {end}")
+    texts = [first[2], *(rest for _, _, rest in records)]
+    found: dict[int, Output] = {}
+    for text, (line, ended, _) in zip(texts, records, strict=False):
+        record = _record(line) if ended else {}
+        if "all" in record:
+            end = _short(record["all"])
+            break
+        index = record.get("test")
+        if type(index) is int and 0 <= index < len(program.inputs):
+            error = record.get("error")
+            said = text.decode(errors="replace") if program.function is None else ""
+            output = Output(json.dumps(record.get("value")), said, None if error is None else _short(error))
+            found.setdefault(index, output)
+    return Outcome(tuple(found.get(index, Output(error=end)) for index in range(len(program.inputs))))
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    """A record, empty where it is none: too many digits and too deep are the program's doing, and no record."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _short(text: object) -> str:
+    return str(text)[:300] if isinstance(text, str) else "an error that is no text"
+
+
+class _Forked:
+    """Fork servers, one for each program that runs at the same time; they are started when they are first needed."""
+
+    name: ClassVar[str]
+
+    def __init__(self, *, num_workers: int | None = None) -> None:
+        """Raises SandboxError where this machine can't, or where a hostile program gets through."""
+        self._num_workers = num_workers or _num_cores()
+        self._servers: queue.LifoQueue[ForkServer | None] = queue.LifoQueue()
+        for _ in range(self._num_workers):
+            self._servers.put(None)
+        # A server dies with the thread that starts it, so that is one that lasts.
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix="sandbox-starter")
+        self._runners = ThreadPoolExecutor(self._num_workers, thread_name_prefix="sandbox")
+        self._closed = False
+        try:
+            self._servers.get_nowait()
+            self._servers.put(self._start())
+            self.report = f"{self.name}: {self._test()}"
+        except BaseException:
+            self.close()
+            raise
+
+    def _command(self) -> tuple[list[str], dict[str, Any]]:
+        """How a server is started, and its options."""
+        raise NotImplementedError
+
+    def _test(self) -> str:
+        return probe(self.run)
+
+    def _start(self) -> ForkServer:
+        command, options = self._command()
+        return self._starter.submit(ForkServer, command, options, self._readable()).result()
+
+    def _readable(self) -> list[str]:
+        """What a program may read: the standard library without the packages installed in it, and the time zones."""
+        folders = _libraries()
+        entries = [entry for folder in folders for entry in sorted(folder.iterdir()) if entry.name not in _PACKAGES]
+        return [*(f"{folder}/" for folder in folders), *map(str, entries), "/usr/share/zoneinfo", os.devnull]
+
+    @contextlib.contextmanager
+    def _server(self) -> Iterator[ForkServer]:
+        """One that nobody else uses meanwhile. One that failed is ended, and the next program gets a new one."""
+        server = self._servers.get()
+        try:
+            server = server or self._start()
+            yield server
+        except BaseException:
+            if server is not None:
+                server.close()
+            server = None
+            raise
+        finally:
+            self._servers.put(server)
+
+    def run(self, program: Program) -> Outcome:
+        if self._closed:
+            return Outcome(failed="the sandbox is closed")
+        try:
+            with self._server() as server:
+                return server.run(program)
+        except SandboxError as failure:
+            return Outcome(failed=str(failure))
+
+    def run_all(self, programs: Sequence[Program]) -> list[Outcome]:
+        return list(self._runners.map(self.run, programs))
+
+    def close(self) -> None:
+        self._closed = True
+        self._runners.shutdown(cancel_futures=True)
+        for _ in range(self._num_workers):
+            with contextlib.suppress(queue.Empty):
+                server = self._servers.get_nowait()
+                if server is not None:
+                    server.close()
+        self._starter.shutdown()
+
+
+class Landlock(_Forked):
+    """Landlock, seccomp and resource limits: nothing to install, Linux 5.13 and later."""
+
+    name = "landlock"
+
+    def _command(self) -> tuple[list[str], dict[str, Any]]:
+        return _python(_INSIDE.parent), {"confined": True, "landlock": True, "parent": os.getpid()}
+
+
+class Bubblewrap(_Forked):
+    """The same inside namespaces of its own: no network, no processes but its own, and only Python's own files to be seen."""
+
+    name = "bubblewrap"
+
+    def _command(self) -> tuple[list[str], dict[str, Any]]:
+        program = shutil.which("bwrap")
+        if program is None:
+            raise SandboxError("there is no bwrap; the package is called bubblewrap")
+        landlock = confine.landlock_version() > 0
+        options = {"confined": True, "landlock": landlock, "parent": None}
+        return [program, *_namespaces(), *_mounts(), "--", *_python(Path("/guest"))], options
+
+
+class Subprocess(_Forked):
+    """No confinement at all, resource limits only: a program may do whatever this user may. Only ever by name."""
+
+    name = "subprocess"
+
+    def _command(self) -> tuple[list[str], dict[str, Any]]:
+        return _python(_INSIDE.parent), {"confined": False, "landlock": False, "parent": os.getpid()}
+
+    def _test(self) -> str:
+        return "asked for by name; it holds nothing"
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _interpreter() -> str:
+    return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+
+
+def _python(folder: Path) -> list[str]:
+    """Python with nothing but its standard library, serving from `folder`/inside."""
+    start = (
+        f"import sys, json; sys.path.insert(0, {str(folder)!r}); from inside.fork_server import serve; del sys.path[0]; "
+        "serve(json.loads(sys.argv[1]))"
+    )
+    return [_interpreter(), "-P", "-s", "-S", "-c", start]
+
+
+def _libraries() -> list[Path]:
+    """The folders of the standard library."""
+    return sorted({Path(os.path.realpath(os.__file__)).parent, Path(os.path.realpath(sysconfig.get_path("stdlib")))})
+
+
+def _namespaces() -> list[str]:
+    """--unshare-user by name: as root, bwrap goes on without it otherwise."""
+    return [
+        "--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534", "--cap-drop", "ALL", "--die-with-parent",
+        "--new-session", "--hostname", "sandbox", "--chdir", "/",
+    ]  # fmt: skip
+
+
+def _mounts() -> list[str]:
+    """Python and the shared libraries, read-only; no /proc, no /tmp, nothing that can be written."""
+    words: list[str] = []
+    bound: list[Path] = []
+    for shared in ("/usr/lib", "/usr/lib64", "/lib", "/lib64"):
+        if os.path.islink(shared):
+            words += ["--symlink", os.readlink(shared), shared]
+        elif os.path.isdir(shared):
+            words += ["--ro-bind", shared, shared]
+            bound.append(Path(shared))
+    own = [Path(_interpreter()), *_libraries(), *(Path(sys.base_prefix) / "lib").glob("*.so*")]
+    for path in own:
+        if not any(path.is_relative_to(folder) for folder in bound):
+            words += ["--ro-bind", str(path), str(path)]
+    packages = [f"python*/{name}" for name in ("site-packages", "dist-packages")]
+    folders = [*(found for folder in bound for name in packages for found in folder.glob(name)),
+               *(folder / name for folder in _libraries() for name in _PACKAGES)]  # fmt: skip
+    for folder in sorted({Path(os.path.realpath(folder)) for folder in folders if folder.is_dir()}):
+        words += ["--size", "4096", "--tmpfs", str(folder), "--remount-ro", str(folder)]
+    for extra in ("/etc/ld.so.cache", "/usr/share/zoneinfo"):
+        words += ["--ro-bind-try", extra, extra]
+    words += ["--dev-bind", os.devnull, os.devnull, "--ro-bind", str(_INSIDE), "/guest/inside", "--remount-ro", "/"]
+    return words

@@ -1,0 +1,146 @@
+"""The built-in reward `code`: run the Python of a completion against tests, where it can do no harm (R20)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from coterie.errors import RewardError, UserError
+from coterie.rewards.code.sandbox import Limits, Outcome, Program, Sandbox, make_sandbox
+from coterie.rewards.code.verdict import Policy, Test, passes, read_tests
+from coterie.rewards.text_of import Chat, completion_text
+
+_PYTHON = ("python", "python3", "py")
+_FENCE = re.compile(r"^ {0,3}```[ \t]*(\w*)[^`\n]*$")
+
+
+@dataclass
+class _Holder:
+    """The sandbox, from the first call on."""
+
+    sandbox: Sandbox | None = None
+
+
+@dataclass(frozen=True)
+class Code:
+    """The share of a row's tests that the program in a completion passes, or with score "all" 1 for every one of them.
+
+    The program is the last block fenced as Python, or the whole completion where there is none. Columns: tests, a list of
+    {"args": [...], "expected": ...} for a function or {"stdin": "...", "stdout": "..."} for a whole program; and function,
+    its name, where the rows differ, otherwise the option of that name. A program that fails, hangs or attacks fails its tests;
+    a sandbox that fails abstains.
+
+    sandbox: auto, bubblewrap, landlock, subprocess, or the address of a sandbox server. seconds: of the processor, for all tests
+    of a completion; wall_seconds: waiting included, three times as many where it is 0. tolerance, ints_are_floats,
+    tuples_are_lists, exact_text: what counts as equal, as verdict.Policy says.
+    """
+
+    function: str = ""
+    score: Literal["share", "all"] = "share"
+    sandbox: str = "auto"
+    seconds: float = 5.0
+    wall_seconds: float = 0.0
+    memory_megabytes: int = 512
+    output_bytes: int = 1_000_000
+    tolerance: float = 1e-9
+    ints_are_floats: bool = False
+    tuples_are_lists: bool = True
+    exact_text: bool = False
+    workers: int = 0
+    _holder: _Holder = field(default_factory=_Holder, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.score not in ("share", "all"):
+            raise UserError(f"code: score is share or all, not {self.score!r}")
+        for name in ("wall_seconds", "tolerance"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise UserError(f"code: {name} must be a number from 0 on, not {value!r}")
+        if isinstance(self.workers, bool) or not isinstance(self.workers, int) or self.workers < 0:
+            raise UserError(f"code: workers must be a number of processes, or 0 for one a core, not {self.workers!r}")
+        _ = self._limits  # checks itself
+
+    def __call__(
+        self,
+        completions: Sequence[str | Chat],
+        tests: Sequence[Any],
+        function: Sequence[str | None] | None = None,
+    ) -> list[float | Exception | None]:
+        names = [name or self.function or None for name in function or [None] * len(completions)]
+        wanted = [read_tests(one) for one in tests]
+        programs = [
+            self._program(extract_python(completion_text(completion)), row, name)
+            for completion, row, name in zip(completions, wanted, names, strict=True)
+        ]
+        outcomes = self._sandbox().run_all(programs)
+        return [self._judge(outcome, row) for outcome, row in zip(outcomes, wanted, strict=True)]
+
+    @property
+    def _limits(self) -> Limits:
+        return Limits(self.seconds, self.memory_megabytes, self.output_bytes, self.wall_seconds or None)
+
+    def _program(self, source: str, tests: Sequence[Test], function: str | None) -> Program:
+        """The program with what its tests give it, and without what they expect."""
+        whole = tests[0].whole
+        if not whole and function is None:
+            raise UserError(
+                "code: tests with args need the name of a function; give the option or the column `function`"
+            )
+        given = [test.given for test in tests]
+        try:
+            json.dumps(given)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"code: the arguments of a test must be JSON: {error}") from error
+        return Program(source, given, None if whole else function, self._limits)
+
+    def _judge(self, outcome: Outcome, tests: Sequence[Test]) -> float | Exception:
+        if outcome.failed is not None:
+            return RewardError(f"the sandbox failed: {outcome.failed}")
+        policy = Policy(self.tolerance, self.ints_are_floats, self.tuples_are_lists, self.exact_text)
+        passed = [passes(output, test, policy) for output, test in zip(outcome.outputs, tests, strict=True)]
+        return float(all(passed)) if self.score == "all" else sum(passed) / len(passed)
+
+    def _sandbox(self) -> Sandbox:
+        if self._holder.sandbox is None:
+            self._holder.sandbox = make_sandbox(self.sandbox, num_workers=self.workers or None)
+            logging.getLogger(__name__).info("sandbox %s", self._holder.sandbox.report)
+        return self._holder.sandbox
+
+    @property
+    def report(self) -> str | None:
+        """Which sandbox is used and what it was seen to hold; None before the first call."""
+        return self._holder.sandbox.report if self._holder.sandbox else None
+
+    def close(self) -> None:
+        if self._holder.sandbox is not None:
+            self._holder.sandbox.close()
+            self._holder.sandbox = None
+
+
+def extract_python(text: str) -> str:
+    """The last block fenced as Python, else the last one fenced as nothing in particular, else the whole text.
+
+    A block that is never closed goes to the end, as it does where a completion was cut off.
+    """
+    blocks: list[tuple[str, list[str]]] = []
+    inside = False
+    for line in text.split("\n"):
+        fence = _FENCE.match(line)
+        if inside:
+            if fence and not fence[1]:
+                inside = False
+            else:
+                blocks[-1][1].append(line)
+        elif fence:
+            blocks.append((fence[1].lower(), []))
+            inside = True
+    for languages in (_PYTHON, ("",)):
+        found = ["\n".join(lines) for language, lines in blocks if language in languages]
+        if found:
+            return found[-1] + "\n"
+    return text

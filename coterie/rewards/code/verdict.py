@@ -1,0 +1,177 @@
+"""Is an output right? Compared here, in the process that is trusted, with what is expected, which no sandbox ever sees.
+
+An output is data (Output.value): it can't answer for itself, so there is no `__eq__` to forge, and every type is what it says.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from coterie.errors import UserError
+from coterie.rewards.code.sandbox import Output
+
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What counts as equal.
+
+    tolerance: relative and absolute, between floats. ints_are_floats: 2 is 2.0; a bool never is a number. tuples_are_lists:
+    (1, 2) is [1, 2], which JSON can't tell apart. exact_text: what is printed is compared to the last blank; otherwise blanks
+    at the ends of lines and empty lines at the end are passed over.
+    """
+
+    tolerance: float = 1e-9
+    ints_are_floats: bool = False
+    tuples_are_lists: bool = True
+    exact_text: bool = False
+
+
+@dataclass(frozen=True)
+class Test:
+    """One test: what goes in, and what has to come out. whole: both are texts, of the program's standard input and output."""
+
+    __test__ = False  # no test for pytest
+
+    given: Any
+    expected: Any
+    whole: bool
+
+
+def read_tests(tests: Any) -> list[Test]:
+    """The tests of a row: {"args": [...], "expected": ...} or {"stdin": "...", "stdout": "..."}, all of one kind.
+
+    A text is read as JSON. Raises UserError for anything else.
+    """
+    if isinstance(tests, str):
+        try:
+            tests = json.loads(tests)
+        except ValueError as error:
+            raise UserError(f"code: the column tests is no JSON: {error}") from error
+    if not isinstance(tests, Sequence) or not tests:
+        raise UserError(f"code: a row's tests must be a list with at least one test, not {tests!r:.80}")
+    read = [_read_test(test) for test in tests]
+    if len({test.whole for test in read}) > 1:
+        raise UserError("code: the tests of a row must all have args and expected, or all stdin and stdout")
+    return read
+
+
+def _read_test(test: Any) -> Test:
+    if isinstance(test, Mapping) and set(test) == {"args", "expected"} and isinstance(test["args"], list | tuple):
+        return Test(list(test["args"]), test["expected"], whole=False)
+    if (
+        isinstance(test, Mapping)
+        and set(test) == {"stdin", "stdout"}
+        and all(isinstance(t, str) for t in test.values())
+    ):
+        return Test(test["stdin"], test["stdout"], whole=True)
+    raise UserError(
+        f'code: a test is {{"args": [...], "expected": ...}} or {{"stdin": "...", "stdout": "..."}}, not {test!r:.120}'
+    )
+
+
+def passes(output: Output, test: Test, policy: Policy) -> bool:
+    """Whether the program gave what the test expects. An error never is right, whatever is expected."""
+    if output.error is not None:
+        return False
+    if test.whole:
+        return _lines(output.text, policy) == _lines(test.expected, policy)
+    try:
+        return equal(output.value, test.expected, policy)
+    except RecursionError:
+        return False
+
+
+def _lines(text: str, policy: Policy) -> str | list[str]:
+    return text if policy.exact_text else [line.rstrip() for line in text.rstrip().split("\n")]
+
+
+def equal(value: Any, expected: Any, policy: Policy) -> bool:
+    """Whether a value as Output holds it is `expected`, a value of Python. Types must agree as the policy says.
+
+    Costs no more than a walk over `expected`: nothing is put into a dict or a set whose hashes the program could choose.
+    """
+    if isinstance(expected, bool) or expected is None or isinstance(expected, str):
+        return type(value) is type(expected) and bool(value == expected)
+    if isinstance(expected, int | float):
+        return _equal_numbers(value, expected, policy)
+    if isinstance(expected, list | tuple):
+        kind, items = _opened(value)
+        if kind != type(expected).__name__ and not (policy.tuples_are_lists and kind in ("list", "tuple")):
+            return False
+        return len(items) == len(expected) and all(
+            equal(one, other, policy) for one, other in zip(items, expected, strict=True)
+        )
+    if isinstance(expected, Mapping):
+        return _equal_mappings(value, expected, policy)
+    if isinstance(expected, set | frozenset):
+        kind, items = _opened(value)
+        if kind != "set" or len(items) != len(expected):
+            return False
+        return {_key_of(one) for one in expected} == {_key(item) for item in items}
+    raise UserError(
+        f"code: an expected value can't be a {type(expected).__name__}; numbers, texts, lists and dicts can"
+    )
+
+
+def _equal_numbers(value: Any, expected: float, policy: Policy) -> bool:
+    if type(value) not in (int, float) or (type(value) is not type(expected) and not policy.ints_are_floats):
+        return False
+    if type(value) is int and type(expected) is int:
+        return value == expected
+    try:
+        one, other = float(value), float(expected)
+    except OverflowError:
+        return False
+    if math.isnan(other):
+        return math.isnan(one)
+    return math.isclose(one, other, rel_tol=policy.tolerance, abs_tol=policy.tolerance)
+
+
+def _equal_mappings(value: Any, expected: Mapping[Any, Any], policy: Policy) -> bool:
+    """Keys have to agree exactly, in any order."""
+    kind, pairs = _opened(value)
+    if kind != "dict" or len(pairs) != len(expected):
+        return False
+    wanted = {_key_of(key): inner for key, inner in expected.items()}
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) != 2:
+            return False
+        inner = wanted.pop(_key(pair[0]), _MISSING)
+        if inner is _MISSING or not equal(pair[1], inner, policy):
+            return False
+    return not wanted
+
+
+def _opened(value: Any) -> tuple[str, list[Any]]:
+    """Which container a value of Output is, and what is in it. ("", []) for everything else."""
+    if isinstance(value, list):
+        return "list", value
+    if isinstance(value, dict) and len(value) == 1:
+        ((kind, items),) = value.items()
+        if kind in ("tuple", "set", "dict") and isinstance(items, list):
+            return kind, items
+    return "", []
+
+
+def _key(value: Any) -> str:
+    """A text that stands for a value of Output, the same for the same value and type: 1, 1.0 and True differ."""
+    return json.dumps(value, sort_keys=True)
+
+
+def _key_of(value: Any) -> str:
+    """The same for a value of Python."""
+    return _key(_tagged(value))
+
+
+def _tagged(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return {"tuple": [_tagged(inner) for inner in value]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise UserError(f"code: the key of an expected dict or set can't be a {type(value).__name__}")

@@ -1,0 +1,289 @@
+"""Asking an OpenAI-compatible server, which may be busy, slow, broken or gone.
+
+What comes of a call is its verdict, or a RewardError that says why there is none. The key stands in the request's header and
+nowhere else: every reason is cleaned of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception_type,
+    stop_after_attempt,
+    stop_before_delay,
+    wait_random_exponential,
+)
+
+from coterie.errors import RewardError
+from coterie.rewards.judge_request import Question, ReplyError
+
+MAX_BODY = 1_000_000  # bytes of an answer
+_FORMATS = ("json_schema", "json_object", "plain")  # each for servers that refuse the one before
+
+
+class AgainError(Exception):
+    """The service did not answer, and may if it is asked again. after: the seconds that it asks to wait."""
+
+    def __init__(self, reason: str, after: float | None = None) -> None:
+        super().__init__(reason)
+        self.after = after
+
+
+class UnreadableError(AgainError):
+    """The service answered, and not what it was asked for. Another try may give something better."""
+
+
+class UnjudgedError(Exception):
+    """The service refuses this question, and would again."""
+
+
+class RefusedError(Exception):
+    """The service refuses every question, and would again."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """Where the judge is, and how much is asked of it.
+
+    url: ends before /chat/completions. fields: what goes into every request. concurrency: requests at the same time. attempts:
+    for each question. request_seconds, step_seconds: for one attempt; for all questions of a step together.
+    failures_in_a_row: so many questions without an answer, and none is asked for `pause_seconds`.
+    """
+
+    url: str
+    fields: Mapping[str, Any]
+    concurrency: int
+    attempts: int
+    request_seconds: float
+    step_seconds: float
+    failures_in_a_row: int
+    pause_seconds: float
+
+
+class Breaker:
+    """Stops asking a service that is down. After the pause one question is asked; its answer closes the breaker again."""
+
+    def __init__(self, limit: int, pause: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit, self._pause, self._clock = limit, pause, clock
+        self._num_failed = 0
+        self._open_until: float | None = None
+
+    @property
+    def open(self) -> bool:
+        return self._open_until is not None and self._clock() < self._open_until
+
+    @property
+    def on_trial(self) -> bool:
+        """Whether a pause has passed and no answer has come since."""
+        return self._open_until is not None and not self.open
+
+    def succeeded(self) -> None:
+        self._num_failed, self._open_until = 0, None
+
+    def failed(self) -> None:
+        self._num_failed += 1
+        if self._num_failed >= self._limit:
+            self._open_until = self._clock() + self._pause
+
+    @property
+    def reason(self) -> str:
+        return f"not asked: the judge failed {self._num_failed} times in a row, and is left alone for {self._pause:g} s"
+
+
+class Client:
+    """Asks the questions of a step, and remembers from step to step what the service understands and whether it is up."""
+
+    def __init__(self, service: Service, key: str = "") -> None:
+        self._service, self._key = service, key
+        self._breaker = Breaker(service.failures_in_a_row, service.pause_seconds)
+        self._format = 0  # of _FORMATS: the first that the service has not refused
+        self._resume_at = -math.inf  # on the monotonic clock: the service asked for quiet until then
+
+    def ask(self, questions: Sequence[Question], keep: Callable[[int, Any], None]) -> list[Any | RewardError]:
+        """The verdicts, in order. `keep(number, verdict)` is called with each as it comes."""
+        return _run(lambda: self._ask_all(questions, keep)) if questions else []
+
+    async def _ask_all(
+        self, questions: Sequence[Question], keep: Callable[[int, Any], None]
+    ) -> list[Any | RewardError]:
+        service = self._service
+        until = time.monotonic() + service.step_seconds
+        free = asyncio.Semaphore(service.concurrency)
+        headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        limits = httpx.Limits(max_connections=service.concurrency, max_keepalive_connections=service.concurrency)
+        async with httpx.AsyncClient(headers=headers, limits=limits, timeout=service.request_seconds) as http:
+
+            async def answer(number: int) -> Any | RewardError:
+                verdict = await self._ask(http, free, questions[number], until)
+                if not isinstance(verdict, RewardError):
+                    keep(number, verdict)
+                return verdict
+
+            first = [asyncio.create_task(answer(0))] if self._breaker.on_trial else []
+            if first:
+                await asyncio.wait(first, timeout=service.step_seconds)
+            tasks = first + [asyncio.create_task(answer(number)) for number in range(len(first), len(questions))]
+            _, late = await asyncio.wait(tasks, timeout=max(until - time.monotonic(), 0))
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        too_late = f"the judge took longer than {service.step_seconds:g} s for all questions of a step"
+        return [RewardError(too_late) if task.cancelled() else task.result() for task in tasks]
+
+    async def _ask(
+        self, http: httpx.AsyncClient, free: asyncio.Semaphore, question: Question, until: float
+    ) -> Any | RewardError:
+        """One question, asked again where that may help."""
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(AgainError),
+            stop=stop_after_attempt(self._service.attempts) | stop_before_delay(max(until - time.monotonic(), 0)),
+            wait=_wait,
+            reraise=True,
+        )
+        try:
+            verdict: Any = await retrying(self._attempt, http, free, question, until)
+        except RewardError as error:  # not asked at all
+            return error
+        except (UnreadableError, UnjudgedError) as error:  # it is up, and that is what the breaker asks
+            self._breaker.succeeded()
+            return RewardError(self._clean(f"the judge {error}"))
+        except (AgainError, RefusedError) as error:
+            self._breaker.failed()
+            return RewardError(self._clean(f"the judge {error}"))
+        self._breaker.succeeded()
+        return verdict
+
+    async def _attempt(self, http: httpx.AsyncClient, free: asyncio.Semaphore, question: Question, until: float) -> Any:
+        """One attempt, when its turn has come. Raises RewardError where the service is not to be asked."""
+        async with free:
+            if self._resume_at > until:
+                raise RewardError("not asked: the judge wants to be left alone for longer than the step may take")
+            await asyncio.sleep(max(self._resume_at - time.monotonic(), 0))
+            if self._breaker.open:
+                raise RewardError(self._breaker.reason)
+            try:
+                async with asyncio.timeout(self._service.request_seconds):
+                    return await self._exchange(http, question)
+            except (TimeoutError, httpx.TimeoutException):
+                raise AgainError(f"gave no answer within {self._service.request_seconds:g} s") from None
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                raise AgainError(f"can't be reached: {str(error) or type(error).__name__}") from None
+
+    async def _exchange(self, http: httpx.AsyncClient, question: Question) -> Any:
+        """Ask in the strictest form that the service takes, and read what it answers."""
+        for number in range(self._format, len(_FORMATS)):
+            status, headers, body = await self._post(http, question, _FORMATS[number])
+            if status not in (400, 422):
+                break
+        if status != 200:
+            raise self._refusal(status, headers, body)
+        self._format = max(self._format, number)
+        try:
+            return question.read(_reply_in(body), prose=_FORMATS[number] == "plain")
+        except ReplyError as error:
+            raise UnreadableError(f"gave a reply that {error}") from None
+
+    async def _post(self, http: httpx.AsyncClient, question: Question, form: str) -> tuple[int, httpx.Headers, bytes]:
+        """Status, headers and body, of which no more than a megabyte is read."""
+        fields = {**self._service.fields, "messages": question.messages, "stream": False}
+        if form == "json_schema":
+            schema = {"name": "verdict", "strict": True, "schema": question.schema}
+            fields["response_format"] = {"type": form, "json_schema": schema}
+        elif form == "json_object":
+            fields["response_format"] = {"type": form}
+        url = httpx.URL(self._service.url)
+        url = url.copy_with(path=f"{url.path.rstrip('/')}/chat/completions")
+        async with http.stream("POST", url, content=json.dumps(fields).encode()) as answer:
+            if answer.headers.get("Content-Encoding", "identity") != "identity":
+                raise UnreadableError("gave a compressed reply, which was not asked for")
+            body = b""
+            async for chunk in answer.aiter_raw():
+                body += chunk
+                if len(body) > MAX_BODY:
+                    raise UnreadableError(f"gave a reply of more than {MAX_BODY:,} bytes")
+            return answer.status_code, answer.headers, body
+
+    def _refusal(self, status: int, headers: httpx.Headers, body: bytes) -> Exception:
+        if status in (408, 409, 425, 429) or status >= 500:
+            after = _seconds_in(headers.get("Retry-After"))
+            if after is not None:
+                self._resume_at = max(self._resume_at, time.monotonic() + after)
+            return AgainError(f"answered {status}", after)
+        if status in (401, 403):
+            return RefusedError(f"answered {status}: the key is missing, or not accepted")
+        if 300 <= status < 400:
+            return RefusedError(f"answered {status}, a redirect, which is not followed")
+        said = " ".join(body[:400].decode("utf-8", "replace").split())
+        kind = UnjudgedError if status in (400, 413, 422) else RefusedError
+        return kind(f"answered {status}: {said[:200]}")
+
+    def _clean(self, reason: str) -> str:
+        """A reason without the key, which a server may repeat."""
+        return reason.replace(self._key, "***") if self._key else reason
+
+
+def _reply_in(body: bytes) -> str:
+    """What the model wrote, in a chat completion. Raises UnreadableError, and UnjudgedError where it did not want to."""
+    try:
+        (choice,) = json.loads(body)["choices"]
+        message = choice["message"]
+        content, refusal, ended = message["content"], message.get("refusal"), choice.get("finish_reason")
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        raise UnreadableError("gave a reply that is no chat completion") from None
+    if refusal or ended == "content_filter":
+        raise UnjudgedError("does not want to judge this")
+    if ended == "length":
+        raise UnreadableError("gave a reply that its length limit cut")
+    if not isinstance(content, str):
+        raise UnreadableError("gave a reply without text")
+    return content
+
+
+def _seconds_in(retry_after: str | None) -> float | None:
+    """The header Retry-After as seconds from now: a number, or a date. None where it is neither."""
+    if retry_after is None:
+        return None
+    try:
+        seconds = float(retry_after)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return None
+    return max(seconds, 0.0) if math.isfinite(seconds) else None
+
+
+_backoff = wait_random_exponential(multiplier=0.5, max=20)  # seconds
+
+
+def _wait(state: RetryCallState) -> float:
+    """As long as the service asks for, and a little more, so that not everyone comes back at once; else longer each time."""
+    error = state.outcome.exception() if state.outcome is not None else None
+    if isinstance(error, AgainError) and error.after is not None:
+        return error.after + random.uniform(0, min(1.0, 0.1 * error.after))
+    return _backoff(state)
+
+
+def _run(make: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    """Run a coroutine to its end, from inside of a running loop too."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(make())
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: asyncio.run(make())).result()

@@ -1,0 +1,99 @@
+"""What of a text is prose, and in which script each of its words is written.
+
+The unit of an amount of text is the word. Where a script writes no spaces, so many characters count as a word as a
+translation takes for one (`_PER_WORD`): a Chinese half and an English half of a text then weigh about the same, which
+they would not if letters were counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import regex
+
+_PER_WORD = {"Han": 1.5, "Kana": 2.5, "Thai": 5.0, "Lao": 5.0, "Khmer": 5.0, "Myanmar": 5.0}
+_ALPHABETS = (
+    "Latin", "Cyrillic", "Greek", "Arabic", "Hebrew", "Devanagari", "Hangul", "Thai", "Lao", "Khmer", "Myanmar", "Bengali",
+    "Tamil", "Telugu", "Kannada", "Malayalam", "Gujarati", "Gurmukhi", "Oriya", "Sinhala", "Armenian", "Georgian", "Ethiopic",
+    "Tibetan",
+)  # fmt: skip
+OTHER = "Other"
+
+
+@dataclass(frozen=True)
+class Word:
+    """A run of letters of one script."""
+
+    script: str
+    text: str
+
+    @property
+    def units(self) -> float:
+        per_word = _PER_WORD.get(self.script)
+        return len(self.text) / per_word if per_word else 1.0
+
+    @property
+    def is_name(self) -> bool:
+        """Whether it looks like a name or an acronym, where the script has capitals."""
+        return self.text[0].isupper()
+
+
+def sentences(text: str) -> list[list[Word]]:
+    """The words of each sentence of the prose; sentences without any are left out."""
+    found: list[list[Word]] = [[]]
+    for word in _words(prose(text)):
+        if word is None:
+            found.append([])
+        else:
+            found[-1].append(word)
+    return [sentence for sentence in found if sentence]
+
+
+_WORD = regex.compile(
+    r"(?P<End>[!?。！？；\n\u2028\u2029]|\.(?=\s|$))"
+    r"|(?P<Han>[\p{Han}々〇]+)|(?P<Kana>[\p{Hiragana}\p{Katakana}ー]+)"
+    + "".join(rf"|(?P<{name}>\p{{{name}}}[\p{{{name}}}\p{{M}}'’]*)" for name in _ALPHABETS)
+    + rf"|(?P<{OTHER}>[\p{{L}}--\p{{Common}}]+)",
+    regex.V1,
+)
+
+
+def _words(text: str) -> Iterator[Word | None]:
+    """The words in order, and None where a sentence ends. Single letters of an alphabet are symbols, no words."""
+    for match in _WORD.finditer(text):
+        script = match.lastgroup
+        if script == "End":
+            yield None
+        elif script in _PER_WORD or len(match.group()) > 1:
+            yield Word(str(script), match.group())
+
+
+# No alternative may look further than the next opening of its own kind: a text of openings alone then costs one pass.
+_LEFT_OUT = regex.compile(
+    r"""
+      ```.*?(?:```|\Z) | ~~~.*?(?:~~~|\Z)                                # fenced code, to the end where it is not closed
+    | `[^`\n]*`                                                          # inline code
+    | \$\$[^$]*\$\$ | \$(?=\S)[^$\n]*\$                                  # formulas
+    | \\\((?:[^\\]|\\(?![()]))*+\\\) | \\\[(?:[^\\]|\\(?![\[\]]))*+\\\]
+    | \\begin\{(?:[^\\]|\\(?!begin\b|end\b))*+\\end\{\w*+\*?\}
+    | \\(?:boxed|text|mathrm|mathbf|operatorname)\{(?:[^{}\n]|\{[^{}\n]*\})*+\} | \\[A-Za-z]++
+    | (?:https?://|www\.)[^\s<>"')\]，。；）】》」]++ | (?<![\w.+-])[\w.+-]++@[\w-]++(?:\.\w++)++   # addresses
+    | </?[A-Za-z][^<>\n]*>                                               # tags
+    """,
+    regex.VERBOSE | regex.DOTALL,
+)
+_SYMBOLS = regex.compile(
+    r"""
+      \d++(?:[.,:/]\d++)*+(?:\s?(?:km/h|m/s|[KMG]B|Hz|kWh?|[kcmμnd]?[mgsLl]|[°℃%][CF]?)(?![\w/]))?   # numbers, their units
+    | \b[A-Za-z]++[\d_]\w*+ | \b\p{Ll}++\p{Lu}\w*+                 # identifiers: x1, my_name, camelCase
+    | \b(?:sin|cos|tan|log|ln|exp|max|min|mod|gcd|lcm|sqrt|lim|det)(?=\()  # functions
+    | (?:\b[A-Za-z]\w*+\s*+)?[=≈≠≤≥]\s*+(?:[A-Za-z]\w*+)? | [+*×÷^]\s*+[A-Za-z]\w*+   # both sides of an equation
+    """,
+    regex.VERBOSE,
+)
+
+
+def prose(text: str) -> str:
+    """The text without what is in no language: code, formulas, equations, addresses, tags, numbers with their units."""
+    return _SYMBOLS.sub(" ", _LEFT_OUT.sub(" ", text))

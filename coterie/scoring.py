@@ -1,0 +1,324 @@
+"""`coterie score`: a recipe's rewards over completions of a file or a run, so that a reward is debugged without training.
+
+Legend: R completions, P prompts, G the largest number of completions that a prompt has.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coterie.algorithms.advantages import group_std, has_signal
+from coterie.errors import BadRowError, UserError
+from coterie.recipe import Recipe, load_recipe
+from coterie.rewards.load import load_rewards
+from coterie.rewards.score import Reward, score
+from coterie.runs.console import Console
+from coterie.runs.store import Store
+from coterie.settings import DatasetTask
+from coterie.tasks.dataset import answer_of, jsonl_rows, prompt_of
+from coterie.types import Completion, Group, Prompt, RewardFailure
+
+_UNKNOWN = [0]  # stands for tokens that nobody knows; no reward gets to see it
+_MAX_REASONS = 12  # that are printed
+_MAX_REASON_LENGTH = 160
+
+
+@dataclass(frozen=True)
+class Row:
+    """One completion to score. origin: where it stands. group: what it shares with its siblings. tokens: if known."""
+
+    origin: str
+    group: str
+    prompt: Prompt
+    text: str
+    tokens: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the rewards said of rows that are ordered by group.
+
+    sizes [P]: how many rows each group has. rewards [R]: the weighted sum, NaN where a completion abstains. parts: each
+    reward by name, [R]. failures: `group` is the number of the row. seconds: that each reward took.
+    """
+
+    rows: list[Row]
+    sizes: list[int]
+    rewards: Tensor
+    parts: Mapping[str, Tensor]
+    failures: list[RewardFailure]
+    seconds: Mapping[str, float]
+
+    def by_group(self, values: Tensor) -> Tensor:
+        """Values [R] -> [P, G], NaN where a group has fewer than G rows."""
+        table = torch.full((len(self.sizes), max(self.sizes)), math.nan, dtype=torch.float64)
+        for number, part in enumerate(values.split(self.sizes)):
+            table[number, : len(part)] = part
+        return table
+
+
+def score_completions(recipe_name: str, source: str, overrides: Sequence[str], out: Path | None) -> None:
+    """Print what each reward makes of the completions, and write it to `out` if there is one."""
+    console = Console()
+    recipe = load_recipe(recipe_name, overrides)
+    if not recipe.rewards:
+        raise UserError(f"score: {recipe_name} has no rewards")
+    rewards = load_rewards(recipe.rewards)
+    with ExitStack() as stack:
+        for reward in rewards:
+            stack.callback(reward.close)
+        rows = _rows_of_run(recipe, Path(source)) if Path(source).is_dir() else _rows_of_file(recipe, Path(source))
+        scores = score_rows(
+            _with_tokens(console, rows, recipe, rewards), rewards, groups_per_call=recipe.prompts_per_step
+        )
+    _print_parts(console, scores, rewards)
+    _print_times(console, scores, rewards)
+    _print_failures(console, scores)
+    if out is not None:
+        _write(scores, out)
+        console.say(f"each completion with its parts: {out}")
+
+
+def score_rows(rows: Sequence[Row], rewards: Sequence[Reward], *, groups_per_call: int) -> Scores:
+    """Every reward of every row. A call gets whole groups, as many as a step of training has, for its time limit's sake."""
+    by_group: dict[str, list[Row]] = {}
+    for row in rows:
+        by_group.setdefault(row.group, []).append(row)
+    groups = list(by_group.values())
+    watched = [_Watched(reward.function, all(row.tokens is not None for row in rows)) for reward in rewards]
+    watching = [replace(reward, function=watch) for reward, watch in zip(rewards, watched, strict=True)]
+    ordered: list[Row] = []
+    totals, failures = [], []
+    parts: dict[str, list[Tensor]] = {reward.name: [] for reward in rewards}
+    for start in range(0, len(groups), groups_per_call):
+        some = [row for group in groups[start : start + groups_per_call] for row in group]
+        scored = score(
+            [Group(row.prompt, [_completion(row)]) for row in some], watching
+        )  # [rows, 1]: groups differ in size
+        failures += [replace(failure, group=failure.group + len(ordered)) for failure in scored.failures]
+        ordered += some
+        totals.append(scored.rewards[:, 0])
+        for name, part in scored.parts.items():
+            parts[name].append(part[:, 0])
+    seconds = {reward.name: watch.seconds for reward, watch in zip(rewards, watched, strict=True)}
+    together = {name: torch.cat(part) for name, part in parts.items()}
+    return Scores(ordered, [len(group) for group in groups], torch.cat(totals), together, failures, seconds)
+
+
+class _Watched:
+    """A reward function whose seconds are counted, and which is not shown tokens that nobody knows."""
+
+    def __init__(self, function: Callable[..., Any], knows_tokens: bool) -> None:
+        self.__wrapped__ = function  # inspect.signature gives the function's own
+        self._knows_tokens = knows_tokens
+        self.seconds = 0.0
+
+    def __call__(self, **columns: Any) -> Any:
+        if not self._knows_tokens:
+            columns.pop("completion_ids", None)
+        with self._counted():
+            answer = self.__wrapped__(**columns)
+        return self._awaited(answer) if inspect.isawaitable(answer) else answer
+
+    async def _awaited(self, answer: Any) -> Any:
+        with self._counted():
+            return await answer
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - started
+
+
+def _completion(row: Row) -> Completion:
+    tokens = row.tokens or _UNKNOWN
+    nothing = torch.zeros(len(tokens))
+    return Completion(tokens, nothing, nothing, "stop", row.text)
+
+
+def _rows_of_file(recipe: Recipe, path: Path) -> list[Row]:
+    """One row for each completion. Raises UserError with file:line for a line that can't be used."""
+    if not path.is_file():
+        raise UserError(f"score: {path} is neither a file nor a run folder")
+    named = recipe.task.prompt if isinstance(recipe.task, DatasetTask) else "prompt"
+    rows = []
+    for origin, columns in jsonl_rows(path):
+        if isinstance(columns, BadRowError):
+            raise columns
+        column = named if named in columns else "prompt"
+        content = prompt_of(columns, origin, column)
+        others = {name: v for name, v in columns.items() if name not in (column, "completion", "completions")}
+        prompt = Prompt(0, content, _UNKNOWN, others, origin)
+        group = json.dumps(content, sort_keys=True)
+        rows += [Row(origin, group, prompt, text) for text in _texts(columns, origin)]
+    return rows
+
+
+def _texts(columns: Mapping[str, Any], origin: str) -> list[str]:
+    """The completions of a line: one text or chat message, or a list of them."""
+    if ("completion" in columns) == ("completions" in columns):
+        both = "both" if "completion" in columns else "neither"
+        raise UserError(f"{origin}: has {both} of the columns 'completion' and 'completions'; one of them is needed")
+    if "completion" in columns:
+        return [answer_of(columns, origin, "completion")]
+    given = columns["completions"]
+    if not isinstance(given, list) or not given:
+        raise UserError(f"{origin}: column 'completions' holds {given!r:.60}; a list with at least one is needed")
+    return [answer_of({"completions": one}, origin, "completions") for one in given]
+
+
+def _rows_of_run(recipe: Recipe, folder: Path) -> list[Row]:
+    """What a run recorded of its training, with the columns that the recipe's task has for each prompt."""
+    if not (folder / "run.db").is_file():
+        raise UserError(f"score: {folder} is no run: {folder / 'run.db'} does not exist")
+    from coterie.tasks.load import load_codec, make_task  # imports transformers, which a file does without
+
+    codec = load_codec(recipe)
+    task = make_task(recipe.task, codec)
+    known = {prompt.text: prompt for prompt in (*task.heldout, *task.train)}
+    store = Store(folder / "run.db", read_only=True)
+    try:
+        recorded = store.read(
+            "SELECT step, prompt_number, prompt, text, tokens FROM completions WHERE stage = 'train' "
+            "ORDER BY step, prompt_number, completion_number"
+        )
+    finally:
+        store.close()
+    rows = []
+    for step, number, text, completion, tokens in recorded:
+        origin = f"{folder}, step {step}, prompt {number + 1}"
+        if text not in known:
+            raise UserError(f"{origin}: the recipe's task has no prompt {text!r:.80}")
+        rows.append(Row(origin, f"{step} {number}", known[text], completion, json.loads(tokens)))
+    if not rows:
+        raise UserError(f"score: {folder} has recorded no completions")
+    return rows
+
+
+def _with_tokens(console: Console, rows: list[Row], recipe: Recipe, rewards: Sequence[Reward]) -> list[Row]:
+    """The rows with their tokens, where a reward asks for `completion_ids`: nothing else needs the tokenizer.
+
+    Raises UserError where there is no tokenizer; a reward that can do without gets none, and a warning says why.
+    """
+    reading = [reward.function for reward in rewards if getattr(reward.function, "reads_tokens", True)]
+    signatures = [inspect.signature(function).parameters for function in reading]
+    asked = [parameters["completion_ids"] for parameters in signatures if "completion_ids" in parameters]
+    if not asked or all(row.tokens is not None for row in rows):
+        return rows
+    from coterie.tasks.load import load_codec
+
+    try:
+        codec = load_codec(recipe)
+    except UserError as error:
+        if any(parameter.default is parameter.empty for parameter in asked):
+            raise
+        console.warn(f"rewards get no completion_ids: {error}")
+        return rows
+    return [replace(row, tokens=codec.encode_answer(row.text)) for row in rows]
+
+
+def _print_parts(console: Console, scores: Scores, rewards: Sequence[Reward]) -> None:
+    """A line for each reward and one for their sum: its values, who abstained, and whether groups are told apart."""
+    header = ("", "weight", "mean", "std", "min", "max", "abstained", "failed", "std in group", "no signal")
+    lines = [
+        (reward.name, f"{reward.weight:g}", *_figures(scores, scores.parts[reward.name], reward.name))
+        for reward in rewards
+    ]
+    lines.append(("sum", "", *_figures(scores, scores.rewards, None)))
+    title = f"{_counted(len(scores.rows), 'completion')} of {_counted(len(scores.sizes), 'prompt')}"
+    console.table(title, header, lines)
+    if max(scores.sizes) == 1:
+        console.say("no prompt has two completions, so nothing can be said of the spread in a group")
+
+
+def _figures(scores: Scores, values: Tensor, name: str | None) -> tuple[str, ...]:
+    """mean, std, min, max, abstained, failed, mean std in a group, groups without signal; name: None for the sum."""
+    given = values[~values.isnan()]
+    num_failed = len({f.group for f in scores.failures if name in (None, f.reward)})
+    num_abstained = len(values) - len(given) - num_failed
+    table = scores.by_group(values)[torch.tensor(scores.sizes) > 1]  # [P, G] of the groups that can be told apart
+    spread = group_std(table)
+    spread = spread[~spread.isnan()]
+    return (
+        *(_number(given.mean()), _number(given.std()) if len(given) > 1 else "-"),
+        *((_number(given.min()), _number(given.max())) if len(given) else ("-", "-")),
+        *(str(num_abstained), str(num_failed)),
+        _number(spread.mean()) if len(spread) else "-",
+        f"{(~has_signal(table)).double().mean():.0%}" if len(table) else "-",
+    )
+
+
+def _number(value: Tensor) -> str:
+    return "-" if value.isnan() else f"{value.item():.4g}"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _print_times(console: Console, scores: Scores, rewards: Sequence[Reward]) -> None:
+    """Seconds of each reward, over the completions that it is for."""
+    lines = []
+    for reward in rewards:
+        seconds = scores.seconds[reward.name]
+        count = sum(reward.applies_to(row.prompt.columns) for row in scores.rows)
+        each = f"{1000 * seconds / count:.3g} ms" if count else "-"
+        lines.append((reward.name, f"{seconds:.3g} s", each, str(count)))
+    console.table("Time", ("", "in all", "per completion", "completions"), lines)
+
+
+def _print_failures(console: Console, scores: Scores) -> None:
+    """Equal reasons counted together, the most frequent first, each with where it was met first."""
+    if not scores.failures:
+        return
+    counts = Counter((failure.reward, failure.reason) for failure in scores.failures)
+    first: dict[tuple[str, str], str] = {}
+    for failure in scores.failures:
+        first.setdefault((failure.reward, failure.reason), scores.rows[failure.group].origin)
+    lines = [
+        (name, str(count), first[name, reason], " ".join(reason.split())[:_MAX_REASON_LENGTH])
+        for (name, reason), count in counts.most_common(_MAX_REASONS)
+    ]
+    console.table(_counted(len(scores.failures), "failure"), ("", "times", "first at", "reason"), lines)
+    if len(counts) > _MAX_REASONS:
+        console.say(f"and {_counted(len(counts) - _MAX_REASONS, 'other reason')}")
+
+
+def _write(scores: Scores, path: Path) -> None:
+    """A JSON object a line, in the order of the groups: null where something abstains."""
+    reasons: dict[int, dict[str, str]] = {}
+    for failure in scores.failures:
+        reasons.setdefault(failure.group, {})[failure.reward] = failure.reason
+    try:
+        with path.open("w", encoding="utf-8") as file:
+            for number, row in enumerate(scores.rows):
+                entry = {
+                    "row": row.origin,
+                    "prompt": row.prompt.content,
+                    "completion": row.text,
+                    "reward": _or_none(scores.rewards[number]),
+                    "parts": {name: _or_none(part[number]) for name, part in scores.parts.items()},
+                    "failures": reasons.get(number, {}),
+                }
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"--out {path}: can't be written: {error.strerror}") from None
+
+
+def _or_none(value: Tensor) -> float | None:
+    return None if value.isnan() else value.item()

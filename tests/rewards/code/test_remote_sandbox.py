@@ -1,0 +1,105 @@
+"""Sandbox servers that people run themselves (R20): the same outcomes over HTTP, and failures that abstain."""
+
+import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import httpx
+import pytest
+
+from coterie.errors import UserError
+from coterie.rewards.code.remote import Remote, SandboxServer
+from coterie.rewards.code.sandbox import Limits, Program, SandboxError, make_sandbox
+
+
+@pytest.fixture(scope="module")
+def local():
+    try:
+        made = make_sandbox("auto", num_workers=1)
+    except UserError as error:
+        pytest.skip(str(error))
+    yield made
+    made.close()
+
+
+def test_r20_outcomes_are_the_same_over_http(local):
+    server = SandboxServer(local)
+    remote = make_sandbox(server.url)
+    programs = [
+        Program("def f(x): return (x, True, 1.5)", [[1], ["é"]], "f"),
+        Program("def f(x): return 1 / x", [[0], [4]], "f"),
+        Program("print(input()[::-1])", ["abc\n"]),
+        Program("while True: pass", [[]], "f", Limits(wall_seconds=0.2)),
+    ]
+    assert remote.run_all(programs) == local.run_all(programs)
+    assert local.report in remote.report
+    remote.close()
+    server.close()
+
+
+def test_r20_a_token_is_asked_for(local, monkeypatch):
+    server = SandboxServer(local, token="sesame")
+    with pytest.raises(SandboxError, match="401"):
+        make_sandbox(server.url)
+    assert httpx.post(f"{server.url}/run", json={"programs": []}).status_code == 401
+    monkeypatch.setenv("COTERIE_SANDBOX_TOKEN", "sesame")
+    remote = make_sandbox(server.url)
+    assert remote.run(Program("def f(): return 1", [[]], "f")).outputs[0].value == 1
+    remote.close()
+    server.close()
+
+
+def serve(answers):
+    """A server that says what it is told: status and body for each POST in turn, the last one for ever."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self._say(200, b'{"protocol": 1, "report": "x"}')
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self._say(*(answers.pop(0) if len(answers) > 1 else answers[0]))
+
+        def _say(self, status, body):
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+GOOD = json.dumps({"outcomes": [{"failed": None, "outputs": [{"data": "1", "text": "", "error": None}]}]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("answers", "says"),
+    [
+        ([(500, b"{}")], "500"), ([(200, b"no json")], "JSON"), ([(200, b"{}")], "outcomes"), ([(503, b"")], "503"),
+        ([(200, b'{"outcomes": [{"failed": null, "outputs": []}]}')], "0 outputs for 1"), ([(200, b" " * 10_000_000)], "more than"),
+        ([(200, b'{"outcomes": [{"failed": "full"}]}')], "full"),
+        ([(200, b'{"outcomes": [{"failed": null, "outputs": [{"data": "x", "text": "", "error": null}]}]}')], "JSON"),
+    ],
+)  # fmt: skip
+def test_r20_a_server_that_fails_is_a_failure_and_no_score(answers, says):
+    server = serve(answers)
+    remote = Remote(f"http://127.0.0.1:{server.server_address[1]}", attempts=2)
+    outcome = remote.run(Program("x", [[]], "f"))
+    assert says in outcome.failed
+    remote.close()
+    server.shutdown()
+    server.server_close()
+
+
+def test_r20_a_busy_server_is_asked_again():
+    server = serve([(503, b""), (200, GOOD)])
+    remote = Remote(f"http://127.0.0.1:{server.server_address[1]}")
+    assert remote.run(Program("x", [[]], "f")).outputs[0].value == 1
+    remote.close()
+    server.shutdown()
+    server.server_close()
