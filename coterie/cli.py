@@ -22,6 +22,9 @@ app = typer.Typer(
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Change a setting: --set loss.clip_high=0.3. May be repeated.")
 ]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Run Python that the recipe names outside its own folder, and remember it.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -30,6 +33,9 @@ def train(
     recipe: Annotated[str | None, typer.Argument(help="A recipe file, or the name of a bundled one.")] = None,
     overrides: Overrides = None,
     resume: Annotated[str | None, typer.Option(help="Go on with this run, exactly from its newest checkpoint.")] = None,
+    allow: Annotated[
+        list[str] | None, typer.Option(help="With --resume: a setting or file that may differ from the start's.")
+    ] = None,
     out: Annotated[str | None, typer.Option(help="The run folder. Default: runs/NAME.")] = None,
     stop_after: Annotated[
         int | None, typer.Option(min=1, help="Stop after this many GRPO steps, saved, to be resumed later.")
@@ -38,6 +44,7 @@ def train(
         bool,
         typer.Option("--profile", help="Show where a step's time and memory go: a table, profile.json, the report."),
     ] = False,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Train a recipe: checkpoints, metrics, every completion, a report and the model land in a run folder.
@@ -55,6 +62,7 @@ def train(
         )
     from coterie.recipe import load_recipe
 
+    _restrict(trust, recipe or resume)
     if recipe is not None:
         load_recipe(recipe, overrides or [])  # a wrong recipe is refused before torch is imported, which takes seconds
     if profile:  # the profiler says once that it does not see memory from before it began being freed
@@ -62,7 +70,13 @@ def train(
     from coterie.training.train import train as run_training
 
     run = run_training(
-        recipe, overrides=overrides or [], resume=resume, out=out, stop_after=stop_after, profile=profile
+        recipe,
+        overrides=overrides or [],
+        resume=resume,
+        allow=allow or [],
+        out=out,
+        stop_after=stop_after,
+        profile=profile,
     )
     if run.stop_signal is not None:
         raise typer.Exit(128 + run.stop_signal)
@@ -72,6 +86,7 @@ def train(
 def check(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a bundled one.")],
     overrides: Overrides = None,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Find what would fail, before it costs anything: settings, data, rewards, model, one sampled and scored group.
@@ -80,10 +95,39 @@ def check(
     """
     from coterie.recipe import load_recipe
 
+    _restrict(trust, recipe)
     load_recipe(recipe, overrides or [])
     from coterie.commands import check_recipe
 
     check_recipe(recipe, overrides or [])
+
+
+@app.command("score")
+def score_rewards(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a bundled one.")],
+    completions: Annotated[
+        str,
+        typer.Argument(
+            help="A JSONL file: prompt, completion (or a list, completions) and the columns that the rewards take. "
+            "Or a run folder."
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(help="Write each completion with its parts here, as JSONL.")] = None,
+    overrides: Overrides = None,
+    trust: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Run a recipe's rewards over completions, without a model: every part, failures, the spread in groups, the time.
+
+    Example: [bold]coterie score mytask/recipe.yaml completions.jsonl --out scores.jsonl[/bold]
+    """
+    from coterie.recipe import load_recipe
+
+    _restrict(trust, recipe)
+    load_recipe(recipe, overrides or [])
+    from coterie.scoring import score_completions
+
+    score_completions(recipe, completions, overrides or [], out)
 
 
 @app.command("eval")
@@ -97,6 +141,7 @@ def evaluate(
     against: Annotated[str | None, typer.Option(help="Another model, compared prompt by prompt.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     overrides: Overrides = None,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Measure a model on held-out prompts: accuracy, pass@k, rewards, each with its 95 % interval.
@@ -105,6 +150,7 @@ def evaluate(
     """
     from coterie.commands import evaluate_model
 
+    _restrict(trust, task or model)
     evaluate_model(model, task, samples, prompts, against, seed, overrides or [])
 
 
@@ -120,6 +166,7 @@ def sample(
         str | None, typer.Option(help="A recipe whose rewards to show. Default: the run's own, if MODEL is a run.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Show completions of a prompt, with their rewards where the task knows the prompt.
@@ -128,6 +175,7 @@ def sample(
     """
     from coterie.commands import sample_model
 
+    _restrict(trust, task or model)
     sample_model(model, prompt, count, temperature, top_p, max_new_tokens, task, seed)
 
 
@@ -143,6 +191,15 @@ def init(
     from coterie.tasks.starter import write_starter
 
     write_starter(folder)
+
+
+def _restrict(trust: bool, source: str | None) -> None:
+    """Let only code of the recipe's own folder run, or of the run's that holds it, unless all is trusted."""
+    from coterie.trust import restrict
+
+    path = Path(source or ".")
+    path = path if path.exists() else Path("runs") / path
+    restrict(None if trust else path if path.is_dir() else path.parent)
 
 
 def main() -> None:

@@ -13,11 +13,12 @@ from coterie.models.codec import Codec
 from coterie.models.heads import Scorer
 from coterie.models.load import choose_device, load_policy, start_model
 from coterie.models.policy import Policy, quiet_transformers
-from coterie.recipe import Recipe, Sampling, load_recipe
+from coterie.recipe import Recipe, load_recipe
 from coterie.rewards.load import load_rewards
 from coterie.rewards.score import Reward, score
 from coterie.rollouts.collect import collect, make_engine
 from coterie.runs.console import Console
+from coterie.settings import Sampling
 from coterie.tasks.base import Task, draw
 from coterie.tasks.load import check_lengths, make_task, prepare
 from coterie.training.optimise import load_objective

@@ -1,7 +1,7 @@
 """Checkpoints that hold everything the next step depends on, and that can't lie about it.
 
-Written aside, each file hashed and synced, then renamed. On the way back every file is compared with the manifest; a folder
-that is not whole is named, and the one before it is used.
+The state is copied, and training goes on while the copy is written: aside, each file hashed and synced, then renamed. On the way
+back every file is compared with the manifest; a folder that is not whole is named, and the one before it is used.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coterie.errors import UserError
+from coterie.faults import strikes
 
 MANIFEST = "manifest.json"
 STAGES = ("cold_start", "train")
@@ -63,25 +65,115 @@ class TrainState:
     numbers: dict[str, float] = field(default_factory=dict)
 
 
-def save_checkpoint(folder: Path, position: Position, state: TrainState) -> Path:
-    """Write `folder/NAME`, whole or not at all. A checkpoint of that name is replaced."""
-    final, aside = folder / position.name, folder / f".{position.name}.writing"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    for name, model in state.models.items():
-        save_file(_parameters(model), aside / f"{name}.safetensors")
-    for name, (model, optimiser) in state.optimisers.items():
-        save_file(_optimiser_tensors(model, optimiser), aside / f"{name}.safetensors")
-    (aside / "position.json").write_text(json.dumps({**asdict(position), "numbers": state.numbers}))
-    files = sorted(aside.iterdir())
-    manifest = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
-    (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in (*files, aside / MANIFEST, aside):
-        _sync(path)
-    shutil.rmtree(final, ignore_errors=True)
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of what a checkpoint holds: tensors by file, and the position."""
+
+    position: Position
+    tensors: Mapping[str, dict[str, Tensor]]
+    numbers: Mapping[str, float]
+
+    @classmethod
+    def of(cls, position: Position, state: TrainState) -> Snapshot:
+        """Copies, on the CPU: the state may change while they are written."""
+        tensors = {name: _parameters(model) for name, model in state.models.items()}
+        tensors |= {name: _optimiser_tensors(model, opt) for name, (model, opt) in state.optimisers.items()}
+        return cls(position, tensors, dict(state.numbers))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for of_file in self.tensors.values() for tensor in of_file.values())
+
+
+class Saver:
+    """Writes snapshots into a folder, one at a time, while training goes on."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(self, snapshot: Snapshot, after: Callable[[], None]) -> None:
+        """Begin to write, once the one before is done; `after` is called when it is. Raises what went wrong with that one."""
+        self.wait()
+
+        def write() -> None:
+            try:
+                write_checkpoint(self._folder, snapshot)
+                after()
+            except Exception as error:  # of a thread: told to the one that waits for it
+                self._error = error
+
+        self._thread = threading.Thread(target=write, name="checkpoint")
+        self._thread.start()
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save went wrong that nobody has waited for yet."""
+        return self._error is not None
+
+    def wait(self) -> None:
+        """Until what was begun is written. Raises what went wrong: OSError where the disk is full or the folder gone."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+
+def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
+    """Write `folder/NAME`, whole or not at all. A checkpoint of that name is replaced. OSError says what space was needed."""
+    name = snapshot.position.name
+    final, aside, replaced = folder / name, folder / f".{name}.writing", folder / f".{name}.replaced"
+    for left in (aside, replaced):
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        _write_files(aside, snapshot)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(f"{error}; {_space(folder, snapshot)}") from error
+    if final.exists():
+        final.rename(replaced)
     aside.rename(final)
     _sync(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
     return final
+
+
+def _write_files(aside: Path, snapshot: Snapshot) -> None:
+    aside.parent.mkdir(exist_ok=True)  # a run folder that is gone is not made anew
+    aside.mkdir()
+    manifest = {}
+    for number, (name, tensors) in enumerate(snapshot.tensors.items(), start=1):
+        strikes("in_save", file=number, step=snapshot.position.step)
+        file = aside / f"{name}.safetensors"
+        save_file(tensors, file)
+        manifest[file.name] = _entry(file)
+    strikes("in_save", file=len(snapshot.tensors) + 1, step=snapshot.position.step)
+    position = aside / "position.json"
+    position.write_text(json.dumps({**asdict(snapshot.position), "numbers": snapshot.numbers}))
+    manifest[position.name] = _entry(position)
+    strikes("in_save", file=len(snapshot.tensors) + 2, step=snapshot.position.step)
+    (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    _sync(aside / MANIFEST)
+    _sync(aside)
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    _sync(file)
+    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+
+
+def _space(folder: Path, snapshot: Snapshot) -> str:
+    """What a save needs and what is there."""
+    try:
+        free = f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free"
+    except OSError as error:
+        free = f"the free space is unknown: {error.strerror}"
+    earlier = sorted(path.name for path in folder.glob("[!.]*")) if folder.is_dir() else []
+    kept = f"; earlier checkpoints are untouched: {', '.join(earlier)}" if earlier else ""
+    return f"this save needs {snapshot.num_bytes / 1e6:,.1f} MB, and {free}{kept}"
 
 
 def load_checkpoint(path: Path, state: TrainState) -> None:
@@ -96,6 +188,10 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
         for name, model in state.models.items():
             tensors = load_file(path / f"{name}.safetensors")
             for key, parameter in model.named_parameters():
+                if key not in tensors or tensors[key].shape != parameter.shape:
+                    raise UserError(
+                        f"{path}: {name}.safetensors does not fit the model at {key}; it is of another model"
+                    )
                 parameter.copy_(tensors[key])
     for name, (model, optimiser) in state.optimisers.items():
         found = load_file(path / f"{name}.safetensors")
@@ -131,8 +227,9 @@ def find_checkpoint(folder: Path, report: Callable[[str], None]) -> Position:
     raise UserError(f"{folder}: there is no checkpoint to resume from")
 
 
-def prune_checkpoints(folder: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last`, and the start of their stage, which a reference or an adapter stands on."""
+def prune_checkpoints(folder: Path, keep_last: int, best_steps: Collection[int] = ()) -> list[str]:
+    """Delete all but the newest `keep_last`, the `best_steps`, and the start of their stage, which a reference or an adapter
+    stands on. Returns what can't be deleted, and why."""
     whole = {}
     for path in folder.iterdir():
         if path.name.startswith("."):  # left by a save that was interrupted
@@ -141,23 +238,34 @@ def prune_checkpoints(folder: Path, keep_last: int) -> None:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # a damaged one is kept, to be looked at
             whole[path] = _position(path)
     in_order = sorted(whole, key=lambda path: whole[path].order)
-    starts = {Position(whole[path].stage, 0).name for path in in_order[-keep_last:]}
+    kept = {Position(whole[path].stage, 0).name for path in in_order[-keep_last:]}
+    kept |= {Position(STAGES[-1], step).name for step in best_steps}
+    undeleted = []
     for path in in_order[:-keep_last]:
-        if path.name not in starts:
-            shutil.rmtree(path, ignore_errors=True)
+        if path.name not in kept:
+            try:  # renamed first, so that one that is half deleted is not taken for a damaged checkpoint
+                shutil.rmtree(path.rename(path.with_name(f".{path.name}.deleting")))
+            except OSError as error:
+                undeleted.append(f"{path}: {error.strerror}")
+    return undeleted
 
 
 def _parameters(model: Trained) -> dict[str, Tensor]:
-    return {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
+    return {name: _copy(parameter) for name, parameter in model.named_parameters()}
 
 
 def _optimiser_tensors(model: Trained, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's state as `parameter/slot` -> tensor."""
     return {
-        f"{name}/{slot}": value.detach().cpu().contiguous()
+        f"{name}/{slot}": _copy(value)
         for name, parameter in model.named_parameters()
         for slot, value in optimiser.state.get(parameter, {}).items()
     }
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    copied = tensor.detach().to("cpu", copy=True)
+    return copied.contiguous()
 
 
 def _position(path: Path) -> Position:

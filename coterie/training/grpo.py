@@ -5,11 +5,13 @@ prompts -> completions -> rewards -> advantages -> stream -> log-probabilities -
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from coterie.algorithms.advantages import group_std
 from coterie.algorithms.controllers import adapted_entropy_weight, adapted_kl_weight
 from coterie.algorithms.kl import k3
 from coterie.evals.evaluate import evaluate, heldout_prompts
@@ -124,11 +126,11 @@ def only_advantages_act(recipe: Recipe) -> bool:
 
 def adapt(weights: dict[str, float], recipe: Recipe, metrics: dict[str, float]) -> None:
     """Move the weights that hold a target, for the next step."""
-    if recipe.kl.target is not None and "policy/kl" in metrics:
+    if recipe.kl.target is not None and math.isfinite(metrics.get("policy/kl", math.nan)):
         weights["kl_weight"] = adapted_kl_weight(
             weights["kl_weight"], metrics["policy/kl"], target=recipe.kl.target, rate=recipe.kl.adapt_rate
         )
-    if recipe.entropy.target is not None:
+    if recipe.entropy.target is not None and math.isfinite(metrics["policy/entropy"]):
         weights["entropy_weight"] = adapted_entropy_weight(
             weights["entropy_weight"],
             metrics["policy/entropy"],
@@ -169,6 +171,8 @@ def rollout_metrics(scored: Scored, signal: Tensor) -> Tally:
         tally.add("reward/std", scored.rewards[valid].std())
     for name, part in scored.parts.items():
         tally.add_values(f"reward/{name}", part[~part.isnan()])
+        spread = group_std(part)
+        tally.add_values(f"reward/{name}_group_std", spread[~spread.isnan()])
     tally.add("reward/num_abstained", (~valid).sum())
     tally.add("reward/num_failed", len({(f.group, f.completion) for f in scored.failures}))
     if scored.rewards.shape[1] > 1:

@@ -20,11 +20,13 @@ from coterie.algorithms.objectives import OBJECTIVES, TokenTerms, clipped_at
 from coterie.algorithms.ratios import importance_weights
 from coterie.distributed.reduce import all_agree, sum_gradients, sum_totals
 from coterie.errors import UserError
+from coterie.faults import strikes
 from coterie.models.logprobs import token_logprobs, token_statistics
 from coterie.models.policy import Policy
-from coterie.recipe import KL, ColdStart, Correction, Loss, Optimiser, Recipe
+from coterie.recipe import Recipe
 from coterie.rewards.load import load_function
 from coterie.sections import section
+from coterie.settings import KL, ColdStart, Correction, Loss, Optimiser
 from coterie.training.checkpoint import Trained
 from coterie.training.metrics import Tally
 from coterie.types import BatchTotals, Stream
@@ -279,6 +281,7 @@ def take_step(
     for number, stream in enumerate(streams):
         with section("train/forward"):
             loss = loss_of(number, stream.to(device))
+            loss = loss * math.nan if strikes("before_backward") else loss
             finite = finite and bool(loss.isfinite())
         if not finite:
             break
@@ -288,6 +291,7 @@ def take_step(
         sum_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         finite = all_agree(finite and bool(norm.isfinite()))
+        strikes("before_step")
         if finite:
             optimiser.step()
             tally.add("optimiser/grad_norm", norm)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from coterie.models.policy import Policy
-from coterie.recipe import Reference
+from coterie.settings import Reference
 
 
 def make_reference(policy: Policy, settings: Reference) -> Policy:

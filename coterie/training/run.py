@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import json
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -15,28 +19,33 @@ from typing import Any, TextIO
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 
 import coterie
+from coterie.deadline import hard_deadline
 from coterie.errors import UserError
 from coterie.evals.evaluate import Evaluation
+from coterie.faults import at_step, strikes
 from coterie.recipe import Recipe, load_recipe
 from coterie.runs.console import Console
+from coterie.runs.signs import SIGN, Accuracy, Sign, Watch
 from coterie.runs.store import Store
 from coterie.sections import section
 from coterie.training.checkpoint import (
     STAGES,
     Position,
+    Saver,
+    Snapshot,
     TrainState,
     find_checkpoint,
     load_checkpoint,
     prune_checkpoints,
-    save_checkpoint,
 )
+from coterie.training.inputs import check_inputs, inputs_of
 from coterie.training.profile import Profiler
+from coterie.training.watch import HISTORY, alarms
 from coterie.types import Scored
-
-MAX_SKIPPED_IN_A_ROW = 5
 
 
 class RunFailedError(RuntimeError):
@@ -50,55 +59,96 @@ class Run:
         self.folder, self.recipe, self.console = folder, recipe, console
         self._lock = _locked(folder)
         self.store = Store(folder / "run.db")
+        self._saver = Saver(folder / "checkpoints")
+        self._begins_with: tuple[Mapping[str, str], bool] | None = None  # inputs, and whether a setting was overridden
+        self._changes: list[str] = []  # of a resume, that were allowed
+        self._undeleted: list[str] = []  # old checkpoints that could not be deleted, to be told of
         self.profiler: Profiler | None = None  # watches some of the steps, if one is put here
         self.position: Position | None = None  # of the checkpoint that was resumed from
         self.stop_signal: int | None = None
+        self.step = 0  # the one under way
         self._stop_after = stop_after
         self._stop_requested = False
+        self._stops = False  # decided once a step, so that a run that stops has saved
         self._seconds_before = 0.0
         self._started = time.monotonic()
         self._skipped_in_a_row = 0
+        self._watch: Watch | None = None  # made when the first figures come: a resume cuts run.db back before
+        self._passed: set[str] = set()  # the limits that the last step was past
 
     @classmethod
     def create(cls, recipe: Recipe, name: str, out: str | None, console: Console, *, stop_after: int | None) -> Run:
         """A new folder: `out`, or the first free one of runs/NAME, runs/NAME-2, ..."""
         folder = Path(out) if out else _free_folder(Path("runs"), name)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or any(map(_is_of_a_run, folder.iterdir()))):
             raise UserError(
                 f"--out {folder}: is in use; give another folder, or go on with what is there: coterie train --resume {folder}"
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)
             stored = recipe.model_copy(update={"made_with": _versions()})
-            (folder / "recipe.yaml").write_text(stored.to_yaml(), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{folder}: can't be written: {error.strerror}") from None
-        return cls(folder, recipe, console, stop_after=stop_after)
+            run = cls(folder, recipe, console, stop_after=stop_after)
+            run.store.inputs(inputs_of(recipe))
+            _write_whole(folder / "recipe.yaml", stored.to_yaml())  # last: from here on it is a run to go on with
+        except (OSError, sqlite3.Error) as error:
+            raise UserError(f"{folder}: can't be written: {error}") from None
+        return run
 
     @classmethod
-    def reopen(cls, name: str, overrides: list[str], console: Console, *, stop_after: int | None) -> Run:
-        """An earlier run, at its newest whole checkpoint. What was recorded after it is removed."""
+    def reopen(
+        cls, name: str, overrides: list[str], console: Console, *, stop_after: int | None, allow: Sequence[str] = ()
+    ) -> Run:
+        """An earlier run, at its newest whole checkpoint. What was recorded after it is removed.
+
+        UserError where a setting but `steps`, or a file that the recipe names, has changed and is not in `allow`.
+        """
         folder = Path(name) if Path(name).exists() else Path("runs") / name
         if not (folder / "recipe.yaml").is_file():
             raise UserError(f"--resume {name}: no run is there: {folder / 'recipe.yaml'} does not exist")
-        for override in overrides:
-            if not override.startswith("steps="):
-                raise UserError(f"--set {override}: a resumed run keeps its recipe; only steps=N can be set anew")
-        run = cls(folder, load_recipe(str(folder / "recipe.yaml"), overrides), console, stop_after=stop_after)
-        if overrides:
-            (folder / "recipe.yaml").write_text(run.recipe.to_yaml(), encoding="utf-8")
-            (folder / "summary.json").unlink(missing_ok=True)
+        recipe = load_recipe(str(folder / "recipe.yaml"), overrides)
+        with _told_of(folder):
+            run = cls(folder, recipe, console, stop_after=stop_after)
         try:
-            run.position = find_checkpoint(folder / "checkpoints", console.warn)
-        except UserError as error:
-            if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
-                raise
-            console.say(f"nothing was saved yet ({error}); starting from the beginning")
-        position = run.position or Position(STAGES[0], -1)
-        run._seconds_before = position.seconds
-        later = STAGES[STAGES.index(position.stage) + 1 :]
-        run.store.truncate(position.stage, position.step, later)
+            with run.writing():
+                run._go_on(overrides, allow)
+        except BaseException:
+            run.close()
+            raise
         return run
+
+    def _go_on(self, overrides: list[str], allow: Sequence[str]) -> None:
+        """Find where the run stands, and that it is still the same run. Nothing of it is changed yet."""
+        now = inputs_of(self.recipe)
+        before = {row["name"]: row["value"] for row in self.store.read("SELECT name, value FROM inputs")}
+        self._changes = check_inputs(before, now, allow) if before else []
+        checkpoints = self.folder / "checkpoints"
+        try:
+            self.position = find_checkpoint(checkpoints, self.console.warn)
+        except UserError as error:
+            if checkpoints.is_dir() and any(path.name[0] != "." for path in checkpoints.iterdir()):
+                raise
+            self.console.say(f"nothing was saved yet ({error}); starting from the beginning")
+        self._seconds_before = self.position.seconds if self.position else 0.0
+        self._begins_with = now, bool(overrides)
+
+    def begin(self) -> None:
+        """Take a reopened run over: what was recorded after its checkpoint is removed. Before, a resume can still be refused."""
+        if self._begins_with is None:
+            return
+        now, overridden = self._begins_with
+        with self.writing():
+            self._take_over(now, overridden)
+
+    def _take_over(self, now: Mapping[str, str], overridden: bool) -> None:
+        position = self.position or Position(STAGES[0], -1)
+        self.store.truncate(position.stage, position.step, STAGES[STAGES.index(position.stage) + 1 :])
+        if overridden:
+            _write_whole(self.folder / "recipe.yaml", self.recipe.to_yaml())
+            (self.folder / "summary.json").unlink(missing_ok=True)
+        self.store.inputs(now)
+        for change in self._changes:
+            self.console.warn(f"goes on with a change: {change}")
+            self.store.event(position.stage, max(position.step, 0), "changed", change)
 
     @property
     def seconds(self) -> float:
@@ -117,10 +167,13 @@ class Run:
             self.profiler.begin_stage(done + 1, self._last_step(stage, done + 1, num_steps))
         with self.console.progress(stage, done, num_steps):
             for step in range(done + 1, num_steps + 1):
-                with self.profiler.step(stage, step) if self.profiler is not None else nullcontext():
+                self.step = step
+                at_step(step)
+                watched = self.profiler.step(stage, step) if self.profiler is not None else nullcontext()
+                with hard_deadline(self.recipe.limits.step_seconds), watched:
                     yield step
                 self.console.step_done(step)
-                if self._should_stop(stage, step):
+                if self._stops:
                     self._stop_requested = step < num_steps or stage != STAGES[-1]
                     return
 
@@ -139,50 +192,145 @@ class Run:
         advantages: Tensor | None = None,
         pieces: Any = None,
     ) -> None:
-        """Write a step: its metrics and its completions, in one transaction."""
-        with self.store.transaction():
+        """Write a step: its metrics and its completions, in one transaction. Then say which signs begin with it."""
+        watch = self._watching(stage)
+        with self.writing(), self.store.transaction():
             self.store.metrics(stage, step, metrics)
+            strikes("in_record")
             if scored is not None and advantages is not None:
                 limit = self.recipe.record.max_megabytes_per_step * 1e6
                 self.store.completions(stage, step, scored, advantages, pieces, max_bytes=limit)
-        for failure in scored.failures[:3] if scored else ():
-            where = f"prompt {failure.group + 1}, completion {failure.completion + 1}"
-            self.store.event(stage, step, "reward_failure", f"{failure.reward}, {where}: {failure.reason}")
-        if metrics.get("optimiser/skipped_share"):
-            self._skipped_in_a_row += 1
-            self.store.event(stage, step, "step_skipped", "the loss or its gradient was not finite")
-            if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                raise RunFailedError(
-                    f"the loss or its gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row; the weights are as "
-                    "they were before. A lower optimiser.learning_rate may help"
-                )
-        else:
+        with self.writing():
+            self._give(watch.add(step, metrics) if watch else [])
+            for failure in scored.failures[:3] if scored else ():
+                where = f"prompt {failure.group + 1}, completion {failure.completion + 1}"
+                self.store.event(stage, step, "reward_failure", f"{failure.reward}, {where}: {failure.reason}")
+            self._watch_skipped(stage, step, metrics, scored)
+            self._watch_limits(stage, step, metrics)
+
+    def _watch_skipped(self, stage: str, step: int, metrics: Mapping[str, float], scored: Scored | None) -> None:
+        """Keep the rows of a step whose loss was not finite; RunFailedError after too many of them in a row."""
+        if not metrics.get("optimiser/skipped_share"):
             self._skipped_in_a_row = 0
+            return
+        self._skipped_in_a_row += 1
+        rows = write_rows(self.folder / "skipped" / f"{stage}_{step:06d}.jsonl", scored) if scored is not None else None
+        where = f"; its rows: {rows}" if rows else ""
+        self.store.event(stage, step, "step_skipped", f"the loss or its gradient was not finite{where}")
+        self.console.warn(
+            f"step {step}: the loss or its gradient was not finite, so the weights stay as they were{where}"
+        )
+        if self._skipped_in_a_row >= self.recipe.limits.skipped_steps:
+            raise RunFailedError(
+                f"the loss or its gradient was not finite in {self._skipped_in_a_row} steps in a row; the weights are as "
+                "they were before. A lower optimiser.learning_rate may help"
+            )
+
+    def _watch_limits(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        """An event where a limit begins to be passed; RunFailedError where it is one that ends the run."""
+        limits = self.recipe.limits
+        query = "SELECT value FROM metrics WHERE stage = ? AND name = ? AND step < ? AND value IS NOT NULL ORDER BY step DESC LIMIT ?"
+        norms = [row["value"] for row in self.store.read(query, stage, "optimiser/grad_norm", step, HISTORY)]
+        found = {alarm.limit: alarm.message for alarm in alarms(metrics, norms, limits)}
+        for limit, message in found.items():
+            if limit not in self._passed:
+                self.store.event(stage, step, "limit", f"limits.{limit}: {message}")
+                self.console.warn(f"step {step}: {message}")
+            if limit in limits.stop_on:
+                raise RunFailedError(
+                    f"step {step}: {message}, and limits.stop_on names {limit}; the newest checkpoint stands"
+                )
+        self._passed = set(found)
 
     @section("record")
     def record_evaluation(
         self, stage: str, step: int, evaluation: Evaluation, examples: list[tuple[str, str]] | None = None
     ) -> None:
-        with self.store.transaction():
+        watch = self._watching(stage)
+        with self.writing(), self.store.transaction():
             for mode, estimates in evaluation.estimates.items():
                 for name, e in estimates.items():
                     self.store.evaluation(stage, step, mode, name, e.value, e.low, e.high, e.count)
             for number, (prompt, text) in enumerate(examples or ()):
                 self.store.example(stage, step, number, prompt, text)
+        accuracy = evaluation.estimates.get("sampled", {}).get("accuracy")
+        if watch and accuracy is not None:
+            self._give(watch.add_accuracy(step, Accuracy(accuracy.value, accuracy.low, accuracy.high)))
+
+    def _watching(self, stage: str) -> Watch | None:
+        """What looks for signs of reward hacking, where completions are sampled and scored."""
+        if stage != STAGES[-1] or not self.recipe.samples:
+            return None
+        if self._watch is None:
+            punished = {"overlong": 1.0} if self.recipe.overlong.treatment == "punish" else {}
+            weights = {spec.name: spec.weight for spec in self.recipe.rewards} | punished
+            self._watch = Watch.of(self.store, weights)
+        return self._watch
+
+    def _give(self, signs: list[Sign]) -> None:
+        """Record signs that begin, and say them once."""
+        for sign in signs:
+            self.store.event(STAGES[-1], sign.step, f"{SIGN}{sign.name}", sign.text)
+            self.console.warn(f"step {sign.step}: {sign.name}: {sign.text}")
 
     def checkpoint(self, stage: str, step: int, state: TrainState, *, last: bool = False) -> None:
         """Save if it is time to, at the end of a stage, and before a stop."""
-        if last or step % self.recipe.checkpoint.every == 0 or self._should_stop(stage, step):
+        settings = self.recipe.checkpoint
+        best = stage == STAGES[-1] and step in self._best_steps(settings.keep_best)
+        self._stops = self._should_stop(stage, step)
+        if last or step % settings.every == 0 or best or self._stops:
             with section("checkpoint"):
                 self._save(Position(stage, step, self.seconds), state)
+                if last or self._stops:
+                    self._wait_for_save()
+        elif self._saver.failed:  # told of now, not at the next save
+            self._wait_for_save()
 
     def _save(self, position: Position, state: TrainState) -> None:
-        folder = self.folder / "checkpoints"
+        """Copy the state, and write the copy while training goes on."""
+        self._wait_for_save()
+        best = self._best_steps(self.recipe.checkpoint.keep_best)
+
+        def prune() -> None:
+            strikes("after_save")
+            self._undeleted += prune_checkpoints(
+                self.folder / "checkpoints", self.recipe.checkpoint.keep_last, {*best, position.step}
+            )
+
+        self._saver.save(Snapshot.of(position, state), prune)
+
+    def _wait_for_save(self) -> None:
+        """RunFailedError where the save under way failed. What could not be deleted is told of."""
         try:
-            save_checkpoint(folder, position, state)
+            self._saver.wait()
         except OSError as error:
-            raise RunFailedError(f"{folder}: the checkpoint can't be written: {error}") from error
-        prune_checkpoints(folder, self.recipe.checkpoint.keep_last)
+            raise RunFailedError(
+                f"{self.folder / 'checkpoints'}: the checkpoint can't be written: {error}. {_how_to_go_on(self.folder)}"
+            ) from error
+        for line in self._undeleted:
+            self.console.warn(f"an old checkpoint can't be deleted: {line}")
+            self.store.event(STAGES[-1], self.position.step if self.position else 0, "not_deleted", line)
+        self._undeleted.clear()
+
+    def _best_steps(self, count: int) -> list[int]:
+        """The steps on the way with the highest held-out accuracy, or reward where there is none."""
+        for name in ("accuracy", "reward"):
+            rows = self.store.read(
+                "SELECT step FROM evaluations WHERE stage = ? AND mode = 'sampled' AND name = ? AND step > 0 "
+                "ORDER BY value DESC, step DESC LIMIT ?",
+                *(STAGES[-1], name, count),
+            )
+            if rows:
+                return [row["step"] for row in rows]
+        return []
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """RunFailedError where the folder can't be written: the disk is full, or the folder gone."""
+        with _told_of(self.folder):
+            if not (self.folder / "run.db").exists():  # SQLite would go on with a file that has no name any more
+                raise FileNotFoundError(errno.ENOENT, "it was removed while the run went on")
+            yield
 
     def _last_step(self, stage: str, first: int, num_steps: int) -> int:
         """The last step that this session takes of a stage, unless a signal stops it."""
@@ -214,8 +362,61 @@ class Run:
                 signal.signal(number, handler)
 
     def close(self) -> None:
-        self.store.close()
-        self._lock.close()
+        """Let go of the folder, once what is being saved is saved."""
+        try:
+            self._wait_for_save()
+        finally:
+            self.store.close()
+            self._lock.close()
+
+
+@contextmanager
+def _told_of(folder: Path) -> Iterator[None]:
+    """RunFailedError for what goes wrong in writing a run's folder, with the free space and what to do."""
+    try:
+        yield
+    except (sqlite3.Error, SafetensorError, OSError) as error:
+        try:
+            free = f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free"
+        except OSError as gone:
+            free = str(gone)
+        raise RunFailedError(f"{folder}: can't be written: {error}; {free}. {_how_to_go_on(folder)}") from error
+
+
+def _how_to_go_on(folder: Path) -> str:
+    if not folder.is_dir():
+        return "Its checkpoints are gone with it."
+    return f"The newest checkpoint stands: coterie train --resume {folder}"
+
+
+def write_rows(file: Path, scored: Scored) -> Path:
+    """Write a step's completions as JSON lines, with everything that went into its loss."""
+    file.parent.mkdir(exist_ok=True)
+    with file.open("w", encoding="utf-8") as opened:
+        for p, group in enumerate(scored.groups):
+            for c, completion in enumerate(group.completions):
+                row = {
+                    "prompt": group.prompt.content,
+                    "completion": completion.text,
+                    "reward": scored.rewards[p, c].item(),
+                    "parts": {name: part[p, c].item() for name, part in scored.parts.items()},
+                    "tokens": completion.tokens,
+                    "sampler_logprobs": completion.logprobs.tolist(),
+                }
+                opened.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return file
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Whether a run, or anything else, is there: all but what a run leaves that was killed before it was one."""
+    return path.name[0] != "." and not path.name.startswith("run.db")
+
+
+def _write_whole(file: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    aside = file.with_name(f".{file.name}.writing")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(file)
 
 
 def _free_folder(home: Path, name: str) -> Path:

@@ -16,16 +16,18 @@ from coterie.algorithms.advantages import group_advantages, has_signal, normalis
 from coterie.algorithms.kl import ESTIMATORS
 from coterie.algorithms.ratios import row_sum
 from coterie.errors import UserError
+from coterie.faults import strikes
 from coterie.models.codec import Codec
 from coterie.models.logprobs import token_statistics
 from coterie.models.policy import Policy
-from coterie.recipe import Advantage, Overlong, Recipe
+from coterie.recipe import Recipe
 from coterie.rewards.load import load_function
 from coterie.rewards.score import Reward, score
 from coterie.rollouts.collect import collect
 from coterie.rollouts.engine import Engine
 from coterie.rollouts.pack import Row, make_stream, split_by_tokens
 from coterie.sections import section
+from coterie.settings import Advantage, Overlong
 from coterie.tasks.base import Task, draw, draw_again
 from coterie.training.metrics import Clock
 from coterie.training.optimise import chosen_keywords, logprobs_of
@@ -76,6 +78,7 @@ def sample_step(
             prompts = draw_again(task, wanted - len(kept), seed=recipe.seed, step=step, attempt=attempt)
         noise = (recipe.seed, "train", step, *((attempt,) if attempt else ()))
         groups = collect(engine, prompts, codec, recipe.sampling, num_completions=recipe.group_size, noise=noise)
+        strikes("after_sample")
         clock.lap("time/sample_seconds")
         new = score(groups, rewards, max_failed_share=recipe.max_failed_rewards)
         new = with_overlong(new, recipe.overlong, recipe.sampling.max_new_tokens)

@@ -9,8 +9,9 @@ from coterie.algorithms.aggregate import aggregate
 from coterie.distributed.reduce import sum_totals
 from coterie.models.logprobs import token_logprobs
 from coterie.models.policy import Policy
-from coterie.recipe import ColdStart, Recipe
+from coterie.recipe import Recipe
 from coterie.rollouts.pack import Row, make_stream, split_by_tokens
+from coterie.settings import ColdStart
 from coterie.tasks.base import Task
 from coterie.training.checkpoint import TrainState
 from coterie.training.metrics import Tally

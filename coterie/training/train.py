@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from coterie.errors import UserError
@@ -16,22 +18,24 @@ from coterie.models.codec import Codec
 from coterie.models.heads import Scorer
 from coterie.models.load import choose_device, start_model
 from coterie.models.policy import Policy, quiet_transformers
-from coterie.recipe import ColdStart, Recipe, find_recipe, load_recipe
+from coterie.recipe import Recipe, find_recipe, load_recipe
 from coterie.rewards.score import Reward
 from coterie.rollouts.collect import make_engine
 from coterie.runs.console import Console
 from coterie.runs.profile import profile_table
 from coterie.runs.report import write_report
+from coterie.settings import ColdStart
 from coterie.tasks.base import Task
+from coterie.tasks.dataset import Dataset
 from coterie.tasks.load import prepare
-from coterie.training.checkpoint import Position, TrainState, load_checkpoint
+from coterie.training.checkpoint import STAGES, Position, TrainState, load_checkpoint
 from coterie.training.grpo import train_grpo
 from coterie.training.optimise import make_optimiser
 from coterie.training.ppo import train_ppo
 from coterie.training.preferences import evaluate_pairs, train_dpo, train_reward_model
 from coterie.training.profile import Profiler
 from coterie.training.reference import make_reference
-from coterie.training.run import Run
+from coterie.training.run import Run, RunFailedError
 from coterie.training.sft import train_sft
 
 
@@ -40,6 +44,7 @@ def train(
     *,
     overrides: Sequence[str] = (),
     resume: str | None = None,
+    allow: Sequence[str] = (),
     out: str | None = None,
     stop_after: int | None = None,
     profile: bool = False,
@@ -47,14 +52,14 @@ def train(
     """Train a recipe, or go on with an earlier run exactly where its newest checkpoint is.
 
     recipe: a file, the name of a bundled recipe, or a Recipe. overrides: `section.key=value`. out: the run folder; the
-    default is runs/NAME. stop_after: end after this many steps, cold start aside, saved, to be resumed later.
+    default is runs/NAME. allow: settings and files that may differ from what a resumed run began with. stop_after: end after this many steps, cold start aside, saved, to be resumed later.
     profile: show where the time and the memory of a step go, and write it to profile.json. Returns the closed run.
     Raises UserError for what the user can mend, before the model is loaded where that is possible.
     """
     console = Console()
     quiet_transformers()
     if resume is not None:
-        run = Run.reopen(resume, list(overrides), console, stop_after=stop_after)
+        run = Run.reopen(resume, list(overrides), console, stop_after=stop_after, allow=allow)
     elif recipe is None:
         raise UserError(
             "train: name a recipe, or a run to go on with: coterie train equations, coterie train --resume RUN"
@@ -67,13 +72,45 @@ def train(
     try:
         if profile:
             run.profiler = Profiler(run.folder, choose_device(run.recipe.device))
-        with run.stoppable():
-            _train(run, *(prepare(run.recipe) if resume is not None else parts))
+        rewards, codec, task = prepare(run.recipe) if resume is not None else parts
+        run.begin()
+        with run.stoppable(), closing_all(rewards), memory_explained(run):
+            _train(run, rewards, codec, task)
         if profile:
             console.table(*profile_table(run.folder))
     finally:
         run.close()
     return run
+
+
+@contextmanager
+def closing_all(rewards: Sequence[Reward]) -> Iterator[None]:
+    """End the processes and connections of the rewards with the block."""
+    try:
+        yield
+    finally:
+        for reward in rewards:
+            reward.close()
+
+
+@contextmanager
+def memory_explained(run: Run) -> Iterator[None]:
+    """RunFailedError that names the step and what to lower, where memory runs out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        words = str(error)
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and "allocate memory" not in words and "bad_alloc" not in words:
+            raise
+        optimiser, sampling = run.recipe.optimiser, run.recipe.sampling
+        raise RunFailedError(
+            f"out of memory in step {run.step}: {words.splitlines()[0] if words else type(error).__name__}\nWhere it was in "
+            f"training, lower optimiser.micro_batch_tokens (it is {optimiser.micro_batch_tokens}) or set "
+            f"optimiser.activation_checkpointing=true; where it was in sampling, lower sampling.max_cache_megabytes (it is "
+            f"{sampling.max_cache_megabytes:g}) or sampling.max_rows ({sampling.max_rows}). The newest checkpoint stands: "
+            f"coterie train --resume {run.folder}"
+        ) from error
 
 
 def run_name(recipe: Path) -> str:
@@ -92,6 +129,9 @@ def _train(run: Run, rewards: list[Reward], codec: Codec, task: Task) -> None:
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     console.say(f"run {run.folder}: {type(model).__name__}, {num_parameters:,} parameters, on {device}")
     console.say(recipe.in_short())
+    for reason, count in task.left_out.items() if isinstance(task, Dataset) else ():
+        console.warn(f"task.data: {count} rows are left out: {reason}")
+        run.store.event(STAGES[0], 0, "rows_left_out", f"{count} {reason}")
     policy = policy.recomputing() if recipe.optimiser.activation_checkpointing else policy
     if recipe.method in ("ppo", "reward_model"):
         Scorer.check(policy)  # an architecture that has no form with a score is refused before anything is trained
@@ -119,9 +159,10 @@ def _train(run: Run, rewards: list[Reward], codec: Codec, task: Task) -> None:
         _evaluate_and_record(run, recipe.steps, "after", task, rewards, codec, policy)
     if trained.adapter is not None:
         trained.adapter.merge()
-    _save_model(run.folder / "model", trained.model, codec)
-    summary = write_summary(run)
-    write_report(run.folder)
+    with run.writing():
+        _save_model(run.folder / "model", trained.model, codec)
+        summary = write_summary(run)
+        write_report(run.folder)
     _say_results(run, summary)
 
 

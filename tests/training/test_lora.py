@@ -196,10 +196,12 @@ def test_the_cold_start_of_a_model_that_was_loaded_trains_matrices_and_merges_th
         for parameter in other.parameters():
             parameter.zero_()
     other.save_pretrained(moved)
+    with pytest.raises(UserError, match="--allow model"):
+        coterie.train(resume=str(folder))
     with monkeypatch.context() as patched:
         patched.setattr(grpo, "optimise", dying(grpo.optimise, 3))
         with pytest.raises(DiedError):
-            coterie.train(resume=str(folder))
+            coterie.train(resume=str(folder), allow=["model"])
     assert any(not torch.equal(saved(folder, 0)[name], base[name]) for name in base)  # what the cold start learned
     coterie.train(resume=str(folder))
     assert digests(folder) == digests(whole)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import sqlite3
+import statistics
 from itertools import pairwise
 
 import pytest
@@ -24,7 +25,7 @@ def short(completions, **columns):
 """
 OF_SAMPLING = {
     "reward/mean", "policy/entropy", "policy/kl", "completion/tokens_mean", "completion/truncated_share",
-    "group/no_signal_share", "policy/ratio_max", "loss/total", "optimiser/grad_norm", "optimiser/learning_rate",
+    "group/no_signal_share", "reward/letters_group_std", "policy/ratio_max", "loss/total", "optimiser/grad_norm", "optimiser/learning_rate",
 }  # fmt: skip
 
 
@@ -92,7 +93,7 @@ def test_every_method_trains_and_resumes_to_the_same_bits(train, method):
         assert all(math.isfinite(value) for value in found.values()), found
         assert found["optimiser/skipped_share"] == 0
         samples = method not in ("dpo", "reward_model", "sft")
-        alone = {"group/no_signal_share"} if "group_size=1" in METHODS[method] else set()
+        alone = {"group/no_signal_share", "reward/letters_group_std"} if "group_size=1" in METHODS[method] else set()
         assert not samples or found.keys() >= OF_SAMPLING - alone
     stopped = train("stopped", *METHODS[method], stop_after=3)
     assert not (stopped / "model").exists()
@@ -165,6 +166,18 @@ def test_r5_weights_that_adapt_move_towards_their_target(train):
     for before, after in pairwise(weights):
         lacking = 5.0 - before["policy/entropy"]
         assert after["loss/entropy_weight"] == pytest.approx(before["loss/entropy_weight"] + 1e-3 * lacking)
+
+
+@pytest.mark.parametrize("preset", ["grpo", "ppo"])
+def test_r23_r33_the_spread_of_every_part_within_groups_is_a_metric(train, preset):
+    folder = train("run", f"preset={preset}", "steps=1")
+    with sqlite3.connect(folder / "run.db") as db:
+        rows = db.execute("SELECT prompt_number, reward_parts FROM completions").fetchall()
+    for part in ("letters", "short"):
+        groups = [[json.loads(parts)[part] for n, parts in rows if n == number] for number in range(3)]
+        wanted = sum(statistics.stdev(group) for group in groups) / 3
+        assert wanted > 0
+        assert metrics(folder, 1)[f"reward/{part}_group_std"] == pytest.approx(wanted, rel=1e-12)
 
 
 def test_dynamic_sampling_counts_what_it_drops(train, tmp_path):

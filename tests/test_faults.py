@@ -1,0 +1,102 @@
+"""What is promised for when things break holds: each experiment of benchmarks/faults.py, with fewer repeats."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals, locks and limits are tested on Linux")
+NAMES = [
+    "kills", "trainers", "kills inside saves", "damaged checkpoints", "all damaged", "disk full", "folder lost", "signals",
+    "changed inputs", "undeletable", "not finite", "equal rewards", "lengths", "bad recipes", "bad rows", "bad rewards",
+    "workers", "no memory", "one folder", "no network", "readers",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def faults():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(str(ROOT / "benchmarks"))
+        yield importlib.import_module("faults")
+
+
+@pytest.fixture(scope="module")
+def lab(faults, tmp_path_factory):
+    return faults.Lab(tmp_path_factory.mktemp("lab"), quick=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_promised_holds(faults, lab, name):
+    outcome = faults.EXPERIMENTS[name](lab)
+    assert outcome.wrong == []
+
+
+def test_every_experiment_is_a_test(faults):
+    assert list(faults.EXPERIMENTS) == NAMES
+
+
+def test_an_experiment_can_fail(faults, lab, monkeypatch):
+    """A run that was changed on the way is told from one that was left alone."""
+    home = lab.home(seed=1)
+    assert faults.differences(faults.finished(home), lab.whole()) != []
+
+
+def test_the_page_is_what_was_measured():
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    results = ROOT / "benchmarks" / "results"
+    found = json.loads((results / "faults.json").read_text())
+    assert {"command", "commit", "versions", "hardware"} <= found.keys()
+    assert list(found["experiments"]) == NAMES
+    for line in (results / "faults.md").read_text().splitlines():
+        assert line in page
+    assert all(one["held"] for one in found["experiments"].values())
+    saving = json.loads((results / "saving.json").read_text())
+    assert {"command", "commit", "versions", "hardware"} <= saving.keys()
+    assert f"{saving['share_on_average']:.2%}" in page
+    assert f"{saving['share_of_its_step']:.1%}" in page
+    assert saving["held"] == (saving["share_on_average"] <= 0.03)
+
+
+SECRETS = {
+    "OPENAI_API_KEY": "sk-oai-0123456789abcdef",
+    "HF_TOKEN": "hf_0123456789abcdef",
+    "AWS_SECRET_ACCESS_KEY": "aws0123456789abcdef",
+}
+
+
+@pytest.mark.parametrize("fault", [None, "before_backward:3:raise"])
+def test_keys_in_the_environment_reach_no_file_and_no_output(faults, lab, fault):
+    home = lab.home()
+    ended = faults.train(home, "--debug", "--profile", fault=fault, **SECRETS).wait()
+    assert (ended.status == 0) == (fault is None), ended.printed
+    files = [path for path in home.rglob("*") if path.is_file()]
+    assert {"run.db", "recipe.yaml"} <= {path.name for path in files}
+    assert fault or "report.html" in {path.name for path in files}
+    for secret in SECRETS.values():
+        assert secret not in ended.printed
+        assert [path for path in files if secret.encode() in path.read_bytes()] == []
+
+
+def test_pickled_weights_are_refused_and_never_read(faults, lab):
+    """A pickle that would leave a mark if it were loaded, under each name that transformers knows."""
+    home = lab.home()
+    faults.make_model(home / "model", lambda weights: None)
+    mark = home / "read"
+    (home / "model" / "model.safetensors").unlink()
+    bomb = f"cos\nsystem\n(S'touch {mark}'\ntR.".encode()
+    for name in ("pytorch_model.bin", "model.bin", "tf_model.h5"):
+        (home / "model" / name).write_bytes(bomb)
+    faults.write_recipe(home, {"model": "./model", "tokenizer": None})
+    for command in (["train", "recipe.yaml", "--out", "run"], ["sample", "./model", "hello"], ["check", "recipe.yaml"]):
+        ended = faults.Command(home, *command).wait()
+        assert (ended.status, "safetensors" in ended.printed) == (2, True), ended.printed
+    assert not mark.exists()
+
+
+def test_make_faults_runs_the_experiments():
+    shown = subprocess.run(["make", "--dry-run", "faults"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "benchmarks/faults.py" in shown.stdout

@@ -1,0 +1,109 @@
+"""Checkpoints are written beside training, and the right ones are kept."""
+
+import threading
+
+import pytest
+import torch
+
+from coterie.errors import UserError
+from coterie.training import checkpoint
+from coterie.training.checkpoint import (
+    Position,
+    Saver,
+    Snapshot,
+    TrainState,
+    find_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    write_checkpoint,
+)
+
+
+@pytest.fixture
+def state():
+    model = torch.nn.Linear(2, 2)
+    optimiser = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2)).sum().backward()
+    optimiser.step()
+    return TrainState({"model": model}, {"optimiser": (model, optimiser)}, {"kl_weight": 0.1})
+
+
+def saved(folder, state, *steps):
+    for step in steps:
+        write_checkpoint(folder, Snapshot.of(Position("train", step), state))
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_is_written_is_the_state_of_the_moment_it_was_taken(state, tmp_path):
+    """Training goes on while the write has not begun."""
+    model = state.models["model"]
+    before = model.weight.detach().clone()
+    saver, begin = Saver(tmp_path / "all"), threading.Event()
+    snapshot = Snapshot.of(Position("train", 1), state)
+    real = checkpoint.write_checkpoint
+
+    def late(*given):
+        begin.wait(10)
+        return real(*given)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(checkpoint, "write_checkpoint", late)
+        saver.save(snapshot, lambda: None)
+        with torch.no_grad():
+            model.weight.add_(1.0)
+        state.numbers["kl_weight"] = 9.0
+        begin.set()
+        saver.wait()
+    load_checkpoint(tmp_path / "all" / "step_000001", state)
+    assert torch.equal(model.weight, before)
+    assert state.numbers["kl_weight"] == 0.1
+
+
+def test_a_save_that_failed_is_told_of_once(state, tmp_path):
+    (tmp_path / "file").touch()
+    saver = Saver(tmp_path / "file" / "checkpoints")
+    saver.save(Snapshot.of(Position("train", 1), state), lambda: None)
+    with pytest.raises(OSError, match="this save needs"):
+        saver.wait()
+    saver.wait()
+    assert not saver.failed
+
+
+def test_the_newest_the_best_and_the_start_are_kept(state, tmp_path):
+    saved(tmp_path, state, 0, 2, 4, 6, 8)
+    (tmp_path / ".step_000010.writing").mkdir()
+    assert prune_checkpoints(tmp_path, 2, {4}) == []
+    assert names(tmp_path) == ["step_000000", "step_000004", "step_000006", "step_000008"]
+
+
+def test_a_checkpoint_is_written_anew_over_one_of_its_name(state, tmp_path):
+    saved(tmp_path, state, 2)
+    (tmp_path / "step_000002" / "model.safetensors").write_bytes(b"damaged")
+    saved(tmp_path, state, 2)
+    assert find_checkpoint(tmp_path, print).step == 2
+    assert names(tmp_path) == ["step_000002"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(state, tmp_path):
+    saved(tmp_path, state, 2)
+    with pytest.raises(UserError, match="does not fit the model at weight"):
+        load_checkpoint(tmp_path / "step_000002", TrainState({"model": torch.nn.Linear(3, 2)}))
+
+
+def test_the_best_on_the_way_is_kept_until_the_end(tiny_recipe, tmp_path):
+    import sqlite3
+
+    import coterie
+
+    given = [*tiny_recipe, "cold_start=null", "evaluation={prompts: 8, samples: 1, every: 2}", "optimiser.learning_rate=0.01",
+             "checkpoint={every: 6, keep_last: 1, keep_best: 1}"]  # fmt: skip
+    run = coterie.train("equations", overrides=given, out=str(tmp_path / "run"))
+    with sqlite3.connect(run.folder / "run.db") as db:
+        rows = db.execute(
+            "SELECT step FROM evaluations WHERE mode = 'sampled' AND name = 'accuracy' AND step BETWEEN 1 AND 5 "
+            "ORDER BY value DESC, step DESC"
+        ).fetchall()
+    assert f"step_{rows[0][0]:06d}" in names(run.folder / "checkpoints")

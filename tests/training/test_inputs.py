@@ -1,0 +1,98 @@
+"""What a resume compares with the start: settings by name, and the content of files."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from coterie.algorithms.presets import PRESETS
+from coterie.errors import UserError
+from coterie.recipe import load_recipe, make_recipe
+from coterie.training.inputs import check_inputs, inputs_of
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """Those of a recipe with a data file, a reward file, a model folder and a file among a reward's options."""
+    for name, text in {
+        "data.jsonl": "{}",
+        "mine.py": "",
+        "rubric.txt": "be kind",
+        "model/config.json": "{}",
+        "model/notes.md": "",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    def make(**changes):
+        values = {"model": str(tmp_path / "model"), "task": {"data": str(tmp_path / "data.jsonl")}, "preset": "grpo",
+                  "rewards": [{"function": f"{tmp_path}/mine.py:f", "options": {"rubric": f"{tmp_path}/rubric.txt"}}],
+                  **changes}  # fmt: skip
+        return inputs_of(make_recipe(values))
+
+    return make
+
+
+def test_nothing_has_changed(inputs):
+    assert check_inputs(inputs(), inputs(), []) == []
+    assert check_inputs(inputs(), inputs(steps=7), []) == []  # more steps are no change
+
+
+def test_every_changed_setting_is_named_with_what_it_was_and_is(inputs):
+    with pytest.raises(UserError) as error:
+        check_inputs(inputs(), inputs(group_size=4, optimiser={"learning_rate": 0.5}), [])
+    assert "group_size: was 8, is 4" in str(error.value)
+    assert "optimiser.learning_rate: was 1e-06, is 0.5" in str(error.value)
+    assert "--allow group_size --allow optimiser.learning_rate" in str(error.value)
+
+
+def test_what_is_allowed_is_told_of_and_nothing_else_is(inputs):
+    now = inputs(group_size=4, seed=3)
+    assert check_inputs(inputs(), now, ["group_size", "seed"]) == ["group_size: was 8, is 4", "seed: was 0, is 3"]
+    with pytest.raises(UserError, match="seed: was 0") as error:
+        check_inputs(inputs(), now, ["group_size"])
+    assert "group_size" not in str(error.value)
+    with pytest.raises(UserError, match="--allow grop_size"):
+        check_inputs(inputs(), inputs(), ["grop_size"])
+
+
+FILES = {"data.jsonl": "task.data", "mine.py": "rewards.f.function", "rubric.txt": "rewards.f.options.rubric", "model/config.json": "model"}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_that_has_changed_or_gone_is_named_by_its_setting(inputs, tmp_path, file):
+    before = inputs()
+    (tmp_path / file).write_text(json.dumps("else"))
+    with pytest.raises(UserError, match=f"{FILES[file]}: the file is not what it was"):
+        check_inputs(before, inputs(), [])
+    assert len(check_inputs(before, inputs(), [FILES[file]])) == 1
+    (tmp_path / file).unlink()
+    with pytest.raises(UserError, match=FILES[file]):
+        check_inputs(before, inputs(), [])
+
+
+def test_of_a_model_folder_only_what_makes_the_model_counts(inputs, tmp_path):
+    before = inputs()
+    (tmp_path / "model" / "notes.md").write_text("a note")
+    assert check_inputs(before, inputs(), []) == []
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_run_s_own_copy_of_a_recipe_is_the_same_recipe(tmp_path, preset):
+    """It leaves out what does nothing, and must mean the same when it is read back."""
+    pairs = {"data": "data.jsonl", "answer": "good", "chosen": "good", "rejected": "bad"}
+    values = {"model": {"type": "gpt2"}, "tokenizer": "bytes", "task": pairs, "preset": preset}
+    if PRESETS[preset].get("method", "grpo") in ("grpo", "ppo"):
+        values |= {"rewards": ["mine.py:f"], "group_size": 4}
+    recipe = make_recipe(values, folder=tmp_path)
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert check_inputs(inputs_of(recipe), inputs_of(load_recipe(str(tmp_path / "recipe.yaml"))), []) == []
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_a_run_s_own_copy_of_a_bundled_recipe_is_the_same_recipe(tmp_path, recipe):
+    loaded = load_recipe(str(recipe))
+    (tmp_path / "recipe.yaml").write_text(loaded.to_yaml())
+    assert check_inputs(inputs_of(loaded), inputs_of(load_recipe(str(tmp_path / "recipe.yaml"))), []) == []
