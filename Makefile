@@ -1,16 +1,34 @@
-# The two commands: `make demo` trains a model in minutes, `make test` runs the tests. Both set up what they need.
+# `make demo` trains a model in minutes, `make test` runs the tests; `make programs` and `make dialogue` train other tasks, and `make faults`
+# breaks runs on purpose. Each sets up what it needs.
 PYTHON ?= python3
 VENV ?= .venv
 SOURCES := pyproject.toml constraints.txt
 PIP := $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint clean
+REWARD_MODEL := runs/dialogue_reward_model
+
+.PHONY: demo programs dialogue test faults lint clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/coterie train recipes/equations.yaml
 
+programs: $(VENV)/.installed
+	$(VENV)/bin/coterie train recipes/programs.yaml
+
+dialogue: $(VENV)/.installed $(REWARD_MODEL)/summary.json
+	$(VENV)/bin/coterie train recipes/dialogue.yaml
+
+# Made once; what was interrupted goes on where it stopped
+$(REWARD_MODEL)/summary.json: | $(VENV)/.installed
+	if [ -d $(REWARD_MODEL) ]; then $(VENV)/bin/coterie train --resume $(REWARD_MODEL); \
+	else $(VENV)/bin/coterie train recipes/dialogue_reward_model.yaml; fi
+
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest
+
+faults: $(VENV)/.installed-dev
+	$(VENV)/bin/python benchmarks/faults.py
+	$(VENV)/bin/python benchmarks/saving.py
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

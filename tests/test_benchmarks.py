@@ -1,5 +1,6 @@
 """What is shown as measured is what the results files hold, and what measures it measures what it says."""
 
+import argparse
 import importlib
 import json
 import os
@@ -229,3 +230,45 @@ def test_end_tokens_leave_half_and_tokens_are_compared_place_by_place(load):
     assert generation.ends_for_half(tokens) == (2,)
     assert generation.equal_share([[1, 2], [3]], [[1, 4], [3]]) == pytest.approx(2 / 3)
     assert generation.equal_share([[1, 2]], [[1]]) == 0.5
+
+
+def test_rewards_measures_programs_in_every_sandbox_there_is(tmp_path):
+    command = [
+        sys.executable,
+        "benchmarks/rewards.py",
+        "--only",
+        "programs",
+        "--quick",
+        "--rounds",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "rewards.json").read_text())["parts"]["programs"]
+    assert {"command", "commit", "versions", "hardware"} <= found.keys()
+    assert found["sandboxes"].keys() == {"landlock", "bubblewrap"}
+    for one in found["sandboxes"].values():
+        assert "refused" in one or one["held"] == (one["per_second"]["median"] >= found["target"])
+
+
+def test_rewards_measures_answers(load, tmp_path):
+    rewards = load("rewards")
+    found = rewards.measure_answers(argparse.Namespace(quick=True, rounds=1))
+    assert found["per_second"].keys() == {"plain", "formulas", "towers"}
+    assert found["per_second"]["plain"]["median"] > 0
+    assert len(rewards.table_of_answers(found)) == 5
+
+
+def test_r20_the_table_of_the_sandbox_page_is_the_results_file():
+    page = (ROOT / "docs" / "sandbox.md").read_text(encoding="utf-8")
+    found = json.loads((ROOT / "benchmarks" / "results" / "rewards.json").read_text())["parts"]["programs"]
+    lines = (ROOT / "benchmarks" / "results" / "rewards.md").read_text().partition("<!-- programs -->\n")[2]
+    for line in lines.partition("<!--")[0].splitlines():
+        assert line in page
+    for one in found["sandboxes"].values():
+        assert one["held"]
+        assert one["growth_megabytes_of_a_gigabyte"] < 100

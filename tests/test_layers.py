@@ -6,8 +6,8 @@ from pathlib import Path
 import coterie
 
 ORDER = (
-    "errors", "noise", "sections", "types", "distributed", "algorithms", "recipe", "models", "rollouts", "rewards", "tasks", "evals", "runs",
-    "training", "commands", "cli",
+    "errors", "deadline", "faults", "trust", "noise", "sections", "types", "distributed", "algorithms", "settings", "recipe", "models", "rollouts",
+    "rewards", "tasks", "evals", "runs", "training", "scoring", "commands", "cli",
 )  # fmt: skip
 PACKAGE = Path(coterie.__file__).parent
 
