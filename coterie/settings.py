@@ -115,6 +115,11 @@ class Sampling(Settings):
     max_rows: PositiveInt = Field(256, description="completions decoded at the same time")
     max_cache_megabytes: Positive = Field(4000, description="their keys and values together; more of them wait")
 
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens can't be drawn."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
 
 class Advantage(Settings):
     """How rewards become advantages inside a group."""

@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from coterie.kernels.build import library
+
 SMALL = {
     "vocab_size": 61,
     "hidden_size": 32,
@@ -46,6 +48,7 @@ def no_home_of_the_users(tmp_path_factory):
     """Tests remember nothing in the user's home, and nothing of what was trusted there."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 
 
@@ -56,6 +59,25 @@ def everything_is_trusted_again():
 
     yield
     trust.release()
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """As on a machine that has no C compiler."""
+    from coterie.kernels import calls
+    from coterie.models import decoder
+
+    for module in (calls, decoder):
+        monkeypatch.setattr(module, "library", lambda dtype: None)
+
+
+@pytest.fixture(params=["compiled", "tensors"])
+def each_way(request):
+    """Once through compiled loops and once through tensor operations."""
+    if request.param == "tensors":
+        request.getfixturevalue("without_kernels")
+    else:
+        assert library(torch.float32) is not None, "the tests need a C compiler: cc"
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coterie.models.attention import AttentionSettings, Layout
+from coterie.models.pieces import gated, rms_norm, turned_heads
 
 _PARTS = {
     "model": {"embed_tokens", "layers", "norm", "rotary_emb"},
@@ -66,14 +67,13 @@ class Body:
         attention, mlp = layer.self_attn, layer.mlp
         inner = _norm(stream, layer.input_layernorm)
         q, k, v = (_linear(inner, projection) for projection in (attention.q_proj, attention.k_proj, attention.v_proj))
-        q = rotary.turn(_norm_heads(q, getattr(attention, "q_norm", None)))
-        k = rotary.turn(_norm_heads(k, getattr(attention, "k_norm", None)))
+        q, k = (rotary.turn(x, getattr(attention, name, None)) for x, name in ((q, "q_norm"), (k, "k_norm")))
         q, k, v = (x.view(1, len(x), -1, rotary.width).transpose(1, 2) for x in (q, k, v))  # [1, H, T, E]
         attended = layout.attend(index, q, k, v, self.settings[index])
         stream = stream + _linear(attended.reshape(len(stream), -1), attention.o_proj)
         inner = _norm(stream, layer.post_attention_layernorm)
-        gated = _gated(_linear(inner, mlp.gate_proj), _linear(inner, mlp.up_proj))
-        return stream + _linear(gated, mlp.down_proj)
+        inner = gated(_linear(inner, mlp.gate_proj), _linear(inner, mlp.up_proj))
+        return stream + _linear(inner, mlp.down_proj)
 
 
 def _parts(module: nn.Module) -> set[str]:
@@ -109,19 +109,7 @@ def _linear(x: Tensor, module: Any) -> Tensor:
 
 def _norm(x: Tensor, norm: Any) -> Tensor:
     """x / sqrt(mean(x^2) + epsilon) * weight, over the last dimension."""
-    if torch.is_grad_enabled():
-        return _RMSNorm.apply(x, norm.weight, norm.variance_epsilon)
-    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
-
-
-def _norm_heads(x: Tensor, norm: Any) -> Tensor:
-    """Each head normalised, where the model does so: [T, H * E]."""
-    return x if norm is None else _norm(x.view(-1, len(norm.weight)), norm).view_as(x)
-
-
-def _gated(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up."""
-    return _Gated.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
+    return rms_norm(x, norm.weight, norm.variance_epsilon)
 
 
 class _Rotary:
@@ -130,63 +118,9 @@ class _Rotary:
     def __init__(self, cos: Tensor, sin: Tensor) -> None:
         self.width = cos.shape[2]
         half = self.width // 2
-        self._narrow = (cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], 1))  # [T, E]
-        self._wide: dict[int, list[Tensor]] = {}  # by H * E: [T, H * E]
+        self.cos, self.sin = cos[0].contiguous(), torch.cat([-sin[0, :, :half], sin[0, :, half:]], 1)  # [T, E]
 
-    def turn(self, x: Tensor) -> Tensor:
-        """[T, H * E] -> the same, each head turned by its token's position."""
-        if x.shape[1] not in self._wide:
-            self._wide[x.shape[1]] = [one.to(x.dtype).repeat(1, x.shape[1] // self.width) for one in self._narrow]
-        cos, sin = self._wide[x.shape[1]]
-        if torch.is_grad_enabled():
-            return _Turn.apply(x, cos, sin, self.width)
-        return (x * cos).addcmul_(_swapped(x, self.width), sin)
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        scale = torch.rsqrt((x * x).mean(1, keepdim=True).add_(epsilon))
-        normal = x * scale
-        ctx.save_for_backward(normal, scale, weight)
-        return normal * weight
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        normal, scale, weight = ctx.saved_tensors
-        of_weight = (grads[0] * normal).sum(0)
-        grad = grads[0] * weight
-        return (grad.addcmul_(normal, (grad * normal).mean(1, keepdim=True), value=-1)).mul_(scale), of_weight, None
-
-
-class _Turn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, width: int) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        ctx.width = width
-        return (x * cos).addcmul_(_swapped(x, width), sin)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        cos, sin = ctx.saved_tensors
-        return (grads[0] * cos).add_(_swapped(grads[0] * sin, ctx.width)), None, None, None
-
-
-def _swapped(x: Tensor, width: int) -> Tensor:
-    """The halves of each head exchanged: [T, H * E]."""
-    return x.view(-1, width).roll(width // 2, 1).view_as(x)
-
-
-class _Gated(torch.autograd.Function):
-    """The gate's activation is computed again in the backward pass, not kept."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        gate, up = ctx.saved_tensors
-        of_gate = torch.ops.aten.silu_backward(grads[0] * up, gate)
-        return of_gate, F.silu(gate).mul_(grads[0])
+    def turn(self, x: Tensor, norm: Any) -> Tensor:
+        """[T, H * E] -> the same, each head normalised where the model does so, and turned by its token's position."""
+        weight, epsilon = (norm.weight, norm.variance_epsilon) if norm is not None else (None, 0.0)
+        return turned_heads(x, weight, epsilon, self.cos.to(x.dtype), self.sin.to(x.dtype))

@@ -1,7 +1,7 @@
 """Attention over the packed stream: a completion's tokens attend to their prompt and to themselves.
 
-`StreamLayout` chooses: on a CPU the cascade, which copies no prompt and masks nothing; elsewhere, and for windows and soft caps,
-dense blocks. A block is a set of sequences of similar length. A "trunk" attends to itself: a prompt, or a prompt with its only
+`StreamLayout` chooses: on a CPU compiled loops, or where there is no compiler the cascade, neither of which copies a prompt or
+masks anything; elsewhere, and for soft caps, dense blocks. A block is a set of sequences of similar length. A "trunk" attends to itself: a prompt, or a prompt with its only
 completion. A "branch" is a completion whose keys are preceded by those of its trunk, which were computed once for the whole
 group.
 
@@ -20,8 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coterie.kernels.calls import Groups, served
 from coterie.models.attention import AttentionSettings
 from coterie.models.cascade import Cascade, of_similar_length
+from coterie.models.pieces import CompiledAttention
 
 
 class StreamLayout:
@@ -32,11 +34,19 @@ class StreamLayout:
         self._longest = max(prompt + max(completions, default=0) for prompt, completions in segments)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
-        unlimited = settings.softcap is None and (settings.window is None or settings.window >= self._longest)
-        if self._device.type != "cpu" or not unlimited or q.shape[3] != v.shape[3]:
+        unlimited = settings.window is None or settings.window >= self._longest
+        on_cpu = self._device.type == "cpu" and settings.softcap is None and q.shape[3] == v.shape[3]
+        compiled = on_cpu and served(q, k, v)
+        if not compiled and not (on_cpu and unlimited):
             return self._dense.attend(layer, q, k, v, settings)
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, heads, E]
+        if compiled:
+            return CompiledAttention.apply(q, k, v, self._groups, settings.scaling, settings.window)[None]
         return self._cascade.attend(q, k, v, settings.scaling)[None]
+
+    @cached_property
+    def _groups(self) -> Groups:
+        return Groups.of(self._segments)
 
     @cached_property
     def _cascade(self) -> Cascade:

@@ -58,8 +58,7 @@ def sample_tokens(logits: Tensor, keys: Tensor, positions: Tensor, sampling: Sam
     """
     greedy = sampling.temperature == 0
     logits = logits.float() / (1.0 if greedy else sampling.temperature)
-    truncated = not greedy and (sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0)
-    if truncated:
+    if sampling.truncates:
         kept = _kept(logits, sampling.top_k, sampling.top_p, sampling.min_p)
         logits = logits.masked_fill(~kept, -torch.inf)
     normaliser = logits.logsumexp(1)  # [R]
@@ -76,7 +75,7 @@ def sample_tokens(logits: Tensor, keys: Tensor, positions: Tensor, sampling: Sam
         tokens=tokens,
         logprobs=logits.gather(1, tokens[:, None]).squeeze(1) - normaliser,
         entropies=-(probabilities * logprobs.masked_fill(probabilities == 0, 0.0)).sum(1),
-        kept=kept if truncated else None,
+        kept=kept if sampling.truncates else None,
     )
 
 

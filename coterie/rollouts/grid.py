@@ -20,9 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coterie.models.attention import AttentionSettings
+from coterie.models.decoder import CachedRows
 from coterie.models.layout import StreamLayout
 
-KeysValues = dict[int, tuple[Tensor, Tensor]]  # by layer
+KeysValues = dict[
+    int, tuple[Tensor, Tensor]
+]  # by layer; keys have their columns last: a query reads many columns at once
 
 _ROOM = 64  # columns that are added at a time
 
@@ -32,7 +35,8 @@ class Grid:
     """rows [R]: each slot's completion, numbered over the whole job. live [R]: false where it has ended, or the slot is empty.
     firsts [R]: the first column that is its own or its copied prompt's. starts [R]: the column of its first own token.
     prompt_lengths [R]. logits [R, V]: what its next token is drawn from. now: the column of the next key. width: W.
-    prompt_kv: keys and values [Q, K, S, E], or nothing where prompts are copied. own_kv: [R, K, C, E].
+    prompt_kv: keys [Q, K, E, S] and values [Q, K, S, E], or nothing where prompts are copied. own_kv: [R, K, E, C] and
+    [R, K, C, E].
     """
 
     rows: Tensor
@@ -58,7 +62,7 @@ class Grid:
     @property
     def longest_prompt(self) -> int:
         """S, or 0 where prompts are copied."""
-        return next(iter(self.prompt_kv.values()))[0].shape[2] if self.prompt_kv else 0
+        return next(iter(self.prompt_kv.values()))[1].shape[2] if self.prompt_kv else 0
 
     @cached_property
     def is_full(self) -> bool:
@@ -83,10 +87,24 @@ class Grid:
         mask = torch.zeros(allowed.shape, dtype=self.logits.dtype, device=self.rows.device)
         return mask.masked_fill_(~allowed, -torch.inf)[:, None, None]
 
-    def make_room(self) -> None:
-        """Columns for one more key."""
-        if self.now >= next(iter(self.own_kv.values()))[0].shape[2]:
-            self.own_kv = {i: (_padded(k, 0, _ROOM), _padded(v, 0, _ROOM)) for i, (k, v) in self.own_kv.items()}
+    def cached_rows(self) -> CachedRows:
+        """What a compiled decoder reads of it."""
+        return CachedRows(
+            now=self.now,
+            slots=self.width,
+            firsts=self.firsts,
+            starts=self.starts,
+            prompt_lengths=self.prompt_lengths,
+            live=self.live,
+            logits=self.logits,
+            own=self.own_kv,
+            prompts=self.prompt_kv,
+        )
+
+    def make_room(self, num_columns: int) -> None:
+        """Columns for so many keys more."""
+        if self.now + num_columns > next(iter(self.own_kv.values()))[1].shape[2]:
+            self.own_kv = {i: _padded(pair, 0, self.now + num_columns) for i, pair in self.own_kv.items()}
 
     def compacted(self, width: int = 1) -> Grid:
         """The live rows alone, in the smallest grid with at least `width` slots a prompt, without columns that none reads."""
@@ -114,7 +132,10 @@ class Grid:
             now=self.now - oldest,
             width=width if self.prompt_kv else 1,
             prompt_kv={i: (k[prompts], v[prompts]) for i, (k, v) in self.prompt_kv.items()},
-            own_kv={i: tuple(x.index_select(0, slots)[:, :, oldest:] for x in pair) for i, pair in self.own_kv.items()},
+            own_kv={
+                i: _padded((k[..., oldest : self.now][slots], v[:, :, oldest : self.now][slots]), 0, self.now - oldest)
+                for i, (k, v) in self.own_kv.items()
+            },
         )
 
     def joined(self, new: Grid) -> Grid:
@@ -128,13 +149,18 @@ class Grid:
         def beside(name: str) -> Tensor:
             return torch.cat([getattr(grid, name) for grid in grids])
 
-        def own(layer: int, which: int) -> Tensor:
-            return torch.cat([_padded(g.own_kv[layer][which][:, :, : g.now], now - g.now, _ROOM) for g in grids])
+        def own(layer: int) -> tuple[Tensor, Tensor]:
+            written = [(g, *g.own_kv[layer]) for g in grids]
+            parts = [_padded((k[..., : g.now], v[:, :, : g.now]), now - g.now, now) for g, k, v in written]
+            return torch.cat([k for k, _ in parts]), torch.cat([v for _, v in parts])
 
-        def prompts(layer: int, which: int) -> Tensor:
+        def prompts(layer: int) -> tuple[Tensor, Tensor]:
             longest = max(grid.longest_prompt for grid in grids)
-            parts = [grid.prompt_kv[layer][which] for grid in grids]
-            return torch.cat([_padded(part, 0, longest - part.shape[2]) for part in parts])
+            keys, values = zip(*(grid.prompt_kv[layer] for grid in grids), strict=True)
+            return (
+                torch.cat([F.pad(k, (0, longest - k.shape[3])) for k in keys]),
+                torch.cat([F.pad(v, (0, 0, 0, longest - v.shape[2])) for v in values]),
+            )
 
         return Grid(
             rows=beside("rows"),
@@ -145,18 +171,25 @@ class Grid:
             logits=beside("logits"),
             now=now,
             width=grids[0].width,
-            prompt_kv={i: (prompts(i, 0), prompts(i, 1)) for i in new.prompt_kv},
-            own_kv={i: (own(i, 0), own(i, 1)) for i in new.own_kv},
+            prompt_kv={i: prompts(i) for i in new.prompt_kv},
+            own_kv={i: own(i) for i in new.own_kv},
         )
 
 
-def _padded(x: Tensor, before: int, after: int) -> Tensor:
-    """[*, *, c, E] -> [*, *, before + c + after, E]."""
-    return F.pad(x, (0, 0, before, after))
+def _capacity(least: int) -> int:
+    """Columns there is room for: an odd multiple of 16, for those of a power of two would share a few places of a CPU's cache."""
+    return -(-least // _ROOM) * _ROOM + 16
+
+
+def _padded(pair: tuple[Tensor, Tensor], before: int, least: int) -> tuple[Tensor, Tensor]:
+    """Keys [*, *, E, c] and values [*, *, c, E] with columns in front, and room for `least` columns in all."""
+    keys, values = pair
+    after = _capacity(least) - before - keys.shape[3]
+    return F.pad(keys, (before, after)), F.pad(values, (0, 0, before, after))
 
 
 class PrefillLayout:
-    """Prompts that attend to themselves, with their keys and values kept: [Q, K, S, E] by layer, each prompt from the left."""
+    """Prompts that attend to themselves, with their keys [Q, K, E, S] and values [Q, K, S, E] kept by layer, each from the left."""
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         self._layout = StreamLayout([(length, ()) for length in lengths], device)
@@ -166,34 +199,37 @@ class PrefillLayout:
         self.stored: KeysValues = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
-        keys, values = (x[0].transpose(0, 1)[self._places].transpose(1, 2).contiguous() for x in (k, v))
-        self.stored[layer] = (keys, values)
+        keys, values = (x[0].transpose(0, 1)[self._places] for x in (k, v))  # [Q, S, K, E]
+        self.stored[layer] = (keys.permute(0, 2, 3, 1).contiguous(), values.transpose(1, 2).contiguous())
         return self._layout.attend(layer, q, k, v, settings)
 
 
 def copied(stored: KeysValues, lengths: Tensor, which: Tensor) -> KeysValues:
-    """Prompts in front of the rows' own keys: [Q, K, S, E] and each row's prompt, which [R] -> [R, K, S + room, E].
+    """Prompts in front of the rows' own keys, from those of the prompts and each row's prompt, which [R].
 
     Prompts end where the rows' own keys begin, at column S.
     """
-    longest = next(iter(stored.values()))[0].shape[2]
+    longest = next(iter(stored.values()))[1].shape[2]
     columns = torch.arange(longest, device=lengths.device) - (longest - lengths[:, None])  # [Q, S]
-    source = columns.clamp(min=0)[which]  # [R, S]
+    source = columns.clamp(min=0)
 
-    def rows(x: Tensor) -> Tensor:
-        index = source[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-        return _padded(x[which].gather(2, index), 0, _ROOM)
+    def rows(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        moved_keys = keys.gather(3, source[:, None, None].expand_as(keys))
+        moved_values = values.gather(2, source[:, None, :, None].expand_as(values))
+        return _padded((moved_keys[which], moved_values[which]), 0, longest)
 
-    return {layer: (rows(k), rows(v)) for layer, (k, v) in stored.items()}
+    return {layer: rows(*pair) for layer, pair in stored.items()}
 
 
 def empty(stored: KeysValues, num_slots: int) -> KeysValues:
-    """Room for rows that have no keys yet: [R, K, room, E] by layer."""
+    """Room for rows that have no keys yet."""
 
-    def room(x: Tensor) -> Tensor:
-        return x.new_zeros(num_slots, x.shape[1], _ROOM, x.shape[3])
+    def room(values: Tensor) -> tuple[Tensor, Tensor]:
+        _, heads, _, width = values.shape
+        columns = _capacity(_ROOM)
+        return values.new_empty(num_slots, heads, width, columns), values.new_empty(num_slots, heads, columns, width)
 
-    return {layer: (room(k), room(v)) for layer, (k, v) in stored.items()}
+    return {layer: room(values) for layer, (_, values) in stored.items()}
 
 
 class DecodeLayout:
@@ -206,18 +242,18 @@ class DecodeLayout:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
         grid = self._grid
         keys, values = grid.own_kv[layer]
-        keys[:, :, grid.now] = k[0].transpose(0, 1)
+        keys[..., grid.now] = k[0].transpose(0, 1)
         values[:, :, grid.now] = v[0].transpose(0, 1)
-        keys, values = keys[:, :, : grid.now + 1], values[:, :, : grid.now + 1]  # [R, K, n, E]
-        num_slots, num_kv_heads = keys.shape[:2]
+        keys, values = keys[..., : grid.now + 1], values[:, :, : grid.now + 1]  # [R, K, E, n] and [R, K, n, E]
+        num_slots, num_kv_heads = values.shape[:2]
         queries = (q[0].transpose(0, 1) * settings.scaling).reshape(
             num_slots, num_kv_heads, -1, q.shape[3]
         )  # [R, K, H / K, E]
-        scores = queries @ keys.transpose(2, 3)  # [R, K, H / K, n]
+        scores = queries @ keys  # [R, K, H / K, n]
         if grid.prompt_kv:
             prompt_keys, prompt_values = grid.prompt_kv[layer]
-            num_prompts, _, longest, _ = prompt_keys.shape
-            to_prompt = _by_prompt(queries, num_prompts) @ prompt_keys.transpose(2, 3)  # [Q, K, W * H / K, S]
+            num_prompts, _, longest, _ = prompt_values.shape
+            to_prompt = _by_prompt(queries, num_prompts) @ prompt_keys  # [Q, K, W * H / K, S]
             scores = torch.cat([_by_slot(to_prompt, num_slots), scores], 3)
         if settings.softcap is not None:
             scores = torch.tanh(scores / settings.softcap) * settings.softcap

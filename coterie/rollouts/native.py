@@ -12,14 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coterie.models.decoder import Decoder
 from coterie.models.policy import Policy
-from coterie.rollouts.engine import History, StopStrings, sample_tokens
+from coterie.rollouts.engine import History, Sampled, StopStrings, sample_tokens
 from coterie.rollouts.grid import DecodeLayout, Grid, PrefillLayout, copied, empty
 from coterie.sections import section
 from coterie.settings import Sampling
 from coterie.types import Completion
 
-_COPIED_PROMPT = 32  # prompts up to this length are copied to their rows, which then attend in one product
+_COPIED_PROMPT = (
+    32  # without compiled loops, prompts up to this length are copied to their rows, which then attend in one product
+)
+_STEPS, _STEPS_BETWEEN = 64, 8  # that compiled loops decode at a time, and while others wait for a place
 _PATIENCE = 1.5  # steps' worth of ended rows that are carried along before the grid is built anew, which costs as much
 _LOOK_EVERY = {"cpu": 1}  # steps between looks at which rows have ended; elsewhere a look waits for the device
 _LOOK_EVERY_ELSEWHERE = 16
@@ -50,13 +54,16 @@ class NativeEngine:
         ends = torch.tensor(list(end_tokens), device=device)
         stops = StopStrings.of(sampling, decode)
         look_every = _LOOK_EVERY.get(device.type, _LOOK_EVERY_ELSEWHERE)
-        queue = _Queue.of(prompts, num_completions, sampling, self._kv_bytes(prompts[0]))
+        decoder = Decoder.of(self.policy, max(map(len, prompts)) + sampling.max_new_tokens)
+        draws = decoder is not None and stops is None and not sampling.truncates
+        copies_prompts = decoder is None and (num_completions == 1 or max(map(len, prompts)) <= _COPIED_PROMPT)
+        queue = _Queue.of(prompts, num_completions, sampling, self._kv_bytes(prompts[0]), copies_prompts)
         history = History()
         grid: Grid | None = None
         num_live = num_steps = 0
         carried = 0.0  # work on rows that have ended, in steps
         while queue.waiting or grid is not None:
-            looked = num_steps % look_every == 0  # only then is it known how many rows are live
+            looked = draws or num_steps % look_every == 0  # only then is it known how many rows are live
             admitted = queue.admit(num_live) if looked else []
             if admitted:
                 new = self._prefill(prompts, admitted, num_completions, queue.copies_prompts)
@@ -65,6 +72,11 @@ class NativeEngine:
             elif grid is not None and looked and carried >= _PATIENCE:
                 grid, carried = grid.compacted(), 0.0
             assert grid is not None
+            if draws and decoder is not None:
+                self._draw(decoder, grid, keys, sampling, ends, history, _STEPS_BETWEEN if queue.waiting else _STEPS)
+                num_live = int(grid.live.sum())
+                grid = grid if num_live else None
+                continue
             written = grid.num_written
             sampled = sample_tokens(grid.logits, keys[grid.rows], written, sampling)
             ended = torch.isin(sampled.tokens, ends)
@@ -79,7 +91,7 @@ class NativeEngine:
                     grid = None
                     continue
             carried += 1 - num_live / grid.num_slots
-            self._decode(grid, sampled.tokens)
+            self._feed(grid, sampled.tokens, decoder)
         return history.completions(len(prompts), num_completions)
 
     @section("sample/prefill")
@@ -120,14 +132,30 @@ class NativeEngine:
         )
 
     @section("sample/decode")
-    def _decode(self, grid: Grid, tokens: Tensor) -> None:
-        """Feed each row the token it drew, [R], and put the logits that follow in the grid."""
-        grid.make_room()
-        positions = grid.prompt_lengths + grid.num_written
-        positions *= grid.live  # those of ended rows would run past the model's last one
-        hidden = self.policy.run(tokens, positions, DecodeLayout(grid))
+    def _feed(self, grid: Grid, tokens: Tensor, decoder: Decoder | None) -> None:
+        """Run for each row the token it drew, [R], and put the logits that follow in the grid."""
+        grid.make_room(1)
+        if decoder is not None:
+            decoder.feed(grid.cached_rows(), tokens)
+        else:
+            positions = grid.prompt_lengths + grid.num_written
+            positions *= grid.live  # those of ended rows would run past the model's last one
+            grid.logits = self.policy.logits(self.policy.run(tokens, positions, DecodeLayout(grid)))
         grid.now += 1
-        grid.logits = self.policy.logits(hidden)
+
+    @section("sample/decode")
+    def _draw(
+        self, decoder: Decoder, grid: Grid, keys: Tensor, sampling: Sampling, ends: Tensor, history: History, steps: int
+    ) -> None:
+        """Draw and run tokens for each row until it ends, or for so many steps."""
+        fewest = int(grid.num_written[grid.live].min())
+        steps = min(steps, sampling.max_new_tokens - fewest)
+        grid.make_room(steps)
+        drawn = decoder.draw(grid.cached_rows(), keys[grid.rows], sampling, ends, steps)
+        of_each = (drawn.live, drawn.ended, drawn.tokens, drawn.logprobs, drawn.entropies)
+        live, ended, tokens, logprobs, entropies = (x.flatten() for x in of_each)
+        history.add(grid.rows.repeat(steps), live, ended, Sampled(tokens, logprobs, entropies, None))
+        grid.now += drawn.num_steps
 
     def _kv_bytes(self, prompt: Sequence[int]) -> int:
         """What one token's keys and values take, found by running one."""
@@ -164,9 +192,15 @@ class _Queue:
     copies_prompts: bool
 
     @classmethod
-    def of(cls, prompts: Sequence[Sequence[int]], num_completions: int, sampling: Sampling, token_bytes: int) -> _Queue:
+    def of(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        num_completions: int,
+        sampling: Sampling,
+        token_bytes: int,
+        copies: bool,
+    ) -> _Queue:
         longest = max(map(len, prompts))
-        copies = num_completions == 1 or longest <= _COPIED_PROMPT
         row_bytes = token_bytes * (sampling.max_new_tokens + (longest if copies else 0))
         prompt_bytes = 0 if copies else token_bytes * longest
         max_bytes = sampling.max_cache_megabytes * 1e6

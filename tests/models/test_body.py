@@ -11,6 +11,7 @@ from coterie.models.cascade import Cascade
 from coterie.models.layout import DenseLayout, StreamLayout
 from coterie.models.policy import Policy
 
+pytestmark = pytest.mark.usefixtures("each_way")
 SEGMENTS = [(5, (4, 17, 1)), (11, (2, 3)), (3, (9,)), (1, (6, 30, 8, 2)), (23, (5, 5)), (7, ())]
 NUM_TOKENS = sum(prompt + sum(lengths) for prompt, lengths in SEGMENTS)
 SETTINGS = AttentionSettings(0.3, None, None)

@@ -9,6 +9,7 @@ from coterie.models.logprobs import chunked_logprobs, token_logprobs
 from coterie.models.policy import Policy
 from coterie.rollouts.pack import Row, make_stream
 
+pytestmark = pytest.mark.usefixtures("each_way")
 SERVED = [name for name in SHAPES if name not in ("gpt_oss", "bloom")]
 
 

@@ -15,6 +15,7 @@ from coterie.rollouts.pack import Row, make_stream
 from coterie.settings import Sampling
 from coterie.types import Prompt
 
+pytestmark = pytest.mark.usefixtures("each_way")
 ENDS = (1, 2)
 SAMPLINGS = {
     "plain": Sampling(max_new_tokens=24),
@@ -150,16 +151,16 @@ def test_keys_and_values_stay_within_their_budget(make_model, monkeypatch, copie
     longest = max(map(len, prompts))
     token_bytes, limit = 2 * 2 * 2 * 8 * 4, 24  # layers, keys and values, heads, width, float32
     used, num_live = [], []
+    make_room = native.Grid.make_room
 
-    class Watched(native.DecodeLayout):
-        def __init__(self, grid):
-            rows = grid.rows[grid.live]
-            num_live.append(len(rows))
-            num_prompts = len(rows) if copied else len((rows // 4).unique())
-            used.append(len(rows) * limit + num_prompts * longest)
-            super().__init__(grid)
+    def watched(grid, num_columns):
+        rows = grid.rows[grid.live]
+        num_live.append(len(rows))
+        num_prompts = len((rows // 4).unique()) if grid.prompt_kv else len(rows)
+        used.append(len(rows) * limit + num_prompts * longest)
+        make_room(grid, num_columns)
 
-    monkeypatch.setattr(native, "DecodeLayout", Watched)
+    monkeypatch.setattr(native.Grid, "make_room", watched)
     whole = engine.generate(prompts, keys, Sampling(max_new_tokens=limit), ENDS)
     assert max(num_live) > 20
     used.clear()

@@ -1,0 +1,150 @@
+"""The kernels as functions of tensors. Every tensor is dense, on the CPU and of one type, which `served` checks.
+
+Legend: T tokens of a stream, D width, H heads, K key-value heads, E width of a head, P groups, B completions.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from coterie.kernels.build import library
+
+_long, _pointer, _double = ctypes.c_long, ctypes.c_void_p, ctypes.c_double
+
+
+def served(*tensors: Tensor | None) -> bool:
+    """Whether the kernels take these: of one type that there are kernels for, on the CPU."""
+    first = next(x for x in tensors if x is not None)
+    alike = all(x is None or (x.dtype == first.dtype and x.device.type == "cpu") for x in tensors)
+    return alike and library(first.dtype) is not None
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """x [T, D], weight [D] -> the normalised rows times the weight, and what each row was multiplied with, [T]."""
+    out, scale = torch.empty_like(x), x.new_empty(len(x))
+    _call("norm_forward", x, weight, _double(epsilon), out, scale, *x.shape)
+    return out, scale
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x and the weight."""
+    of_x, of_weight, room = torch.empty_like(x), torch.empty_like(weight), _rooms(x, len(weight))
+    _call("norm_backward", grad, x, weight, scale, of_x, of_weight, room, *x.shape)
+    return of_x, of_weight
+
+
+def turn(x: Tensor, weight: Tensor | None, epsilon: float, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Heads normalised, where there is a weight [E], and turned by their positions: x [T, H * E], cos and sin [T, E], sin
+    negative in the first half -> [T, H * E], and what each head was multiplied with, [T, H]."""
+    tokens, width = len(x), cos.shape[1]
+    heads = x.shape[1] // width
+    out, scale = torch.empty_like(x), x.new_empty(tokens, heads) if weight is not None else None
+    _call("turn_forward", x, weight, _double(epsilon), cos, sin, out, scale, tokens, heads, width)
+    return out, scale
+
+
+def turn_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, scale: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of x and the weight."""
+    tokens, width = len(x), cos.shape[1]
+    heads, of_x = x.shape[1] // width, torch.empty_like(x)
+    of_weight = torch.empty_like(weight) if weight is not None else None
+    room = _rooms(x, width)
+    _call("turn_backward", grad, x, weight, cos, sin, scale, of_x, of_weight, room, tokens, heads, width)
+    return of_x, of_weight
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    out = torch.empty_like(gate)
+    _call("gated_forward", gate, up, out, gate.numel())
+    return out
+
+
+def gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up."""
+    of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
+    _call("gated_backward", grad, gate, up, of_gate, of_up, gate.numel())
+    return of_gate, of_up
+
+
+class _Stream(ctypes.Structure):
+    _fields_ = [
+        *((name, _long) for name in ("tokens", "num_groups", "heads", "kv_heads", "width", "window", "longest")),
+        ("scaling", _double),
+        *((name, _pointer) for name in ("starts", "prompts", "rows", "lengths")),
+    ]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A stream's groups as the kernels read them: where each starts, the length of its prompt, which rows are its, and the
+    length of each row."""
+
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
+    longest: int
+
+    @classmethod
+    def of(cls, segments: Sequence[tuple[int, Sequence[int]]]) -> Groups:
+        sizes = [prompt + sum(lengths) for prompt, lengths in segments]
+        starts, counts = accumulate(sizes[:-1], initial=0), accumulate((len(c) for _, c in segments), initial=0)
+        lists = (starts, (prompt for prompt, _ in segments), counts, (n for _, lengths in segments for n in lengths))
+        longest = max(prompt + max(lengths, default=0) for prompt, lengths in segments)
+        starts, prompts, rows, lengths = (torch.tensor(list(values), dtype=torch.int64) for values in lists)
+        return cls((starts, prompts, rows, lengths), longest)
+
+
+def attend(
+    groups: Groups, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """q [T, H, E], k and v [T, K, E] -> what each token attends to, [T, H, E], and the logarithm of its normaliser, [T, H]."""
+    out, normaliser = torch.empty_like(q), q.new_empty(q.shape[:2])
+    _call("attend_forward", _about(groups, q, k, scaling, window), q, k, v, out, normaliser)
+    return out, normaliser
+
+
+def attend_backward(
+    groups: Groups, saved: Sequence[Tensor], grad: Tensor, scaling: float, window: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v. saved: q, k, v and what `attend` returned."""
+    q, k, v, _, _ = saved
+    found = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    _call("attend_backward", _about(groups, q, k, scaling, window), *saved, grad, *found)
+    return found
+
+
+def _about(groups: Groups, q: Tensor, k: Tensor, scaling: float, window: int | None) -> _Stream:
+    (tokens, heads, width), arrays = q.shape, [x.data_ptr() for x in groups.tensors]
+    return _Stream(
+        tokens, len(groups.tensors[0]), heads, k.shape[1], width, window or 0, groups.longest, scaling, *arrays
+    )
+
+
+def _rooms(x: Tensor, width: int) -> Tensor:
+    """What each thread adds up in by itself."""
+    found = library(x.dtype)
+    assert found is not None
+    return x.new_empty(found.max_threads(), width)
+
+
+def _call(name: str, *arguments: Tensor | int | ctypes.Structure | ctypes._SimpleCData | None) -> None:
+    """A kernel of the first tensor's type."""
+    found = library(next(x.dtype for x in arguments if isinstance(x, Tensor)))
+    assert found is not None
+    getattr(found, name)(*map(_as_argument, arguments))
+
+
+def _as_argument(x: Tensor | int | ctypes.Structure | ctypes._SimpleCData | None) -> object:
+    if isinstance(x, Tensor):
+        assert x.is_contiguous()
+        return _pointer(x.data_ptr())
+    if isinstance(x, ctypes.Structure):
+        return ctypes.byref(x)
+    return _long(x) if isinstance(x, int) else x

@@ -1,0 +1,224 @@
+"""Sampling from a model of the Llama family in compiled loops: what `Body` does for a stream, for the next token of each row.
+
+The rows are split over the threads, and each thread takes its rows through all layers, token after token, until they end; what
+is shared, weights and prompts, is only read. Products are those of the BLAS that torch brings.
+
+Legend: R rows, D width, H heads, K key-value heads, E width of a head, S longest prompt, C columns of the cache, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coterie.kernels.build import library, matrix_product
+from coterie.models.policy import Policy
+from coterie.settings import Sampling
+
+_long, _pointer, _double = ctypes.c_long, ctypes.c_void_p, ctypes.c_double
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_FIXED_ROTARY = ("default", "linear", "llama3", "yarn")  # whose angles depend on the position alone
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _pointer) for name in ("before_attention", "before_mlp", "q_norm", "k_norm")),
+        *((name, _pointer) for name in _PROJECTIONS),
+        *((f"{name}_bias", _pointer) for name in _PROJECTIONS),
+        *((name, _double) for name in ("epsilon_attention", "epsilon_mlp", "epsilon_q", "epsilon_k", "scaling")),
+        ("window", _long),
+    ]
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = [(name, _pointer) for name in ("keys", "values", "prompt_keys", "prompt_values")]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *((name, _long) for name in ("num_layers", "rows", "width", "heads", "kv_heads", "head_width", "gated")),
+        *((name, _long) for name in ("vocabulary", "columns", "now", "slots", "longest_prompt", "num_steps")),
+        *((name, _long) for name in ("max_tokens", "num_ends", "draws", "greedy")),
+        *((name, _double) for name in ("epsilon", "temperature")),
+        *((name, _pointer) for name in ("embeddings", "final_norm", "head", "head_bias", "cosine", "sine")),
+        *((name, _pointer) for name in ("firsts", "starts", "prompts", "keys", "ends", "live", "logits", "tokens")),
+        *((name, _pointer) for name in ("logprobs", "entropies", "was_live", "ended", "gemm")),
+    ]
+
+
+@dataclass(frozen=True)
+class CachedRows:
+    """The rows that are decoded and their keys and values, as `Grid` has them.
+
+    now: the column of the next key. slots: rows a prompt. firsts, starts, prompt_lengths: int64 [R]. live: bool [R] and
+    logits [R, V], both changed in place.
+    own: keys [R, K, E, C] and values [R, K, C, E] by layer, C a multiple of 16. prompts: [P, K, E, S] and [P, K, S, E] by layer,
+    or nothing where they are copied.
+    """
+
+    now: int
+    slots: int
+    firsts: Tensor
+    starts: Tensor
+    prompt_lengths: Tensor
+    live: Tensor
+    logits: Tensor
+    own: Mapping[int, tuple[Tensor, Tensor]]
+    prompts: Mapping[int, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What rows drew in n steps: [n, R] each. live: where the rest means something. ended: by an end token."""
+
+    live: Tensor
+    ended: Tensor
+    tokens: Tensor
+    logprobs: Tensor
+    entropies: Tensor
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps any row was live in."""
+        return int(self.live.any(1).sum())
+
+
+class Decoder:
+    """A policy's weights, ready to decode sequences of at most `longest` tokens."""
+
+    def __init__(self, policy: Policy, longest: int) -> None:
+        assert policy.body is not None
+        head = policy.plain_head
+        assert head is not None
+        model: Any = policy.model.base_model
+        layer, self._dtype = model.layers[0], head.weight.dtype
+        settings = policy.body.settings
+        self._layers = (_Layer * len(settings))(*(_layer(one, settings[i]) for i, one in enumerate(model.layers)))
+        cos, sin = model.rotary_emb(head.weight[:1, None], torch.arange(longest)[None])
+        half = cos.shape[2] // 2
+        sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], 1)
+        self._rotary = cos[0].to(self._dtype).contiguous(), sin.to(self._dtype)
+        self._model = {
+            "num_layers": len(settings),
+            "width": head.weight.shape[1],
+            "heads": layer.self_attn.q_proj.weight.shape[0] // cos.shape[2],
+            "head_width": cos.shape[2],
+            "gated": layer.mlp.gate_proj.weight.shape[0],
+            "vocabulary": head.weight.shape[0],
+            "epsilon": model.norm.variance_epsilon,
+            "embeddings": _at(model.embed_tokens.weight),
+            "final_norm": _at(model.norm.weight),
+            "head": _at(head.weight),
+            "head_bias": _at(head.bias),
+            "cosine": _at(self._rotary[0]),
+            "sine": _at(self._rotary[1]),
+            "gemm": matrix_product(self._dtype),
+        }
+
+    @classmethod
+    def of(cls, policy: Policy, longest: int) -> Decoder | None:
+        """None where the compiled loops do not serve: another architecture, device, precision, or LoRA's matrices."""
+        if (
+            policy.body is None
+            or policy.adapter is not None
+            or policy.device.type != "cpu"
+            or policy.plain_head is None
+        ):
+            return None
+        model: Any = policy.model.base_model
+        dtype = policy.plain_head.weight.dtype
+        plain = all(type(module) is nn.Linear for layer in model.layers for module in _projections(layer))
+        plain &= type(model.embed_tokens) is nn.Embedding and model.rotary_emb.rope_type in _FIXED_ROTARY
+        capped = any(settings.softcap is not None for settings in policy.body.settings.values())
+        if not plain or capped or library(dtype) is None or matrix_product(dtype) is None:
+            return None
+        return cls(policy, longest)
+
+    def draw(self, rows: CachedRows, keys: Tensor, sampling: Sampling, ends: Tensor, num_steps: int) -> Drawn:
+        """Up to `num_steps` tokens for each live row, without truncation or stop strings: as `sample_tokens`, time after time.
+
+        keys [R]: what seeds each row's noise. The cache has room for the steps. Rows that end are no longer live.
+        """
+        shape = (num_steps, len(rows.live))
+        live, ended = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+        tokens = torch.zeros(shape, dtype=torch.long)
+        logprobs, entropies = rows.logits.new_zeros(shape), rows.logits.new_zeros(shape)
+        self._run(
+            rows,
+            num_steps,
+            tokens,
+            draws=1,
+            greedy=int(sampling.temperature == 0),
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_new_tokens,
+            num_ends=len(ends),
+            keys=_at(keys),
+            ends=_at(ends),
+            logprobs=_at(logprobs),
+            entropies=_at(entropies),
+            was_live=_at(live),
+            ended=_at(ended),
+        )
+        return Drawn(live, ended, tokens, logprobs, entropies)
+
+    def feed(self, rows: CachedRows, tokens: Tensor) -> None:
+        """Run one given token of each live row, [R], and leave the logits that follow in `rows.logits`."""
+        self._run(rows, 1, tokens, draws=0)
+
+    def _run(self, rows: CachedRows, num_steps: int, tokens: Tensor, **how: float | None) -> None:
+        own, prompts = rows.own, rows.prompts
+        caches = (_Cache * len(own))(
+            *(_Cache(*map(_at, (*own[i], *prompts.get(i, (None, None))))) for i in range(len(own)))
+        )
+        _, kv_heads, columns, _ = own[0][1].shape
+        step = _Step(
+            **self._model,
+            **how,
+            rows=len(rows.live),
+            kv_heads=kv_heads,
+            columns=columns,
+            now=rows.now,
+            slots=rows.slots,
+            longest_prompt=prompts[0][1].shape[2] if prompts else 0,
+            num_steps=num_steps,
+            firsts=_at(rows.firsts),
+            starts=_at(rows.starts),
+            prompts=_at(rows.prompt_lengths),
+            live=_at(rows.live),
+            logits=_at(rows.logits),
+            tokens=_at(tokens),
+        )
+        compiled = library(self._dtype)
+        assert compiled is not None
+        compiled.decode(ctypes.byref(step), self._layers, caches)
+
+
+def _layer(layer: Any, settings: Any) -> _Layer:
+    attention = layer.self_attn
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    projections = _projections(layer)
+    return _Layer(
+        *(_at(norm.weight) if norm is not None else None for norm in norms),
+        *(_at(module.weight) for module in projections),
+        *(_at(module.bias) for module in projections),
+        *(norm.variance_epsilon if norm is not None else 0.0 for norm in norms),
+        settings.scaling,
+        settings.window or 0,
+    )
+
+
+def _projections(layer: Any) -> Sequence[Any]:
+    return [getattr(layer.self_attn if name[0] in "qkvo" else layer.mlp, name) for name in _PROJECTIONS]
+
+
+def _at(x: Tensor | None) -> int | None:
+    if x is None:
+        return None
+    assert x.is_contiguous()
+    return x.data_ptr()

@@ -1,0 +1,188 @@
+"""The compiled loops give, in float64, what tensor operations give; in float32 they are as exact as those."""
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from coterie.kernels import build, calls
+from coterie.models.attention import AttentionSettings
+from coterie.models.cascade import Cascade
+from coterie.models.decoder import CachedRows, Decoder
+from coterie.models.layout import DenseLayout, StreamLayout
+from coterie.models.pieces import CompiledAttention, gated, rms_norm, turned_heads
+from coterie.models.policy import Policy
+from coterie.noise import key, mix
+from coterie.rollouts.engine import sample_tokens
+from coterie.settings import Sampling
+
+SEGMENTS = [(5, (4, 17, 1)), (11, (2, 3)), (3, (9,)), (1, (6, 30, 8, 2)), (23, (5, 5)), (7, ())]
+NUM_TOKENS = sum(prompt + sum(lengths) for prompt, lengths in SEGMENTS)
+
+
+def randoms(*shapes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes]
+
+
+def with_gradients(function, inputs):
+    """The output, and the gradient of each input for one random direction."""
+    out = function(*inputs)
+    direction = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9)).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad((out * direction).sum(), inputs)]
+
+
+def plain_norm(x, weight):
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def plain_turn(x, cos, sin, weight=None):
+    heads = x.view(len(x), -1, cos.shape[1])
+    heads = plain_norm(heads, weight) if weight is not None else heads
+    return (heads * cos[:, None] + heads.roll(cos.shape[1] // 2, 2) * sin[:, None]).flatten(1)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (7, 24), (300, 130)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_norms_and_gates_and_their_gradients(shape, dtype):
+    tolerance = 1e-12 if dtype == torch.float64 else 3e-5
+    x, weight, gate, up = (z.detach().to(dtype).requires_grad_() for z in randoms(shape, shape[1:], shape, shape))
+    assert calls.served(x, weight)
+    exact = [z.detach().double().requires_grad_() for z in (x, weight, gate * 20, up)]
+    steep = (gate * 20).detach().requires_grad_()  # where the gate is shut, too
+    pairs = [
+        (lambda a, b: rms_norm(a, b, 1e-6), plain_norm, [x, weight], exact[:2]),
+        (gated, lambda a, b: torch.nn.functional.silu(a) * b, [steep, up], exact[2:]),
+    ]
+    for ours, plain, inputs, exact_inputs in pairs:
+        for mine, theirs in zip(with_gradients(ours, inputs), with_gradients(plain, exact_inputs), strict=True):
+            scale = theirs.abs().max().item()
+            torch.testing.assert_close(mine.double(), theirs, rtol=tolerance, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("normed", [True, False])
+def test_heads_normalised_and_turned(normed):
+    x, weight, cos, sin = randoms((40, 48), (16,), (40, 16), (40, 16))
+    cos, sin = cos.detach(), sin.detach()
+    inputs = [x, weight] if normed else [x]
+    ours = with_gradients(lambda a, w=None: turned_heads(a, w, 1e-6, cos, sin), inputs)
+    plain = with_gradients(lambda a, w=None: plain_turn(a, cos, sin, w), inputs)
+    for mine, theirs in zip(ours, plain, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("width", [8, 24, 64])
+@pytest.mark.parametrize("window", [None, 1, 3, 20])
+def test_attention_over_a_stream_and_its_gradients(heads, width, window):
+    inputs = randoms(*((NUM_TOKENS, n, width) for n in (heads[0], heads[1], heads[1])))
+    settings = AttentionSettings(0.3, window, None)
+
+    def through(layout):
+        return lambda q, k, v: layout.attend(0, *(x.transpose(0, 1)[None] for x in (q, k, v)), settings)[0]
+
+    ours = with_gradients(through(StreamLayout(SEGMENTS)), inputs)
+    plain = with_gradients(through(DenseLayout(SEGMENTS)), inputs)
+    for mine, theirs in zip(ours, plain, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+
+
+def test_attention_stays_exact_where_scores_are_far_apart():
+    inputs = [(60 * x).detach().float().requires_grad_() for x in randoms(*[(NUM_TOKENS, 2, 8)] * 2)]
+    inputs.append(randoms((NUM_TOKENS, 2, 8), seed=1)[0].detach().float().requires_grad_())
+    groups = calls.Groups.of(SEGMENTS)
+    ours = with_gradients(lambda q, k, v: CompiledAttention.apply(q, k, v, groups, 1.0, None), inputs)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    plain = with_gradients(lambda q, k, v: Cascade(SEGMENTS).attend(q, k, v, 1.0), exact)
+    for mine, theirs in zip(ours, plain, strict=True):
+        assert mine.isfinite().all()
+        torch.testing.assert_close(mine.double(), theirs, rtol=2e-3, atol=2e-3)
+
+
+def test_equal_inputs_give_equal_bits_and_another_number_of_threads_the_same_numbers():
+    x, weight, grad = (z.detach().float() for z in randoms((900, 64), (64,), (900, 64)))
+    _, scale = calls.rms_norm(x, weight, 1e-6)
+    first, again = (calls.rms_norm_backward(grad, x, weight, scale) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 if before != 3 else 2)
+        other = calls.rms_norm_backward(grad, x, weight, scale)
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(first, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
+@pytest.mark.parametrize("architecture", ["qwen3", "qwen2", "mistral"])
+def test_drawing_step_by_step_in_one_call_is_drawing_from_the_models_logits(make_model, architecture, temperature):
+    """Tokens, log-probabilities and entropies of a decoder in float64 beside `sample_tokens` on the plain model's logits."""
+    model = make_model(architecture).double()
+    policy = Policy.of(model)
+    sampling = Sampling(max_new_tokens=9, temperature=temperature)
+    num_rows, ends = 5, torch.tensor([3, 40])
+    kv_heads, width = model.config.num_key_value_heads, model.model.layers[0].self_attn.head_dim
+    keys = mix(torch.tensor(key("draw")), torch.arange(num_rows))
+    decoder = Decoder.of(policy, 16)
+    assert decoder is not None
+    zeros = torch.zeros(num_rows, dtype=torch.long)
+    first_logits = randoms((num_rows, 61), seed=3)[0].detach()
+    layers = range(model.config.num_hidden_layers)
+    rows = CachedRows(
+        now=0, slots=1, firsts=zeros, starts=zeros, prompt_lengths=zeros,
+        live=torch.ones(num_rows, dtype=torch.bool), logits=first_logits.clone(), prompts={},
+        own={i: (torch.full((num_rows, kv_heads, width, 16), torch.nan, dtype=torch.float64),
+                 torch.full((num_rows, kv_heads, 16, width), torch.nan, dtype=torch.float64)) for i in layers},
+    )  # fmt: skip
+    drawn = decoder.draw(rows, keys, sampling, ends, 9)
+    for row in range(num_rows):
+        logits, tokens = first_logits[row], []
+        for step in range(9):
+            expected = sample_tokens(logits[None], keys[row : row + 1], torch.tensor([step]), sampling)
+            assert drawn.live[step, row]
+            assert drawn.tokens[step, row] == expected.tokens[0]
+            torch.testing.assert_close(drawn.logprobs[step, row].float(), expected.logprobs[0], rtol=1e-5, atol=2e-6)
+            torch.testing.assert_close(drawn.entropies[step, row].float(), expected.entropies[0], rtol=1e-5, atol=2e-6)
+            tokens.append(int(expected.tokens[0]))
+            assert drawn.ended[step, row] == (tokens[-1] in (3, 40))
+            if tokens[-1] in (3, 40):
+                assert not drawn.live[step + 1 :, row].any()
+                break
+            with torch.no_grad():
+                logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+    assert not rows.live.any()
+
+
+def test_where_the_compiler_fails_or_the_folder_is_not_the_users_own_nothing_breaks(monkeypatch, tmp_path):
+    build.library.cache_clear()
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(build, "_FLAGS", ("-no-such-flag",))
+            assert build.library(torch.float32) is None
+        build.library.cache_clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(build.shutil, "which", lambda name: None)
+            assert build.library(torch.float32) is None
+        build.library.cache_clear()
+        shared = tmp_path / "coterie"
+        shared.mkdir()
+        shared.chmod(0o777)  # somebody else could put a library there
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert isinstance(build.library(torch.float32), ctypes.CDLL)
+        assert list(shared.iterdir()) == []
+    finally:
+        build.library.cache_clear()
+
+
+def test_what_was_compiled_is_kept_for_the_next_process(tmp_path):
+    code = "import torch; from coterie.kernels.build import library; print(library(torch.float32)._name)"
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    found = [
+        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    assert found[0] == found[1]
+    assert len(list((tmp_path / "coterie").iterdir())) == 1
