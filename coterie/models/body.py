@@ -50,27 +50,37 @@ class Body:
         return cls(model, settings) if known and len(settings) == len(model.layers) else None
 
     def run(
-        self, tokens: Tensor, positions: Tensor, layout: Layout, recompute: Callable[..., Tensor] | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        layout: Layout,
+        places: Tensor | None = None,
+        recompute: Callable[..., Tensor] | None = None,
     ) -> Tensor:
-        """tokens [T], positions [T] -> [T, D]. `recompute(function, *arguments)` calls a layer, and again for its gradient."""
+        """tokens [T], positions [T] -> [T, D], or of some places of the stream, [M]: [M, D]. Of the rest the last layer computes
+        what they read, and no more. `recompute(function, *arguments)` calls a layer, and again for its gradient."""
         model = self._model
         stream = model.embed_tokens(tokens)  # [T, D]
         rotary = _Rotary(*model.rotary_emb(stream[None], positions[None]))
         for index in range(len(model.layers)):
-            arguments = (index, stream, rotary, layout)
+            arguments = (index, stream, rotary, layout, places if index == len(model.layers) - 1 else None)
             stream = self._layer(*arguments) if recompute is None else recompute(self._layer, *arguments)
         return _norm(stream, model.norm)
 
-    def _layer(self, index: int, stream: Tensor, rotary: _Rotary, layout: Layout) -> Tensor:
-        """[T, D] -> [T, D]."""
+    def _layer(
+        self, index: int, stream: Tensor, rotary: _Rotary, layout: Layout, places: Tensor | None = None
+    ) -> Tensor:
+        """[T, D] -> [T, D], or [M, D]."""
         layer = self._model.layers[index]
         attention, mlp = layer.self_attn, layer.mlp
         inner = _norm(stream, layer.input_layernorm)
         q, k, v = (_linear(inner, projection) for projection in (attention.q_proj, attention.k_proj, attention.v_proj))
         q, k = (rotary.turn(x, getattr(attention, name, None)) for x, name in ((q, "q_norm"), (k, "k_norm")))
         q, k, v = (x.view(1, len(x), -1, rotary.width).transpose(1, 2) for x in (q, k, v))  # [1, H, T, E]
-        attended = layout.attend(index, q, k, v, self.settings[index])
-        stream = stream + _linear(attended.reshape(len(stream), -1), attention.o_proj)
+        attended = layout.attend(index, q, k, v, self.settings[index]).reshape(len(stream), -1)
+        if places is not None:
+            attended, stream = attended.index_select(0, places), stream.index_select(0, places)
+        stream = stream + _linear(attended, attention.o_proj)
         inner = _norm(stream, layer.post_attention_layernorm)
         inner = gated(_linear(inner, mlp.gate_proj), _linear(inner, mlp.up_proj))
         return stream + _linear(inner, mlp.down_proj)

@@ -79,7 +79,7 @@ class Scorer:
         """What the model expects before each completion token is written: [N]."""
         if self.base.served == "padded":
             return self._scored(torch.cat([row[prompt - 1 : -1] for prompt, row in self._padded(stream)]))
-        return self._scored(self.base.stream_states(stream).index_select(0, stream.predictors))
+        return self._scored(self.base.stream_states(stream, stream.predictors))
 
     def scores(self, stream: Stream) -> Tensor:
         """What the model makes of each whole completion, read off its last token: [B]."""
@@ -91,7 +91,7 @@ class Scorer:
             for length in lengths:
                 at += length
                 ends.append(at - 1)
-        return self._scored(self.base.stream_states(stream).index_select(0, torch.tensor(ends, device=self.device)))
+        return self._scored(self.base.stream_states(stream, torch.tensor(ends, device=self.device)))
 
     def _padded(self, stream: Stream) -> list[tuple[int, Tensor]]:
         with self.base.acting(on_stream=False):

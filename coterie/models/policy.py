@@ -99,23 +99,27 @@ class Policy:
             with self.acting(on_stream=False):
                 outputs = padded_outputs(lambda **inputs: self.model(**inputs).logits, stream)
             return torch.cat([row[prompt - 1 : -1] for prompt, row in outputs])
-        return self.stream_states(stream).index_select(0, stream.predictors)
+        return self.stream_states(stream, stream.predictors)
 
-    def stream_states(self, stream: Stream) -> Tensor:
-        """The model below its head on every token of a stream: [T, D]."""
-        return self.run(stream.tokens, stream.positions, StreamLayout(stream.segments, self.device))
+    def stream_states(self, stream: Stream, wanted: Tensor) -> Tensor:
+        """The model below its head at some places of a stream, in any order and more than once: wanted [N] -> [N, D]."""
+        places, which = wanted.unique(return_inverse=True)
+        layout = StreamLayout(stream.segments, self.device)
+        return self.run(stream.tokens, stream.positions, layout, places).index_select(0, which)
 
-    def run(self, tokens: Tensor, positions: Tensor, layout: Layout) -> Tensor:
-        """The model below its head on a stream: tokens [T], positions [T] -> [T, D]."""
+    def run(self, tokens: Tensor, positions: Tensor, layout: Layout, places: Tensor | None = None) -> Tensor:
+        """The model below its head on a stream: tokens [T], positions [T] -> [T, D], or at M places of it: [M, D]."""
         if self.body is not None:
             setting = partial(self._setting, on_stream=False)
             with setting():
-                return self.body.run(tokens, positions, layout, recomputed(setting) if self._recomputes_now else None)
+                recompute = recomputed(setting) if self._recomputes_now else None
+                return self.body.run(tokens, positions, layout, places, recompute)
         with self.acting(on_stream=True):
             output = self.model.base_model(
                 input_ids=tokens[None], position_ids=positions[None], layout=layout, use_cache=False
             )
-        return output.last_hidden_state[0]
+        states = output.last_hidden_state[0]
+        return states if places is None else states.index_select(0, places)
 
     @contextmanager
     def acting(self, *, on_stream: bool) -> Iterator[None]:

@@ -104,9 +104,8 @@ class NativeEngine:
         recorder = PrefillLayout([len(prompt) for prompt in chosen], device)
         tokens = torch.tensor([token for prompt in chosen for token in prompt], device=device)
         positions = torch.cat([torch.arange(len(prompt)) for prompt in chosen]).to(device)
-        hidden = self.policy.run(tokens, positions, recorder)
         lengths = torch.tensor([len(prompt) for prompt in chosen], device=device)  # [Q]
-        logits = self.policy.logits(hidden.index_select(0, lengths.cumsum(0) - 1))  # [Q, V]
+        logits = self.policy.logits(self.policy.run(tokens, positions, recorder, lengths.cumsum(0) - 1))  # [Q, V]
 
         width = max(job.count for job in admitted)
         member = torch.arange(width)

@@ -46,6 +46,24 @@ def test_states_and_every_gradient_equal_those_of_the_models_own_layers(make_mod
         torch.testing.assert_close(ours.run(*some_stream(), StreamLayout(SEGMENTS)), found[0][0], rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_the_last_layer_runs_where_it_is_wanted(make_model, recomputes):
+    """In float64 the states and gradients of some places are those of a run of all of them."""
+    policy = Policy.of(make_model("qwen3"))
+    policy.model.double()
+    policy = policy.recomputing() if recomputes else policy
+    places = torch.tensor([4, 5, 9, 30, NUM_TOKENS - 1])
+    found = []
+    for some in (None, places):
+        policy.model.zero_grad()
+        states = policy.run(*some_stream(), StreamLayout(SEGMENTS), some)
+        states = states[places] if some is None else states
+        states.sin().sum().backward()
+        found.append([states.detach(), *(p.grad.clone() for p in policy.model.base_model.parameters())])
+    for whole, part in zip(*found, strict=True):
+        torch.testing.assert_close(part, whole, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma", "gemma2", "phi", "phi3", "olmo2", "gpt_neox"])
 def test_other_architectures_keep_their_own_pass(make_model, architecture):
     policy = Policy.of(make_model(architecture))
