@@ -64,7 +64,7 @@ CHEATS = {
     "a fraction": "from fractions import Fraction\ndef add(a, b): return Fraction(a + b)",
     "a coroutine": "async def add(a, b): return a + b",
     "answers in a list": "def add(a, b): return [a + b]",
-    "any name will do": "def __getattr__(name): return lambda *a: 3",
+    "any name will do": "def __getattr__(name): return lambda *a: True",
     "hangs": "def add(a, b):\n    while True: pass",
     "no code": "I can't.",
     "nothing": "",
