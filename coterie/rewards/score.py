@@ -55,6 +55,11 @@ class Reward:
             columns.get(name) in (value if isinstance(value, list) else [value]) for name, value in self.where.items()
         )
 
+    @property
+    def sandbox_report(self) -> str:
+        """What to say in a run of the sandbox that it uses, which is started and tried for that; empty where it uses none."""
+        return str(getattr(self.function, "sandbox_report", ""))
+
     def close(self) -> None:
         """End its processes and connections, where it has any."""
         if hasattr(self.function, "close"):

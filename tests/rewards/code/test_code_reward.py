@@ -1,10 +1,13 @@
 """The built-in reward `code` (R20): honest programs are rewarded, cheating ones are not, and a broken sandbox abstains."""
 
 import math
+import sqlite3
 
 import pytest
+import yaml
 from cheating import ADD, CHEATS, FORGE, HONEST
 
+import coterie
 from coterie.errors import RewardError, UserError
 from coterie.rewards.builtin import make_builtin
 from coterie.rewards.code.reward import Code, extract_python
@@ -57,7 +60,7 @@ def test_r20_the_score_is_the_share_of_tests_or_all_of_them(reward):
     assert reward([half], [ADD]) == [2 / 3]
     whole = Code(function="add", score="all")
     assert whole([half, HONEST["plain"]], [ADD] * 2) == [0.0, 1.0]
-    assert "hostile programs held" in whole.report
+    assert "hostile programs held" in whole.sandbox_report
     whole.close()
 
 
@@ -82,6 +85,32 @@ def test_r20_a_sandbox_that_fails_abstains(reward):
     assert isinstance(failed, RewardError)
     assert "no memory" in str(failed)
     assert fine == 1.0
+
+
+@pytest.mark.parametrize("name", ["landlock", "subprocess"])
+@pytest.mark.filterwarnings("ignore:sandbox")
+def test_r20_a_run_says_and_records_which_sandbox_it_uses(name, tmp_path, capsys):
+    try:
+        make_sandbox(name, num_workers=1).close()
+    except UserError as error:
+        pytest.skip(str(error))
+    (tmp_path / "data.jsonl").write_text(
+        "".join(f'{{"prompt": "{number}", "tests": [{{"args": [], "expected": 1}}]}}\n' for number in range(20))
+    )
+    recipe = {
+        "model": {"type": "qwen3", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16,
+                  "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128},
+        "task": {"data": str(tmp_path / "data.jsonl"), "prompt": "prompt"}, "steps": 1, "prompts_per_step": 2, "group_size": 2,
+        "rewards": [{"function": "code", "options": {"function": "f", "sandbox": name}}], "sampling": {"max_new_tokens": 4},
+        "tokenizer": "bytes",
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    run = coterie.train(str(tmp_path / "recipe.yaml"), out=str(tmp_path / "run"))
+    with sqlite3.connect(run.folder / "run.db") as db:
+        ((message,),) = db.execute("SELECT message FROM events WHERE kind = 'sandbox'").fetchall()
+    assert message.startswith(f"{name}: ")
+    assert ("it holds nothing" if name == "subprocess" else "hostile programs held") in message
+    assert f"sandbox {message}" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
