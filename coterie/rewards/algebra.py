@@ -65,6 +65,8 @@ def read_latex(text: str) -> Any:
         raise UnreadableError
     if re.search(r"(?<![\w.])\d[\d.]*\s+\d", text):
         raise UnreadableError  # `1 2` is no number
+    if re.search(r"\\sqrt\s*\[[^\]]*\^", text):
+        raise TooLargeError  # sympy works out the index of a root while it reads
     try:
         found = latex2sympy(
             text, is_real=True, convert_degrees=False, normalization_config=_TIDYING, conversion_config=_READING
@@ -113,6 +115,8 @@ def _log_size(expression: Any) -> float:
         return float(max(abs(expression.p), expression.q).bit_length())
     if isinstance(expression, sympy.Float):
         return abs(float(expression._mpf_[2])) + float(expression._mpf_[3]) + 1.0
+    if isinstance(expression, sympy.NumberSymbol):  # above 2, which tells in a tower of them
+        return 2.0
     sizes = [_log_size(argument) for argument in expression.args]
     size = sum(sizes) + 1.0
     if isinstance(expression, sympy.Pow) and expression.args == (0, 0):

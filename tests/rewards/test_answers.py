@@ -82,6 +82,16 @@ def test_r18_sixty_four_answers_that_blow_up_cost_seconds(quick):
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.parametrize(
+    "text", [r"\pi^{\pi^{\pi^{\pi^{\pi}}}}", r"\sqrt[9^{9^9}]{2}", r"e^{e^{e^{e^{e}}}}", r"\{9^{9^{9^9}}, 1\}"]
+)
+def test_r18_a_tower_in_disguise_is_not_worked_out(quick, text):
+    one(quick, "x", "2x")  # the workers are there
+    workers = list(quick._pool[0]._workers)
+    assert one(quick, r"\sqrt{2}", rf"\boxed{{{text}}}") == 0.0
+    assert quick._pool[0]._workers == workers  # none had to be killed for it
+
+
 def test_r18_an_answer_over_its_time_scores_0_and_the_others_their_due(quick):
     slow = r"\boxed{\sum_{n=1}^{10^{15}} \frac{1}{n^n}}"
     began = time.monotonic()
