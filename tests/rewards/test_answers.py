@@ -86,8 +86,9 @@ def test_r18_sixty_four_answers_that_blow_up_cost_seconds(quick):
     "text", [r"\pi^{\pi^{\pi^{\pi^{\pi}}}}", r"\sqrt[9^{9^9}]{2}", r"e^{e^{e^{e^{e}}}}", r"\{9^{9^{9^9}}, 1\}"]
 )
 def test_r18_a_tower_in_disguise_is_not_worked_out(quick, text):
-    one(quick, "x", "2x")  # the workers are there
+    one(quick, "x", f"2x + {len(text)}")  # which has not been asked before: a worker is there
     workers = list(quick._pool[0]._workers)
+    assert workers
     assert one(quick, r"\sqrt{2}", rf"\boxed{{{text}}}") == 0.0
     assert quick._pool[0]._workers == workers  # none had to be killed for it
 
