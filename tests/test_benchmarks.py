@@ -281,7 +281,7 @@ def test_r18_r20_r33_what_rewards_have_to_withstand_is_measured_held_and_shown()
         assert "--quick" not in part["command"]
         assert all(figure["held"] for figure in part["figures"]), part["figures"]
     assert parts["hostile"]["runs"].keys() == {
-        f"{name}, {user}" for name in ("landlock", "bubblewrap") for user in ("this user", "a plain user")
+        f"{name}, {user}" for name in ("landlock", "bubblewrap") for user in ("root", "a plain user")
     }
     for line in (results / "rewards.md").read_text().splitlines():
         assert line in pages or line.startswith("<!--")
