@@ -10,7 +10,7 @@ _BARE_BOX = re.compile(r"\\boxed(?:\s+|(?=\d))([\w.,/+-]+)")  # `\boxed 5`
 _ANSWER_TAG, _THOUGHT_END = "<answer>", "</think>"
 _BETWEEN = re.compile(r"[\s$]*(?:,|;|，|、|and|or|和|或)?[\s$]*")  # two boxes so close are one answer
 _MARK = re.compile(
-    r"(?:\banswers?\b\W{0,4}(?:(?:is|are)\b|[:：=])|答案(?!\s*(?:不|并非|并不))\s*(?:应该|应)?[是为]?|(?:所以|因此|综上|结果[是为]?|最终))[\s*:：,，]*",
+    r"(?:\b(?:answers?|option|choice)\b\W{0,4}(?:(?:is|are)\b|[:：=])|答案(?!\s*(?:不|并非|并不))\s*(?:应该|应)?[是为]?|(?:所以|因此|综上|结果[是为]?|最终))[\s*:：,，]*",
     re.IGNORECASE,
 )
 _MATHS = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
@@ -23,6 +23,7 @@ _NOT_IT = re.compile(  # what a number that stands behind it is not the answer o
     r"(?:(?:\bnot|n't)\W*(?:\w+\W+)?|\b(?:(?:less|fewer|more|greater|larger|smaller) than|at (?:least|most)|(?:half|twice|double) "
     r"(?:of )?)\s*|(?:不是|不为|不等于|并非|零下|至少|至多|超过|不到|大于|小于)\s*)$"
 )
+_THEREFORE = re.compile(r"^(?:(?:therefore|thus|hence|so|then|now|also|simply|exactly)\b|∴)[\s,:]*", re.IGNORECASE)
 _CHOICE = re.compile(r"\(?[A-J][.):]\s")
 _PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}(?:\s+[A-Za-z]{2,})+|[\u4e00-\u9fff]{2,}")
 
@@ -42,7 +43,7 @@ def final_answer(text: str) -> str:
     marks = list(_MARK.finditer(text))
     if marks:
         return _core(_first_line(text[marks[-1].end() :]), last=False)
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("```")]
     return _core(lines[-1], last=True) if lines else ""
 
 
@@ -87,9 +88,12 @@ def _core(line: str, *, last: bool) -> str:
     """The answer in a sentence: its mathematics between dollars, or what is left without the words around it."""
     line = line[-_MAX_LINE:] if last else line[:_MAX_LINE]
     line = re.sub(r"</?\w+>|(?<![\w)])\*\*|\*\*(?![\w(])|__", "", line).strip()
-    maths = [next(part for part in match.groups() if part is not None) for match in _MATHS.finditer(line)]
+    line = _THEREFORE.sub("", line)
+    if line.endswith(("?", "？")):  # asks, and answers nothing
+        return line
+    maths = list(_MATHS.finditer(line))
     if maths:
-        return maths[-1] if last else maths[0]
+        return _neighbours(line, maths[::-1] if last else maths)
     line = re.sub(r"^[A-Z][a-z]+\s*[:：]\s*", "", line)
     if _CHOICE.match(line):
         return line
@@ -98,8 +102,10 @@ def _core(line: str, *, last: bool) -> str:
     parts = [part for part in _END.split(line) if part.strip()]
     parts = [part for part in parts if re.search(r"\d", part)] or parts if last else parts  # `x = 3 as required`
     line = (parts[-1] if last else parts[0]).strip() if parts else ""
-    if "=" in line and _PROSE.search(line) and not re.search(r"\b(?:and|or|if)\b|[,;<>]", line):
-        line = line.rpartition("=")[2].strip()  # `She earns 9 * 2 = $18 a day`
+    line = _THEREFORE.sub("", line)
+    _, *between, after = line.split("=") if "=" in line else (line, "")
+    if after and _PROSE.search(line) and not any(re.search(r"\b(?:and|or)\b|[,;]", part) for part in between):
+        line = after.strip()  # `She earns 9 * 2 = $18 a day`
     numbers = list(_NUMBER.finditer(line))
     if numbers and _NOT_IT.search(line[: numbers[-1].start()]):
         return line
@@ -107,3 +113,15 @@ def _core(line: str, *, last: bool) -> str:
         rest = line[numbers[0].start() :].strip()
         return rest if not _PROSE.search(rest) or _MEASURE.fullmatch(rest) else numbers[-1][0].strip()
     return line
+
+
+def _neighbours(line: str, maths: list[re.Match[str]]) -> str:
+    """The first of these formulas, together with those next to it: `$x = 1$ and $x = 2$` is one answer."""
+    group = [maths[0]]
+    for other in maths[1:]:
+        one, two = sorted((group[-1], other), key=lambda match: match.start())
+        if not _BETWEEN.fullmatch(line, one.end(), two.start()):
+            break
+        group.append(other)
+    group.sort(key=lambda match: match.start())
+    return ", ".join(next(part for part in match.groups() if part is not None) for match in group)

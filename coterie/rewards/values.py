@@ -286,6 +286,11 @@ def tidy(text: str) -> str:
         text = _THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
         text = re.sub(r"(?<![\d.])\d{1,3}(?: \d{3})+(?![\d.])", lambda found: found[0].replace(" ", ""), text)
     text = re.sub(
+        r"(?<![\w-])([a-z]+)(?= (?:hundred|thousand|million)\b)",
+        lambda found: str(_WORDS.get(found[1], found[1])),
+        text,
+    )
+    text = re.sub(
         r"(\d)\s*(hundred|thousand|million|billion|trillion|dozen|[百千]?万|亿|[成折]$)(?![A-Za-z])", _times, text
     )
     text = _CHINESE_NUMBER.sub(lambda found: f"{found[1] and '-'}{_in_digits(found[2]) or found[2]} {found[3]}", text)
@@ -294,7 +299,11 @@ def tidy(text: str) -> str:
     if bare and not re.match("[^\\d-]*(?:不|非|零下|减)", text) and not re.search("[\u4e00-\u9fff]", bare):
         unit = re.search(r"([\u4e00-\u9fff]+)[\s.]*$", text)
         text = f"{bare} {unit[1]}" if unit and unit[1] in _CHINESE_UNITS else bare
-    return re.sub(r"\s+", " ", text).strip().rstrip(".,;:").lstrip("= ").strip()
+    text = re.sub(r"\s+", " ", text).strip().rstrip(".,;:").lstrip("= ").strip()
+    text = re.sub(
+        r"(\d+) \(([a-z]+)\)$", lambda found: found[1] if f"{_WORDS.get(found[2])}" == found[1] else found[0], text
+    )
+    return re.sub(r"(?<=\d)(?:st|nd|rd|th)$", "", text)
 
 
 def _in_one_alphabet(text: str) -> str:
@@ -511,12 +520,12 @@ _CHINESE_NUMBER = re.compile(
 )
 _UNIT = re.compile(
     r"(?P<value>.*[\d})!π]|.*\\pi)\s*(?P<unit>(?:\^\s*\{?\s*\\circ\s*\}?\s*[CF]?"
-    r"|(?:square |cubic |sq\.? |cu\.? )?(?:[A-Za-z]{2,}|[\u4e00-\u9fff]+)(?: [A-Za-z]{2,}){0,3}"
+    r"|(?:square |cubic |sq\.? |cu\.? )?(?:[A-Za-z]{2,}|[\u4e00-\u9fff]+)(?: (?:[A-Za-z]{2,}|a)){0,3}"
     r"|[A-Za-z]+\s*(?:/|per)\s*[A-Za-z]+)\s*(?:\^\s*\{?\s*[23]\s*\}?)?)\s*"
 )
 _NOUN = re.compile(  # and xyz is a product
     r"(?!(?:squared|cubed|below|percentage|halves|thirds|quarters|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million|billion)ths)\b)"
-    r"(?:(?:[A-Za-z]{4,}|[a-z][aeiou][a-z])(?: [A-Za-z]{2,}){0,3}|[\u4e00-\u9fff]+)"
+    r"(?:(?:[A-Za-z]{4,}|[a-z][aeiou][a-z])(?: (?:[A-Za-z]{2,}|a)){0,3}|[\u4e00-\u9fff]+)"
 )
 
 
