@@ -12,6 +12,7 @@ import hashlib
 import logging
 import math
 import re
+from itertools import accumulate
 from typing import Any
 
 import sympy
@@ -28,6 +29,7 @@ _DIGITS = 60
 _CLOSE = sympy.Rational(1, 10**45)
 _NOTHING = sympy.Rational(1, 10**150)  # what is left of an exact zero after evaluation
 _MAX_LOG = 200_000.0  # bits of the largest number that is worked out
+_MAX_DEPTH = 30  # of brackets in one another
 _NUM_POINTS, _MIN_POINTS = 8, 3
 
 
@@ -65,6 +67,9 @@ def read_latex(text: str) -> Any:
         raise UnreadableError
     if re.search(r"(?<![\w.])\d[\d.]*\s+\d", text):
         raise UnreadableError  # `1 2` is no number
+    depths = accumulate((character in "([{") - (character in ")]}") for character in text)
+    if max(depths, default=0) > _MAX_DEPTH:
+        raise TooLargeError  # the grammar takes seconds for it
     if re.search(r"\\sqrt\s*\[[^\]]*\^", text):
         raise TooLargeError  # sympy works out the index of a root while it reads
     try:

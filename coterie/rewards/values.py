@@ -308,6 +308,8 @@ def tidy(text: str) -> str:
 
 def _in_one_alphabet(text: str) -> str:
     """Plain digits in every script, raised ones as powers, and no characters that can't be seen."""
+    if text.isascii():
+        return text
     text = re.sub("[½⅓⅔¼¾⅕⅛]", lambda found: f" {unicodedata.normalize('NFKC', found[0])} ", text)
     text = re.sub(f"[{''.join(_RAISED)}]+", lambda found: "^{" + "".join(_RAISED[c] for c in found[0]) + "}", text)
     text = unicodedata.normalize("NFKC", text)

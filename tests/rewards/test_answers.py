@@ -83,7 +83,14 @@ def test_r18_sixty_four_answers_that_blow_up_cost_seconds(quick):
 
 
 @pytest.mark.parametrize(
-    "text", [r"\pi^{\pi^{\pi^{\pi^{\pi}}}}", r"\sqrt[9^{9^9}]{2}", r"e^{e^{e^{e^{e}}}}", r"\{9^{9^{9^9}}, 1\}"]
+    "text",
+    [
+        r"\pi^{\pi^{\pi^{\pi^{\pi}}}}",
+        r"\sqrt[9^{9^9}]{2}",
+        r"e^{e^{e^{e^{e}}}}",
+        r"\{9^{9^{9^9}}, 1\}",
+        "(" * 150 + "x" + ")" * 150,
+    ],
 )
 def test_r18_a_tower_in_disguise_is_not_worked_out(quick, text):
     one(quick, "x", f"2x + {len(text)}")  # which has not been asked before: a worker is there
