@@ -68,6 +68,9 @@ def same_text(gold: str, answer: str) -> bool:
 
 def equal(gold: str, answer: str, algebra: Algebra) -> bool:
     """Whether the answer has the gold's value. Raises what `algebra` raises, which is asked of single values."""
+    one, other = number(gold), number(answer)
+    if one is not None and other is not None:
+        return one == other
     if same_text(gold, answer):
         return True
     choice = re.fullmatch(r"\(?([A-J])\)?", _words_only(gold))
