@@ -114,7 +114,12 @@ def exactly(what: str, value: float, target: float) -> dict[str, Any]:
 
 def figures_of(found: dict[str, Any]) -> list[str]:
     rows = [
-        (one["figure"], f"{one['value']:,.4g}", one["target"], "yes" if one["held"] else "no")
+        (
+            one["figure"],
+            f"{one['value']:,.0f}" if one["value"] >= 1000 else f"{one['value']:.4g}",
+            one["target"],
+            "yes" if one["held"] else "no",
+        )
         for one in found["figures"]
     ]
     return table(("figure", "measured", "target", "held"), rows)
