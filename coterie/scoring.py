@@ -305,7 +305,7 @@ def _write(scores: Scores, path: Path) -> None:
     for failure in scores.failures:
         reasons.setdefault(failure.group, {})[failure.reward] = failure.reason
     try:
-        with path.open("w", encoding="utf-8") as file:
+        with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
             for number, row in enumerate(scores.rows):
                 entry = {
                     "row": row.origin,

@@ -232,43 +232,56 @@ def test_end_tokens_leave_half_and_tokens_are_compared_place_by_place(load):
     assert generation.equal_share([[1, 2]], [[1]]) == 0.5
 
 
-def test_rewards_measures_programs_in_every_sandbox_there_is(tmp_path):
-    command = [
-        sys.executable,
-        "benchmarks/rewards.py",
-        "--only",
-        "programs",
-        "--quick",
-        "--rounds",
-        "1",
-        "--out",
-        str(tmp_path),
-    ]
+def test_rewards_holds_its_figures_against_targets(load, tmp_path):
+    parts = ["programs", "pairs", "cheating", "failing"]
+    command = [sys.executable, "benchmarks/rewards.py", "--quick", "--rounds", "1", "--out", str(tmp_path)]
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
-    )
+        [*command, "--only", *parts], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "rewards.json").read_text())["parts"]["programs"]
-    assert {"command", "commit", "versions", "hardware"} <= found.keys()
-    assert found["sandboxes"].keys() == {"landlock", "bubblewrap"}
-    for one in found["sandboxes"].values():
-        assert "refused" in one or one["held"] == (one["per_second"]["median"] >= found["target"])
+    found = json.loads((tmp_path / "rewards.json").read_text())["parts"]
+    assert found.keys() == set(parts)
+    for part in found.values():
+        assert {"command", "commit", "versions", "hardware"} <= part.keys()
+    assert found["programs"]["sandboxes"].keys() == {"landlock", "bubblewrap"}
+    (many, accepted, rejected) = found["pairs"]["figures"]
+    assert (many["value"], many["held"]) == (40, False)
+    assert accepted["held"]
+    assert rejected["held"]
+    assert all(figure["held"] for figure in found["failing"]["figures"][:2])
+    assert (tmp_path / "rewards.md").read_text() in done.stdout
 
 
-def test_rewards_measures_answers(load, tmp_path):
+def test_a_figure_is_held_where_it_reaches_its_target(load):
+    rewards = load("rewards")
+    found = [rewards.at_least("a", 59.9, 60), rewards.below("b", 100, 100), rewards.exactly("c", 1, 0)]
+    assert [one["held"] for one in found] == [False, False, False]
+    found = [rewards.at_least("a", 60, 60), rewards.below("b", 99.9, 100), rewards.exactly("c", 0, 0)]
+    assert [one["held"] for one in found] == [True, True, True]
+    assert rewards.figures_of({"figures": found})[2] == "| a | 60 | at least 60 | yes |"
+
+
+def test_rewards_measures_answers(load):
     rewards = load("rewards")
     found = rewards.measure_answers(argparse.Namespace(quick=True, rounds=1))
     assert found["per_second"].keys() == {"plain", "formulas", "towers"}
+    assert found["answers"]["towers"] == 64
     assert found["per_second"]["plain"]["median"] > 0
     assert len(rewards.table_of_answers(found)) == 5
 
 
-def test_r20_the_table_of_the_sandbox_page_is_the_results_file():
-    page = (ROOT / "docs" / "sandbox.md").read_text(encoding="utf-8")
-    found = json.loads((ROOT / "benchmarks" / "results" / "rewards.json").read_text())["parts"]["programs"]
-    lines = (ROOT / "benchmarks" / "results" / "rewards.md").read_text().partition("<!-- programs -->\n")[2]
-    for line in lines.partition("<!--")[0].splitlines():
-        assert line in page
-    for one in found["sandboxes"].values():
-        assert one["held"]
-        assert one["growth_megabytes_of_a_gigabyte"] < 100
+def test_r18_r20_r33_what_rewards_have_to_withstand_is_measured_held_and_shown():
+    pages = "".join((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("rewards", "sandbox"))
+    results = ROOT / "benchmarks" / "results"
+    parts = json.loads((results / "rewards.json").read_text())["parts"]
+    assert parts.keys() == {"programs", "answers", "pairs", "hostile", "cheating", "failing"}
+    for part in parts.values():
+        assert {"command", "commit", "versions", "hardware"} <= part.keys()
+        assert "--quick" not in part["command"]
+        assert all(figure["held"] for figure in part["figures"]), part["figures"]
+    assert parts["hostile"]["runs"].keys() == {
+        f"{name}, {user}" for name in ("landlock", "bubblewrap") for user in ("root", "a plain user")
+    }
+    for line in (results / "rewards.md").read_text().splitlines():
+        assert line in pages or line.startswith("<!--")

@@ -118,6 +118,13 @@ def test_r33_chats_are_scored_as_in_training(write, capsys):
     assert table(capsys.readouterr().out, "2 completions")["chat"][:5] == ["1", "3.5", "0.7071", "3", "4"]
 
 
+def test_half_a_character_is_written_as_its_escape(write, tmp_path, capsys):
+    recipe, rows = write({"length": 1}, [{"prompt": "p", "completions": ["a\ud800", "b"], "letter": "a"}])
+    score_completions(recipe, rows, [], tmp_path / "out.jsonl")
+    first, _ = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(first)["completion"] == "a\ud800"
+
+
 def test_the_time_of_an_async_reward_is_that_of_its_answer(write, capsys):
     recipe, rows = write({"slow": 1, "length": 1}, ROWS)
     score_completions(recipe, rows, [], None)

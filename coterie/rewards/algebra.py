@@ -12,6 +12,7 @@ import hashlib
 import logging
 import math
 import re
+from itertools import accumulate
 from typing import Any
 
 import sympy
@@ -28,6 +29,7 @@ _DIGITS = 60
 _CLOSE = sympy.Rational(1, 10**45)
 _NOTHING = sympy.Rational(1, 10**150)  # what is left of an exact zero after evaluation
 _MAX_LOG = 200_000.0  # bits of the largest number that is worked out
+_MAX_DEPTH = 30  # of brackets in one another
 _NUM_POINTS, _MIN_POINTS = 8, 3
 
 
@@ -50,7 +52,7 @@ def compare(gold: str, answer: str | None) -> str:
         return "equal"
     try:
         return "equal" if equal(gold, answer, same_value) else "unequal"
-    except (UnreadableError, TooLargeError):
+    except Exception:  # sympy raises what it likes at what a model wrote, which must not escape its low reward by that
         return "unequal"
 
 
@@ -65,6 +67,11 @@ def read_latex(text: str) -> Any:
         raise UnreadableError
     if re.search(r"(?<![\w.])\d[\d.]*\s+\d", text):
         raise UnreadableError  # `1 2` is no number
+    depths = accumulate((character in "([{") - (character in ")]}") for character in text)
+    if max(depths, default=0) > _MAX_DEPTH:
+        raise TooLargeError  # the grammar takes seconds for it
+    if re.search(r"\\sqrt\s*\[[^\]]*\^", text):
+        raise TooLargeError  # sympy works out the index of a root while it reads
     try:
         found = latex2sympy(
             text, is_real=True, convert_degrees=False, normalization_config=_TIDYING, conversion_config=_READING
@@ -113,6 +120,8 @@ def _log_size(expression: Any) -> float:
         return float(max(abs(expression.p), expression.q).bit_length())
     if isinstance(expression, sympy.Float):
         return abs(float(expression._mpf_[2])) + float(expression._mpf_[3]) + 1.0
+    if isinstance(expression, sympy.NumberSymbol):  # above 2, which tells in a tower of them
+        return 2.0
     sizes = [_log_size(argument) for argument in expression.args]
     size = sum(sizes) + 1.0
     if isinstance(expression, sympy.Pow) and expression.args == (0, 0):

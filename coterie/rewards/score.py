@@ -20,6 +20,16 @@ from coterie.rewards.limits import TookTooLong, time_limit
 from coterie.sections import section
 from coterie.types import Group, RewardFailure, Scored
 
+
+class _CountError(UserError):
+    """A function gave too few or too many values."""
+
+    def __init__(self, name: str, num_values: int, num_completions: int) -> None:
+        plural = "" if num_completions == 1 else "s"
+        self.reason = f"returned {num_values} values for {num_completions} completion{plural}"
+        super().__init__(f"reward {name}: {self.reason}")
+
+
 RewardFunction = Callable[..., Sequence[float | None]]
 
 
@@ -44,6 +54,11 @@ class Reward:
         return all(
             columns.get(name) in (value if isinstance(value, list) else [value]) for name, value in self.where.items()
         )
+
+    @property
+    def sandbox_report(self) -> str:
+        """What to say in a run of the sandbox that it uses, which is started and tried for that; empty where it uses none."""
+        return str(getattr(self.function, "sandbox_report", ""))
 
     def close(self) -> None:
         """End its processes and connections, where it has any."""
@@ -123,30 +138,46 @@ def _call(reward: Reward, groups: list[Group], max_failed_share: float) -> tuple
 
 
 def _answers(reward: Reward, columns: Mapping[str, list[Any]], count: int, max_late: float) -> list[Any]:
-    """What the function says of each completion: what it raises, or that it takes too long, is found out one by one."""
+    """What the function says of each completion.
+
+    What it raises, leaves out, or that it takes too long, is found out one by one. Raises UserError where it gives too few or
+    too many values for all, and one for each alone: then nobody can tell whose is missing.
+    """
     try:
         return _run(reward, _copied(columns), count)
+    except _CountError:
+        answers = _one_by_one(reward, columns, count, max_late)
+        if not any(isinstance(answer, Exception) for answer in answers):
+            raise
+        return answers
     except UserError:
         raise
     except (Exception, SystemExit, TookTooLong):  # a user's function may raise anything: find out for which completions
-        answers: list[Any] = []
-        num_late = 0
-        for index in range(count):
-            if num_late > max_late:  # the step is lost, and each of the others may take as long
-                answers += [RewardError("not tried, too many had taken too long")] * (count - index)
-                break
-            try:
-                answers += _run(reward, {name: [values[index]] for name, values in columns.items()}, 1)
-            except UserError:
-                raise
-            except Exception as error:
-                answers.append(error)
-            except SystemExit as error:
-                answers.append(RewardError(f"called sys.exit({error.code})"))
-            except TookTooLong:
-                answers.append(RewardError(f"took longer than {reward.timeout:g} s"))
-                num_late += 1
-        return answers
+        return _one_by_one(reward, columns, count, max_late)
+
+
+def _one_by_one(reward: Reward, columns: Mapping[str, list[Any]], count: int, max_late: float) -> list[Any]:
+    """What it says of each completion alone; an exception where it says nothing."""
+    answers: list[Any] = []
+    num_late = 0
+    for index in range(count):
+        if num_late > max_late:  # the step is lost, and each of the others may take as long
+            answers += [RewardError("not tried, too many had taken too long")] * (count - index)
+            break
+        try:
+            answers += _run(reward, {name: [values[index]] for name, values in columns.items()}, 1)
+        except _CountError as error:
+            answers.append(RewardError(error.reason))
+        except UserError:
+            raise
+        except Exception as error:
+            answers.append(error)
+        except SystemExit as error:
+            answers.append(RewardError(f"called sys.exit({error.code})"))
+        except TookTooLong:
+            answers.append(RewardError(f"took longer than {reward.timeout:g} s"))
+            num_late += 1
+    return answers
 
 
 def _run(reward: Reward, columns: dict[str, list[Any]], count: int) -> list[Any]:
@@ -196,7 +227,7 @@ def _checked_length(reward: Reward, answer: Any, num_completions: int) -> list[A
             f"reward {reward.name}: returned {answer!r:.80}; a list with a number or None for each is needed"
         )
     if len(answer) != num_completions:
-        raise UserError(f"reward {reward.name}: returned {len(answer)} values for {num_completions} completions")
+        raise _CountError(reward.name, len(answer), num_completions)
     return list(answer)
 
 

@@ -40,8 +40,8 @@ _END = 2000  # characters of a text in which its last line is looked for
 class Steps:
     """What a worked solution is worth, from 0 to 1: points, divided by those of a complete one.
 
-    A wrong answer gets 0 points; a right one without steps, or with one that does not follow, `guess`; a right one whose
-    steps follow `terse`; and `whole` if nothing is left out. part: the points, or one of what they are made of, as 0 or 1.
+    A wrong answer gets 0 points; a right one without steps that lead to it, or with one that does not follow, `guess`; a right
+    one whose steps follow and lead to it `terse`; and `whole` if nothing is left out. part: the points, or one of what they are made of, as 0 or 1.
     follows abstains where no step is written.
 
     The data has the column `equation`, of an equation in x that is linear and has no brackets, or `answer`, a number.
@@ -125,7 +125,8 @@ def check_arithmetic(prompt: str, answer: Fraction, text: str) -> Report:
     trail = _Trail(given_numbers(prompt))
     for claim in claims:
         trail.follow(claim)
-    return Report(right, True, trail.num_steps, trail.num_steps > 0 and not trail.gaps and abs(answer) in trail.made)
+    complete = trail.num_steps > 0 and not trail.gaps and abs(answer) in trail.made
+    return Report(right, True, trail.num_steps if not right or trail.leads_to(abs(answer)) else 0, complete)
 
 
 # Of an hour, a day, a week, a year, a dozen; halves, hundreds, thousands. No step is made of these alone.
@@ -154,6 +155,17 @@ class _Trail:
             self.known |= _numbers_of(right)
         elif _rewrites_fractions(left, right):
             self.known |= _numbers_of(right)
+
+    def leads_to(self, answer: Fraction) -> bool:
+        """Whether the steps have made the answer, or left one operation to it: true arithmetic beside a guess has not."""
+        numbers = self.known | _CONSTANTS
+        return answer in self.made or any(
+            answer in (one + other, abs(one - other), one * other)
+            or one == answer * other != 0
+            or other == answer * one != 0
+            for one in self.made
+            for other in numbers
+        )
 
     def _knows(self, node: Node) -> bool:
         """Whether every number in it is known, and not all of them are constants of anything."""

@@ -18,6 +18,7 @@ from coterie.rewards.text_of import completion_text
 
 _MAX_CHARACTERS = 200_000  # of a longer completion `repetition` reads the end, where loops are
 _LONGEST_WORD = 12  # what is longer is cut, so that a loop without spaces is no single word
+_SEEN = regex.compile(r"[^\s\p{Cf}]")  # what is neither space nor a mark without width
 _BOX = "\\boxed{"
 Unit = Literal["tokens", "characters"]
 Score = Literal["all", "share"]
@@ -100,7 +101,7 @@ def _span(text: str, tag: str) -> tuple[int, int] | None:
 
 
 def _filled(text: str, span: tuple[int, int], tag: str) -> bool:
-    return bool(text[span[0] + len(tag) + 2 : span[1] - len(tag) - 3].strip())
+    return _SEEN.search(text, span[0] + len(tag) + 2, span[1] - len(tag) - 3) is not None
 
 
 def _sections_met(text: str, sections: Sequence[str]) -> list[bool]:

@@ -68,18 +68,25 @@ def same_text(gold: str, answer: str) -> bool:
 
 def equal(gold: str, answer: str, algebra: Algebra) -> bool:
     """Whether the answer has the gold's value. Raises what `algebra` raises, which is asked of single values."""
+    one, other = number(gold), number(answer)
+    if one is not None and other is not None:
+        return one == other
     if same_text(gold, answer):
         return True
     choice = re.fullmatch(r"\(?([A-J])\)?", _words_only(gold))
     if choice:
         given = _words_only(answer)
-        return bool(re.fullmatch(rf"\({choice[1]}\).*|{choice[1]}(?:\s*[.:)].*)?", given))
+        chosen = re.fullmatch(rf"(?:\({choice[1]}\)|{choice[1]}(?=\s*[.:)]|$))(.*)", given)
+        return chosen is not None and not _OTHER_CHOICE.search(chosen[1])
     known, given = tidy(gold), tidy(answer)
     if not known or not given:
         return False
     if (is_words(known) and number(known) is None) or (is_words(given) and number(given) is None):
         return _plain(known) == _plain(given)
     return _same(read(known), read(given), algebra)
+
+
+_OTHER_CHOICE = re.compile(r"(?<![A-Za-z])[A-J][.):,]|(?:^[\s.:)]*|[,/]\s*|\b(?:and|or) )[A-J]\s*$")  # `B) C)`
 
 
 def parts(gold: str) -> list[str]:
@@ -241,22 +248,30 @@ _SIGNS = {
 }  # fmt: skip
 _RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789", strict=True))
 _DROPPED = re.compile(
-    r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|quad|qquad)(?![A-Za-z])|\\[!,;: ]|\\\$|[$£€¥₹]|(?<!\\)~|\*\*"
+    r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|quad|qquad)(?![A-Za-z])|\\[!,;: ]|\\\$|[$£€¥₹]|(?<=[^\s\\])~|\*\*"
 )
 _WRITTEN = re.compile(r"\\(?:text|mathrm|mbox|textbf|textit|mathbf|operatorname|textrm|rm|mathit)\s*\{([^{}]*)\}")
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", re.ASCII)
 _FUNCTIONS = "arcsin|arccos|arctan|sqrt|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|pi|infty"
+_SCALES = {
+    "hundred": "10^{2}", "thousand": "10^{3}", "million": "10^{6}", "billion": "10^{9}", "trillion": "10^{12}", "dozen": "12",
+    "万": "10^{4}", "百万": "10^{6}", "千万": "10^{7}", "亿": "10^{8}",
+    "成": "10^{-1}", "折": "10^{-1}",
+}  # fmt: skip
+_DIGITS = {sign: digit for digit, signs in enumerate(("零〇", "一", "二两", "三", "四", "五", "六", "七", "八", "九")) for sign in signs}  # fmt: skip
+_SIGNS_OF_NUMBERS = "".join(_DIGITS) + "十百千万亿"
 _OPEN, _CLOSE = "⦃", "⦄"  # the braces of a set, which LaTeX writes \{ \}
 
 
 def tidy(text: str) -> str:
     """One spelling: plain digits, LaTeX for signs, no spacing commands, no thousands separators, no words of Chinese around."""
-    text = re.sub("[½⅓⅔¼¾⅕⅛]", lambda found: f" {unicodedata.normalize('NFKC', found[0])} ", text)
-    text = re.sub(f"[{''.join(_RAISED)}]+", lambda found: "^{" + "".join(_RAISED[c] for c in found[0]) + "}", text)
-    text = unicodedata.normalize("NFKC", text)
+    text = _in_one_alphabet(text)
     text = "".join(_SIGNS.get(character, character) for character in text)
     text = re.sub(r"\\\(|\\\)|\\\[|\\\]", " ", text) if "matrix" not in text else text
     text = re.sub(r"(\d)(?:\{,\}|\\[,!;: ]|,\\!)(?=\d{3}(?!\d))", r"\1", text)
+    text = re.sub(
+        r"(?<=[0-9a-z)])\*\*(-?\d+|[a-z](?![a-z])|(?=\())", lambda found: f"^{{{found[1]}}}" if found[1] else "^", text
+    )
     text = _DROPPED.sub(" ", text)
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)
     for _ in range(2):
@@ -273,17 +288,67 @@ def tidy(text: str) -> str:
     if not re.search(r"[\[(⦃]", text):
         text = _THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
         text = re.sub(r"(?<![\d.])\d{1,3}(?: \d{3})+(?![\d.])", lambda found: found[0].replace(" ", ""), text)
+    text = re.sub(
+        r"(?<![\w-])([a-z]+)(?= (?:hundred|thousand|million)\b)",
+        lambda found: str(_WORDS.get(found[1], found[1])),
+        text,
+    )
+    text = re.sub(
+        r"(\d)\s*(hundred|thousand|million|billion|trillion|dozen|[百千]?万|亿|[成折]$)(?![A-Za-z])", _times, text
+    )
+    text = _CHINESE_NUMBER.sub(lambda found: f"{found[1] and '-'}{_in_digits(found[2]) or found[2]} {found[3]}", text)
+    text = re.sub("负(?=[\\d])", "-", text)
     bare = re.sub(r"^[\u4e00-\u9fff\s:,]+|[\u4e00-\u9fff]*[\s.]*$", "", text)
-    if bare and not re.search("[\u4e00-\u9fff]", bare):
+    if bare and not re.match("[^\\d-]*(?:不|非|零下|减)", text) and not re.search("[\u4e00-\u9fff]", bare):
         unit = re.search(r"([\u4e00-\u9fff]+)[\s.]*$", text)
         text = f"{bare} {unit[1]}" if unit and unit[1] in _CHINESE_UNITS else bare
-    return re.sub(r"\s+", " ", text).strip().rstrip(".,;:").strip()
+    text = re.sub(r"\s+", " ", text).strip().rstrip(".,;:").lstrip("= ").strip()
+    text = re.sub(
+        r"(\d+) \(([a-z]+)\)$", lambda found: found[1] if f"{_WORDS.get(found[2])}" == found[1] else found[0], text
+    )
+    return re.sub(r"(?<=\d)(?:st|nd|rd|th)$", "", text)
+
+
+def _in_one_alphabet(text: str) -> str:
+    """Plain digits in every script, raised ones as powers, and no characters that can't be seen."""
+    if text.isascii():
+        return text
+    text = re.sub("[½⅓⅔¼¾⅕⅛]", lambda found: f" {unicodedata.normalize('NFKC', found[0])} ", text)
+    text = re.sub(f"[{''.join(_RAISED)}]+", lambda found: "^{" + "".join(_RAISED[c] for c in found[0]) + "}", text)
+    text = unicodedata.normalize("NFKC", text)
+    seen = (c for c in text if unicodedata.category(c) != "Cf")
+    return "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in seen)
+
+
+def _times(found: re.Match[str]) -> str:
+    return rf"{found[1]}\times {_SCALES[found[2]]}"
+
+
+def _in_digits(text: str) -> str | None:
+    """A whole number in Chinese: 一百零五 -> 105, 二零二四 -> 2024. None where it is none, or can be read in two ways (一百五)."""
+    if not text or re.search("[百千万亿][一二两三四五六七八九]$", text):
+        return None
+    for sign, size in (("亿", 10**8), ("万", 10**4)):
+        before, at, after = text.partition(sign)
+        if at:
+            upper, lower = _in_digits(before), _in_digits(after or "零")
+            return None if upper is None or lower is None else str(int(upper) * size + int(lower))
+    if not re.search("[十百千]", text):
+        return str(int("".join(str(_DIGITS[sign]) for sign in text)))
+    total, digit = 0, 0
+    for sign in text:
+        if sign in "十百千":
+            total, digit = total + (digit or 1) * 10 ** ("十百千".index(sign) + 1), 0
+        else:
+            digit = _DIGITS[sign]
+    return str(total + digit)
 
 
 def _plain(text: str) -> str:
     """Without what is no part of a word or formula."""
-    text = unicodedata.normalize("NFKC", _WRITTEN.sub(r"\1", text)).strip().strip("$").strip().rstrip(".。,;").strip()
+    text = _in_one_alphabet(_WRITTEN.sub(r"\1", text)).strip().strip("$").strip().rstrip(".。,;").strip()
     squeezed = re.sub(r"\s+", "" if re.search("[A-Za-z]{2}", text) else " ", text)
+    squeezed = re.sub(r"(?<=\d)([AaPp])\.?[Mm]$", lambda found: f"{found[1].lower()}m", squeezed)
     return squeezed.rstrip("!").casefold() if re.fullmatch(r"[A-Za-z]{2,}!?", squeezed) else squeezed
 
 
@@ -356,6 +421,9 @@ def _assignment(text: str, depth: int) -> Named | Single | None:
         return None
     if len(sides) == 2 and re.fullmatch(_NAME, sides[1]) and not re.fullmatch(_NAME, sides[0]):
         sides.reverse()
+    sums = {value for side in sides[1:] if (value := _sum(side)) is not None}
+    if len(sums) > 1:  # x = 6 = 5
+        return None
     if re.fullmatch(_NAME, sides[0]) and not _is_relation(sides[-1]):
         return Named(re.sub(r"[\s{}]", "", sides[0]), read(sides[-1], depth + 1), text)
     return None
@@ -377,26 +445,13 @@ _NUMBERS = {
     "ratio": re.compile(rf"({_DECIMAL})\s*:\s*({_DECIMAL})", re.ASCII),
     "repeating": re.compile(r"(\d*)\.(\d*)\s*\\(?:overline|bar|dot)\s*\{?\s*(\d+)\s*\}?", re.ASCII),
 }
-_WORDS = {
-    word: number
-    for number, words in enumerate(
-        [
-            "zero|〇",
-            "one|一",
-            "two|二|两",
-            "three|三",
-            "four|四",
-            "five|五",
-            "six|六",
-            "seven|七",
-            "eight|八",
-            "nine|九",
-            "ten|十",
-            "eleven|十一",
-            "twelve|十二",
-        ]
-    )
-    for word in words.split("|")
+_ENGLISH = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+)
+_WORDS = {word: number for number, word in enumerate(_ENGLISH.split())} | {
+    f"{tens}ty": 10 * number
+    for number, tens in enumerate(("thir", "for", "fif", "six", "seven", "eigh", "nine"), start=3)
 }
 
 
@@ -410,7 +465,13 @@ def number(text: str) -> Fraction | None:
         return None
     if text.casefold() in _WORDS:
         return Fraction(_WORDS[text.casefold()])
-    divided = re.fullmatch("(.{1,3})分之(.{1,3})", text)
+    tens, _, ones = text.casefold().partition("-")  # thirty-one
+    if tens.endswith("ty") and {tens, ones} <= _WORDS.keys():
+        return Fraction(_WORDS[tens] + _WORDS[ones])
+    if re.fullmatch(f"[{_SIGNS_OF_NUMBERS}]{{1,20}}", text):
+        digits = _in_digits(text)
+        return None if digits is None else Fraction(digits)
+    divided = re.fullmatch("(.{1,20})分之(.{1,20})", text)
     if divided:
         lower, upper = number(divided[1]), number(divided[2])
         return upper / lower if upper is not None and lower else None
@@ -459,12 +520,18 @@ for _dimension, _table in {
     for _names, _size in re.findall(r"((?:[^\s=]+ )*[^\s=]+)=(\S+)", _table):
         _UNITS |= {_name: (_dimension, Fraction(_size)) for _name in _names.split()}
 _CHINESE_UNITS = {_name for _name in _UNITS if not _name.isascii()}
+_CHINESE_NUMBER = re.compile(
+    rf"^(负?)([{_SIGNS_OF_NUMBERS}]{{1,20}})\s*({'|'.join(sorted(_CHINESE_UNITS, key=len, reverse=True))}|[个只本张条块枚人次名位件]?)[\s.]*$"
+)
 _UNIT = re.compile(
     r"(?P<value>.*[\d})!π]|.*\\pi)\s*(?P<unit>(?:\^\s*\{?\s*\\circ\s*\}?\s*[CF]?"
-    r"|(?:square |cubic |sq\.? |cu\.? )?(?:[A-Za-z]{2,}|[\u4e00-\u9fff]+)(?: [A-Za-z]{2,}){0,3}"
+    r"|(?:square |cubic |sq\.? |cu\.? )?(?:[A-Za-z]{2,}|[\u4e00-\u9fff]+)(?: (?:[A-Za-z]{2,}|a)){0,3}"
     r"|[A-Za-z]+\s*(?:/|per)\s*[A-Za-z]+)\s*(?:\^\s*\{?\s*[23]\s*\}?)?)\s*"
 )
-_NOUN = re.compile(r"(?:[A-Za-z]{4,}|[a-z][aeiou][a-z])(?: [A-Za-z]{2,}){0,3}|[\u4e00-\u9fff]+")  # xyz is a product
+_NOUN = re.compile(  # and xyz is a product
+    r"(?!(?:squared|cubed|below|percentage|halves|thirds|quarters|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand|million|billion)ths)\b)"
+    r"(?:(?:[A-Za-z]{4,}|[a-z][aeiou][a-z])(?: (?:[A-Za-z]{2,}|a)){0,3}|[\u4e00-\u9fff]+)"
+)
 
 
 def _single(text: str) -> Single:

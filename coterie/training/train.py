@@ -132,6 +132,9 @@ def _train(run: Run, rewards: list[Reward], codec: Codec, task: Task) -> None:
     for reason, count in task.left_out.items() if isinstance(task, Dataset) else ():
         console.warn(f"task.data: {count} rows are left out: {reason}")
         run.store.event(STAGES[0], 0, "rows_left_out", f"{count} {reason}")
+    for report in filter(None, (reward.sandbox_report for reward in rewards)):
+        console.say(f"sandbox {report}")
+        run.store.event(STAGES[0], 0, "sandbox", report)
     policy = policy.recomputing() if recipe.optimiser.activation_checkpointing else policy
     if recipe.method in ("ppo", "reward_model"):
         Scorer.check(policy)  # an architecture that has no form with a score is refused before anything is trained

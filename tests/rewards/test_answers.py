@@ -55,7 +55,7 @@ def test_r18_false_accepts_and_false_rejects_on_the_labelled_pairs():
     accepted = [pair for pair, _ in wrong if not pair["equal"]]
     rejected = [(pair["gold"], pair["answer"]) for pair, _ in wrong if pair["equal"]]
     labels = Counter(pair["equal"] for pair in PAIRS)
-    assert (labels[True], labels[False]) == (356, 209)
+    assert (labels[True], labels[False]) == (608, 414)
     assert not accepted
     assert len(rejected) <= 14, rejected
 
@@ -82,11 +82,40 @@ def test_r18_sixty_four_answers_that_blow_up_cost_seconds(quick):
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"\pi^{\pi^{\pi^{\pi^{\pi}}}}",
+        r"\sqrt[9^{9^9}]{2}",
+        r"e^{e^{e^{e^{e}}}}",
+        r"\{9^{9^{9^9}}, 1\}",
+        "(" * 150 + "x" + ")" * 150,
+    ],
+)
+def test_r18_a_tower_in_disguise_is_not_worked_out(quick, text):
+    one(quick, "x", f"2x + {len(text)}")  # which has not been asked before: a worker is there
+    workers = list(quick._pool[0]._workers)
+    assert workers
+    assert one(quick, r"\sqrt{2}", rf"\boxed{{{text}}}") == 0.0
+    assert quick._pool[0]._workers == workers  # none had to be killed for it
+
+
 def test_r18_an_answer_over_its_time_scores_0_and_the_others_their_due(quick):
     slow = r"\boxed{\sum_{n=1}^{10^{15}} \frac{1}{n^n}}"
     began = time.monotonic()
     assert quick([slow, r"\boxed{\frac{x+x}{2}}", slow], answer=["x"] * 3) == [0.0, 1.0, 0.0]
     assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [r"\max(3i, 1)", r"\boxed{(i, 3)}", r"3i < x", r"2 < \infty/3i", r"\prod_{k=1}^{5} \begin{pmatrix}a&1\\2&3\end{pmatrix}",
+     r"\sum_{n=1}^{1/2} n", r"\int_0^{\frac{1}{0}} x dx", r"\lceil \begin{pmatrix}k\end{pmatrix}\rceil", r"i \ne x = k",
+     r"\cos{\lim_{x \to \frac{1}{0}} \frac{1}{x}}", "(" * 190 + "x" + ")" * 190, r"\sqrt{" * 60 + "x" + "}" * 60],
+)  # fmt: skip
+def test_r18_an_answer_that_breaks_the_algebra_is_wrong_and_does_not_abstain(reward, answer):
+    """Else a policy could escape a low reward, and stop the run, with what makes sympy raise."""
+    assert reward([answer] * 2, answer=["x+7", r"\pi"]) == [0.0, 0.0]
 
 
 def test_r18_no_text_makes_the_search_for_an_answer_long():
@@ -126,6 +155,17 @@ def test_r18_no_text_makes_the_search_for_an_answer_long():
         "{1,",
         "\\in ",
         "1 m ^",
+        "not ",
+        "<answer>",
+        "2**",
+        "a = ",
+        "万",
+        "一百",
+        "$x$ and ",
+        "so ",
+        "\\boxed ",
+        "A) ",
+        "at least ",
     ]
     for piece in pieces:
         began = time.process_time()
@@ -183,6 +223,16 @@ def test_where_the_answer_is_looked_for():
         ("Answer:\n\n  9", "9"),
         ("答案是 $x=3$。", "x=3"),
         ("It costs 5 dollars", "5 dollars"),
+        ("<think>\\boxed{7}</think><answer>6</answer>", "6"),
+        ("<think>is it 7?</think>\nThe answer is \\boxed{6}", "6"),
+        ("<think>7", "7"),
+        ("<answer>5</answer> or <answer>6", "6"),
+        ("\\boxed 5", "5"),
+        ("\\fbox{5}", "5"),
+        ("9 * 2 = $18 every day is what she earns", "18"),
+        ("It is not 3", "It is not 3"),
+        ("答案不是3", "答案不是3"),
+        ("There are 11 apples, not 12.", "11 apples"),
     ],
 )
 def test_what_is_found_in_a_text(text, answer):

@@ -40,7 +40,10 @@ APPLES = ("Tom has 3 apples and buys 4 bags of 6. He gives half of all away. How
         (CHAIN, "27 = 27", 6),
         (CHAIN, "27 + 0 = 27", 6),
         (CHAIN, "27 * 1 = 27", 6),
-        (CHAIN, "3 + 4 = 7\n20 + 7 = 27", 8),
+        (CHAIN, "3 + 4 = 7\n20 + 7 = 27", 6),  # 20 comes from nowhere, and 7 leads nowhere
+        (CHAIN, "4 * 4 = 16\n27", 6),  # true, and no way to 27
+        (CHAIN, "3 + 5 = 8\n3 + 8 = 11\n27", 6),
+        (CHAIN, "５ + ４ = ９\n３ × ９ = ２７\n27", 9),
         (CHAIN, "", 0),
         (("12 / 4 + 1", 4), "12 / 4 + 1 = 3 + 1 = 4", 9),
         (("12 / 4 + 1", 4), "12 ÷ 4 + 1 = 4", 8),

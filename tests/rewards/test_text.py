@@ -26,6 +26,7 @@ def value(reward, text):
         (GOOD, 1),
         ("<think>a</think><answer>b</answer>", 1),
         ("<think>\n</think><answer>b</answer>", 0),
+        ("<think>\u200b \u2060</think><answer>b</answer>", 0),  # nothing that can be seen
         ("<answer>b</answer><think>a</think>", 0),
         ("<think>a<answer>b</answer></think>", 0),
         ("<think>a</think><think>a</think><answer>b</answer>", 0),

@@ -13,6 +13,7 @@ import hmac
 import json
 import os
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -79,12 +80,16 @@ class Remote:
         body = {"programs": [asdict(program)]}
         most = _SPARE * program.limits.output_bytes + _OVERHEAD * (1 + len(program.inputs))
         data = bytearray()
-        with self._client.stream("POST", "/run", json=body, timeout=program.limits.wall + _WAIT) as answer:
+        seconds = program.limits.wall + _WAIT
+        deadline = time.monotonic() + seconds  # httpx's own limit starts anew with each byte
+        with self._client.stream("POST", "/run", json=body, timeout=seconds) as answer:
             if answer.status_code in (429, 502, 503, 504):
                 raise _BusyError(f"status {answer.status_code}")
             answer.raise_for_status()
-            for chunk in answer.iter_bytes(1 << 16):
+            for chunk in answer.iter_bytes():
                 data += chunk
+                if time.monotonic() > deadline:
+                    raise httpx.ReadTimeout(f"it took longer than {seconds:g} s")
                 if len(data) > most:
                     raise ValueError(f"it answered more than {most} bytes")
         (one,) = json.loads(data)["outcomes"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import re
 from collections.abc import Sequence
@@ -108,13 +107,12 @@ class Code:
     def _sandbox(self) -> Sandbox:
         if self._holder.sandbox is None:
             self._holder.sandbox = make_sandbox(self.sandbox, num_workers=self.workers or None)
-            logging.getLogger(__name__).info("sandbox %s", self._holder.sandbox.report)
         return self._holder.sandbox
 
     @property
-    def report(self) -> str | None:
-        """Which sandbox is used and what it was seen to hold; None before the first call."""
-        return self._holder.sandbox.report if self._holder.sandbox else None
+    def sandbox_report(self) -> str:
+        """Which sandbox is used and what it was seen to hold. It is started for that where it does not run yet."""
+        return self._sandbox().report
 
     def close(self) -> None:
         if self._holder.sandbox is not None:

@@ -1,12 +1,13 @@
 """Hostile programs, run in a sandbox by whoever runs this file: `python hostile.py BACKEND` prints what got through, as JSON.
 
 A process of its own, because it also plays the trainer that they attack: its secrets, its memory, the processes and sockets beside it.
-Needs no pytest and no torch.
+`attacked` has it run, also as another user. Needs no pytest and no torch.
 """
 
 import contextlib
 import json
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -15,9 +16,12 @@ import threading
 import time
 from pathlib import Path
 
+import coterie
 from coterie.errors import UserError
 from coterie.rewards.code.sandbox import Limits, Program, make_sandbox
 
+NOBODY = 65534
+ROOT = Path(coterie.__file__).parent.parent
 SECRET = "a-secret-4711"
 HEAD = """
 import ctypes, os, signal, socket, subprocess, sys, threading, time
@@ -214,6 +218,41 @@ def attack(info):
     attempt("terminal input", lambda: __import__("fcntl").ioctl(0, 0x5412, b"x"))
     return done
 """,
+    "memory of the kernel": """
+def attack(info):
+    import fcntl
+    held = 0
+    try:
+        while True:
+            reading, writing = os.pipe()
+            attempt("a larger pipe", fcntl.fcntl, writing, 1031, 1 << 20)
+            os.set_blocking(writing, False)
+            with __import__("contextlib").suppress(BlockingIOError):
+                while True: held += os.write(writing, b"x" * 65536)
+    except OSError:
+        pass
+    return done + (["%d MB in pipes" % (held >> 20)] if held > 64 << 20 else [])
+""",
+    "other dangerous calls": """
+def attack(info):
+    number("timer_create", 222, 107, 0, None, ctypes.byref(ctypes.c_int()))
+    number("inotify", 294, 26, 0)
+    number("mq_open", 240, 180, b"x", 0o102, 0o600, None)
+    number("semget", 64, 190, 0, 10, 0o1666)
+    number("msgget", 68, 186, 0, 0o1666)
+    number("memfd_secret", 447, 447, 0)
+    number("splice", 275, 76, 0, None, 1, None, 1, 0)
+    number("sendfile", 40, 71, 1, 0, None, 1)
+    number("fallocate", 285, 47, 1, 0, 0, 1 << 30)
+    number("mlockall", 151, 230, 3)
+    number("process_vm_writev", 311, 271, info["pid"], None, 0, None, 0, 0)
+    number("fsopen", 430, 430, b"tmpfs", 0)
+    number("clock_settime", 227, 112, 0, None)
+    number("sethostname", 170, 161, b"x", 1)
+    number("sync", 162, 81)
+    number("execveat", 322, 281, -100, b"/bin/sh", None, None, 0)
+    return done
+""",
 }
 # Programs that have to be ended: which error their output has
 ENDED = {
@@ -241,6 +280,11 @@ ENDED = {
     "deep": ("def attack(info):\n    x = []\n    for _ in range(100000): x = [x]\n    return x", "nested"),
     "crash": ("import ctypes\ndef attack(info):\n    ctypes.string_at(0)", "crashed"),
     "closes everything": ("import os\ndef attack(info):\n    os.closerange(0, 256)\n    while True: pass", "killed"),
+    "system calls of i386": (  # fork() by a number that is another's on x86_64
+        "import ctypes, mmap\ncode = mmap.mmap(-1, 4096, prot=7)\ncode.write(bytes.fromhex('b802000000cd80c3'))\n"
+        "def attack(info):\n    return ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(code)))()",
+        "SIGSYS" if platform.machine() == "x86_64" else "crashed",
+    ),
     "syntax bomb": ("(" * 100000, ""),
     "exponent": ("def attack(info):\n    return 9 ** 9 ** 9", ""),
     "digits": ("def attack(info):\n    return 10 ** 100000", ""),
@@ -352,8 +396,9 @@ def main(backend):
         (printed,) = sandbox.run(Program(PRINTED, [""], None, limits)).outputs
         if "wrote more" not in (printed.error or ""):
             through["a gigabyte printed"] = printed.error
-        if memory_peak() - before > 100:
-            through["memory of the trainer"] = memory_peak() - before
+        growth = memory_peak() - before
+        if growth > 100:
+            through["memory of the trainer"] = growth
         held = sandbox.run(Program("def f(): return 1", [[]], "f", limits)).outputs
         if held[0].value != 1:
             through["afterwards"] = repr(held)
@@ -367,7 +412,35 @@ def main(backend):
         time.sleep(0.2)
         if descendants(os.getpid()) - {world.victim.pid}:
             through["left behind"] = sorted(descendants(os.getpid()) - {world.victim.pid})
-    print(json.dumps({"through": through, "programs": len(PROGRAMS) + len(ENDED) + 1, "report": sandbox.report}))
+    found = {"through": through, "programs": len(PROGRAMS) + len(ENDED) + 1, "growth_megabytes": growth}
+    print(json.dumps({**found, "report": sandbox.report}))
+
+
+def attacked(backend, as_nobody):
+    """What `main` prints, run by this user or by one without rights; {"refused": why} where that can't be."""
+    who, python = {}, sys.executable
+    if as_nobody:
+        who = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+        python = None if os.getuid() else python_for_everyone(who)
+        if python is None:
+            return {"refused": "this user is no root, or a plain user can't start Python 3.11 or read this checkout"}
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [python, __file__, backend], capture_output=True, text=True, timeout=200, cwd="/", env=environment, **who
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout)
+
+
+def python_for_everyone(who):
+    """An interpreter that a plain user can start, which this one may not be."""
+    for path in (os.path.realpath(sys.executable), "/usr/bin/python3", "/usr/local/bin/python3"):
+        check = f"import sys; assert sys.version_info >= (3, 11); open({coterie.__file__!r})"
+        with contextlib.suppress(OSError):
+            if not subprocess.run([path, "-c", check], capture_output=True, cwd="/", **who).returncode:
+                return path
+    return None
 
 
 if __name__ == "__main__":

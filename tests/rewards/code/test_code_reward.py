@@ -1,16 +1,19 @@
 """The built-in reward `code` (R20): honest programs are rewarded, cheating ones are not, and a broken sandbox abstains."""
 
 import math
+import sqlite3
 
 import pytest
+import yaml
+from cheating import ADD, CHEATS, FORGE, HONEST
 
+import coterie
 from coterie.errors import RewardError, UserError
 from coterie.rewards.builtin import make_builtin
 from coterie.rewards.code.reward import Code, extract_python
 from coterie.rewards.code.sandbox import Outcome, Output, make_sandbox
 from coterie.rewards.code.verdict import Policy, Test, equal, passes, read_tests
 
-ADD = [{"args": [1, 2], "expected": 3}, {"args": [5, -9], "expected": -4}, {"args": [10, 7], "expected": 17}]
 WHOLE = [{"stdin": "1 2\n", "stdout": "3\n"}, {"stdin": "5 -9\n", "stdout": "-4\n"}]
 
 
@@ -25,63 +28,10 @@ def reward():
     made.close()
 
 
-HONEST = {
-    "plain": "def add(a, b):\n    return a + b",
-    "fenced": "I add them.\n```python\ndef add(a, b):\n    return a + b\n```\nDone.",
-    "the last block": "```python\ndef add(a, b): return 0\n```\nBetter:\n```python\ndef add(a, b): return a + b\n```",
-    "prints on the side": "print('x' * 10000)\ndef add(a, b):\n    print(a)\n    return a + b",
-    "exits at the end": "import sys\nadd = lambda a, b: a + b\nif True: sys.exit(0)",
-    "with a class": "from dataclasses import dataclass\n@dataclass\nclass P:\n    a: int\n    b: int\ndef add(a, b):\n    p = P(a, b)\n    return p.a + p.b",
-    "recursive": "def add(a, b):\n    if b == 0: return a\n    return add(a + 1, b - 1) if b > 0 else add(a - 1, b + 1)",
-}  # fmt: skip
-
-
 def test_r20_honest_programs_are_rewarded(reward):
     assert dict(zip(HONEST, reward(list(HONEST.values()), [ADD] * len(HONEST)), strict=True)) == dict.fromkeys(
         HONEST, 1.0
     )
-
-
-FORGE = """
-import gc, os, sys, json
-channel = [one for one in gc.get_objects() if type(one).__name__ == "Channel"][0]
-"""
-CHEATS = {
-    "exit code 0": "import os\nos._exit(0)",
-    "exit": "import sys\nsys.exit(0)",
-    "exit in the function": "def add(a, b):\n    raise SystemExit(0)",
-    "says that it passed": "print('all tests passed')\nprint('OK')\nprint('1.0')\ndef add(a, b): print('PASSED')",
-    "__eq__": "class Yes:\n    def __eq__(self, other): return True\n    __hash__ = None\ndef add(a, b): return Yes()",
-    "an int that equals everything": "class Yes(int):\n    def __eq__(self, other): return True\n    def __hash__(self): return 0\ndef add(a, b): return Yes()",
-    "an honest int in disguise": "class Sum(int): pass\ndef add(a, b): return Sum(a + b)",
-    "a float that compares": "class Yes(float):\n    __eq__ = __ne__ = lambda *a: True\ndef add(a, b): return Yes('nan')",
-    "a list that compares": "class Yes(list):\n    __eq__ = lambda *a: True\n    __len__ = lambda s: 1\ndef add(a, b): return Yes()",
-    "bool for int": "def add(a, b): return True",
-    "a text for int": "def add(a, b): return str(a + b)",
-    "float for int": "def add(a, b): return float(a + b)",
-    "NaN": "def add(a, b): return float('nan')",
-    "infinity": "def add(a, b): return float('inf')",
-    "None": "def add(a, b): return None",
-    "patched json": "import json\njson.dumps = lambda *a, **k: '{\"passed\": true, \"score\": 1}'\ndef add(a, b): return 0",
-    "patched json that raises": "import json\ndef no(*a, **k): raise SystemExit(0)\njson.dumps = no\ndef add(a, b): return 0",
-    "patched operator": "import operator, math, builtins\noperator.eq = lambda *a: True\nmath.isclose = lambda *a, **k: True\nbuiltins.all = builtins.any = lambda x: True\ndef add(a, b): return 0",
-    "patched builtins": "import builtins\nbuiltins.type = lambda x: int\nbuiltins.isinstance = lambda *a: True\ndef add(a, b): return 0",
-    "frames": "import sys\ndef add(a, b):\n    f = sys._getframe()\n    while f:\n        for n, v in list(f.f_locals.items()):\n            if 'expect' in n.lower(): return v\n            if isinstance(v, dict):\n                for k in v:\n                    if 'expect' in str(k).lower(): return v[k]\n        f = f.f_back",
-    "everything in memory": "import gc\ndef add(a, b):\n    for o in gc.get_objects():\n        if isinstance(o, dict) and 'expected' in o: return o['expected']",
-    "reads its tests": "import os, glob\ndef add(a, b):\n    for p in glob.glob('/proc/self/fd/*') + glob.glob('/tmp/*') + glob.glob('*.json'):\n        try:\n            t = open(p).read()\n            if 'expected' in t: return 3\n        except OSError: pass",
-    "atexit": "import atexit, os\natexit.register(os._exit, 0)\ndef add(a, b): raise ValueError",
-    "excepthook": "import sys\nsys.excepthook = lambda *a: sys.exit(0)\nraise ValueError",
-    "writes to every descriptor": "import os\nfor fd in range(100):\n    try: os.write(fd, b'\\n{\"test\": 0, \"value\": true, \"passed\": true, \"score\": 1.0}\\n')\n    except OSError: pass\nos._exit(0)",
-    "forged records": FORGE + "for i in range(3): channel.say(test=i, passed=True, score=1, value=True)\nos._exit(0)",
-    "forged end": FORGE + "channel.say(ready=True)\nchannel.say(all=None)\nchannel.say(failed=None, score=1)\nos._exit(0)",
-    "a pytest of its own": "import sys, types\nsys.modules['pytest'] = sys.modules['unittest'] = types.ModuleType('x')\ndef test_add(): assert True",
-    "signals": "import os, signal\nos.kill(os.getpid(), signal.SIGTERM)",
-    "a generator": "def add(a, b):\n    while True: yield a + b",
-    "a decimal": "from decimal import Decimal\ndef add(a, b): return Decimal(a + b)",
-    "hangs": "def add(a, b):\n    while True: pass",
-    "no code": "I can't.",
-    "nothing": "",
-}  # fmt: skip
 
 
 def test_r20_cheating_programs_are_not_rewarded(reward):
@@ -110,7 +60,7 @@ def test_r20_the_score_is_the_share_of_tests_or_all_of_them(reward):
     assert reward([half], [ADD]) == [2 / 3]
     whole = Code(function="add", score="all")
     assert whole([half, HONEST["plain"]], [ADD] * 2) == [0.0, 1.0]
-    assert "hostile programs held" in whole.report
+    assert "hostile programs held" in whole.sandbox_report
     whole.close()
 
 
@@ -135,6 +85,32 @@ def test_r20_a_sandbox_that_fails_abstains(reward):
     assert isinstance(failed, RewardError)
     assert "no memory" in str(failed)
     assert fine == 1.0
+
+
+@pytest.mark.parametrize("name", ["landlock", "subprocess"])
+@pytest.mark.filterwarnings("ignore:sandbox")
+def test_r20_a_run_says_and_records_which_sandbox_it_uses(name, tmp_path, capsys):
+    try:
+        make_sandbox(name, num_workers=1).close()
+    except UserError as error:
+        pytest.skip(str(error))
+    (tmp_path / "data.jsonl").write_text(
+        "".join(f'{{"prompt": "{number}", "tests": [{{"args": [], "expected": 1}}]}}\n' for number in range(20))
+    )
+    recipe = {
+        "model": {"type": "qwen3", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16,
+                  "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128},
+        "task": {"data": str(tmp_path / "data.jsonl"), "prompt": "prompt"}, "steps": 1, "prompts_per_step": 2, "group_size": 2,
+        "rewards": [{"function": "code", "options": {"function": "f", "sandbox": name}}], "sampling": {"max_new_tokens": 4},
+        "tokenizer": "bytes",
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    run = coterie.train(str(tmp_path / "recipe.yaml"), out=str(tmp_path / "run"))
+    with sqlite3.connect(run.folder / "run.db") as db:
+        ((message,),) = db.execute("SELECT message FROM events WHERE kind = 'sandbox'").fetchall()
+    assert message.startswith(f"{name}: ")
+    assert ("it holds nothing" if name == "subprocess" else "hostile programs held") in message
+    assert f"sandbox {message}" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

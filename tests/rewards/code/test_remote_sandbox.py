@@ -1,6 +1,7 @@
 """Sandbox servers that people run themselves (R20): the same outcomes over HTTP, and failures that abstain."""
 
 import json
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
@@ -49,8 +50,8 @@ def test_r20_a_token_is_asked_for(local, monkeypatch):
     server.close()
 
 
-def serve(answers):
-    """A server that says what it is told: status and body for each POST in turn, the last one for ever."""
+def serve(answers, *, piece=1 << 20, pause=0.0):
+    """A server that says what it is told: status and body for each POST in turn, the last one for ever; so many bytes at a time."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -64,7 +65,9 @@ def serve(answers):
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            for start in range(0, len(body), piece):
+                time.sleep(pause)
+                self.wfile.write(body[start : start + piece])
 
         def log_message(self, *_):
             pass
@@ -91,6 +94,20 @@ def test_r20_a_server_that_fails_is_a_failure_and_no_score(answers, says):
     remote = Remote(f"http://127.0.0.1:{server.server_address[1]}", attempts=2)
     outcome = remote.run(Program("x", [[]], "f"))
     assert says in outcome.failed
+    remote.close()
+    server.shutdown()
+    server.server_close()
+
+
+def test_r20_a_server_that_dribbles_is_given_up(monkeypatch):
+    """Each byte comes in time, and all of them would take minutes."""
+    monkeypatch.setattr("coterie.rewards.code.remote._WAIT", 0.3)
+    server = serve([(200, b" " * 2000 + GOOD)], piece=30, pause=0.1)
+    remote = Remote(f"http://127.0.0.1:{server.server_address[1]}", attempts=1)
+    began = time.monotonic()
+    outcome = remote.run(Program("x", [[]], "f", Limits(wall_seconds=0.2)))
+    assert "took longer than 0.5 s" in outcome.failed
+    assert time.monotonic() - began < 3
     remote.close()
     server.shutdown()
     server.server_close()

@@ -1,7 +1,6 @@
 """Sandboxes for model-written Python (R20): hostile programs are held, by every backend, as root and as a plain user."""
 
 import functools
-import json
 import os
 import platform
 import re
@@ -22,7 +21,6 @@ from coterie.rewards.code import forked, sandbox
 from coterie.rewards.code.inside import confine, syscalls
 from coterie.rewards.code.sandbox import Limits, Program, SandboxError, make_sandbox
 
-NOBODY = 65534
 ROOT = Path(coterie.__file__).parent.parent
 BACKENDS = ("landlock", "bubblewrap")
 pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="sandboxes need Linux")
@@ -47,40 +45,16 @@ def call(source, *arguments, function="f", **limits):
     return Program(source, [list(arguments)], function, Limits(**limits))
 
 
-def python_for_everyone():
-    """An interpreter that a plain user can start, which this one may not be."""
-    for path in (os.path.realpath(sys.executable), "/usr/bin/python3", "/usr/local/bin/python3"):
-        check = f"import sys; assert sys.version_info >= (3, 11); open({coterie.__file__!r})"
-        try:
-            done = subprocess.run(
-                [path, "-c", check], user=NOBODY, group=NOBODY, extra_groups=[], capture_output=True, cwd="/"
-            )
-        except OSError:
-            continue
-        if done.returncode == 0:
-            return path
-    pytest.skip("a plain user can't start Python 3.11 or read this checkout")
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("user", ["this user", "a plain user"])
 def test_r20_hostile_programs_are_held(backend, user):
     need(backend)
-    who, python = {}, sys.executable
-    if user == "a plain user":
-        if os.getuid():
-            pytest.skip("this user is a plain one")
-        who, python = {"user": NOBODY, "group": NOBODY, "extra_groups": []}, python_for_everyone()
-    done = subprocess.run(
-        [python, str(Path(hostile.__file__)), backend], capture_output=True, text=True, timeout=200, cwd="/",
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}, **who,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = hostile.attacked(backend, as_nobody=user == "a plain user")
     if "refused" in found:
         pytest.skip(found["refused"])
     assert found["through"] == {}
-    assert found["programs"] >= 30
+    assert found["programs"] >= 33
+    assert found["growth_megabytes"] < 100
 
 
 def test_r20_outputs_keep_their_types(box):
