@@ -118,17 +118,18 @@ def trainers(lab: Lab) -> Outcome:
 
 
 def kills_inside_saves(lab: Lab) -> Outcome:
-    """Killed inside a save, before each of its files: the checkpoint before it is used, and the bits are the same."""
+    """Killed inside a save, before each of its files: the checkpoint before it is used. Killed right after it: this one is.
+    The bits are the same."""
     wrong = []
     numbers = (2, 4) if lab.quick else range(1, len(FILES) + 1)
-    for number in numbers:
+    for fault, used in [(f"in_save:{number}:4", 2) for number in numbers] + [("after_save:4", 4)]:
         home = lab.home()
-        killed = train(home, fault=f"in_save:{number}:4").wait()
+        killed = train(home, fault=fault).wait()
         resumed = train(home).wait()
-        if killed.status != 128 + signal.SIGKILL or not resumes_after(resumed.printed, 2):
-            wrong.append(f"file {number}: {killed.status}, {resumed.printed[:300]}")
-        wrong += [f"file {number}: differs in {what}" for what in differences(home / "run", lab.whole())]
-    return Outcome(wrong, f"before {len(numbers)} of {len(FILES)} files")
+        if killed.status != 128 + signal.SIGKILL or not resumes_after(resumed.printed, used):
+            wrong.append(f"{fault}: {killed.status}, {resumed.printed[:300]}")
+        wrong += [f"{fault}: differs in {what}" for what in differences(home / "run", lab.whole())]
+    return Outcome(wrong, f"before {len(numbers)} of {len(FILES)} files, and after the last")
 
 
 def resumes_after(printed: str, step: int) -> bool:

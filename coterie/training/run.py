@@ -292,7 +292,7 @@ class Run:
         best = self._best_steps(self.recipe.checkpoint.keep_best)
 
         def prune() -> None:
-            strikes("after_save")
+            strikes("after_save", step=position.step)
             self._undeleted += prune_checkpoints(
                 self.folder / "checkpoints", self.recipe.checkpoint.keep_last, {*best, position.step}
             )
