@@ -17,6 +17,7 @@ from coterie.rollouts.engine import History, StopStrings, sample_tokens
 from coterie.rollouts.grid import DecodeLayout, Grid, PrefillLayout, copied, empty
 from coterie.sections import section
 from coterie.settings import Sampling
+from coterie.stopping import may_stop
 from coterie.types import Completion
 
 _COPIED_PROMPT = 32  # prompts up to this length are copied to their rows, which then attend in one product
@@ -56,6 +57,7 @@ class NativeEngine:
         num_live = num_steps = 0
         carried = 0.0  # work on rows that have ended, in steps
         while queue.waiting or grid is not None:
+            may_stop()
             looked = num_steps % look_every == 0  # only then is it known how many rows are live
             admitted = queue.admit(num_live) if looked else []
             if admitted:

@@ -38,6 +38,7 @@ CREATE TABLE IF NOT EXISTS examples (
 CREATE TABLE IF NOT EXISTS inputs (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS events (time REAL, stage TEXT, step INTEGER, kind TEXT, message TEXT);
 """
+_PATIENCE = 30.0  # seconds for which another writer may hold the file: a person who looks at it, or a backup
 _TABLES = ("metrics", "completions", "evaluations", "examples", "events")
 
 
@@ -48,9 +49,9 @@ class Store:
         if read_only:
             self._db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
         else:
-            self._db = sqlite3.connect(path)
+            self._db = sqlite3.connect(path, timeout=_PATIENCE)
             self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
+            self._db.execute("PRAGMA synchronous=FULL")  # a checkpoint that outlives a power cut has its steps here
             self._db.executescript(_SCHEMA)
         self._db.row_factory = sqlite3.Row
 
