@@ -245,6 +245,8 @@ class Recipe(Settings):
             idle("task", ("correct_above",), "method is reward_model")
         elif not self.rewards:
             idle("task", ("correct_above",), "there are no rewards")
+        if not self.evaluation.every or self.method == "sft":
+            idle("checkpoint", ("keep_best",), "there are no evaluations on the way (evaluation.every)")
         if self.group_size == 1:
             idle("redraw", ("rounds",), "group_size is 1")
         if self.method == "sft":

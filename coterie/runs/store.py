@@ -51,12 +51,16 @@ class Store:
         else:
             self._db = sqlite3.connect(path, timeout=_PATIENCE)
             self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")  # a checkpoint that outlives a power cut has its steps here
+            self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.executescript(_SCHEMA)
         self._db.row_factory = sqlite3.Row
 
     def close(self) -> None:
         self._db.close()
+
+    def sync(self) -> None:
+        """Bring what was written to the disk, so that a checkpoint that outlives a power cut has its steps here."""
+        self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

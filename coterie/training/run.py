@@ -342,6 +342,8 @@ class Run:
         """Copy the state, and write the copy while training goes on."""
         self._wait_for_save()
         best = self._best_steps(self.recipe.checkpoint.keep_best)
+        with self.writing():
+            self.store.sync()
 
         def prune() -> None:
             strikes("after_save", step=position.step)

@@ -111,6 +111,22 @@ def test_the_best_on_the_way_is_kept_until_the_end(tiny_recipe, tmp_path):
     assert f"step_{rows[0][0]:06d}" in names(run.folder / "checkpoints")
 
 
+def test_the_best_of_a_reward_model_is_kept_too(tiny_recipe, tmp_path):
+    """Its held-out figure is the share of pairs in the right order."""
+    import coterie
+
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{n}: ", "good": f"yes {n}", "bad": f"no {n}"}) + "\n" for n in range(12))
+    )
+    columns = "prompt: prompt, chosen: good, rejected: bad, heldout: 0.5"
+    given = [tiny_recipe[0], "steps=6", "preset=reward_model", f"task={{data: {tmp_path / 'pairs.jsonl'}, {columns}}}",
+             "tokenizer=bytes", "evaluation={every: 2}", "checkpoint={every: 6, keep_last: 1, keep_best: 1}"]  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text("seed: 0\n")
+    run = coterie.train(str(tmp_path / "recipe.yaml"), overrides=given, out=str(tmp_path / "run"))
+    kept = names(run.folder / "checkpoints")
+    assert [name for name in kept if name in ("step_000002", "step_000004")]
+
+
 def with_manifest(folder, change):
     manifest = json.loads((folder / "manifest.json").read_text())
     change(manifest)

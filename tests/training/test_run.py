@@ -289,6 +289,17 @@ def test_a_limit_that_is_passed_all_along_is_one_event_across_a_resume(tiny_reci
         assert db.execute("SELECT step FROM events WHERE kind = 'limit'").fetchall() == [(1,)]
 
 
+def test_what_was_recorded_before_a_save_is_on_the_disk(tmp_path):
+    """And not in the write-ahead log alone, which is not synced at every step."""
+    store = Store(tmp_path / "run.db")
+    store.event("train", 1, "kind", "message")
+    store.sync()
+    shutil.copy(tmp_path / "run.db", tmp_path / "without_log.db")
+    store.close()
+    with sqlite3.connect(tmp_path / "without_log.db") as db:
+        assert db.execute("SELECT step FROM events").fetchall() == [(1,)]
+
+
 def test_another_writer_is_waited_for(tmp_path):
     """A backup, or a person who looks at the file, for longer than SQLite would wait by itself."""
     store, other = (
