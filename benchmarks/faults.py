@@ -639,6 +639,9 @@ BAD_ROWS: dict[str, tuple[bytes, str]] = {
     "an empty prompt": (b'{"prompt": " "}', "empty"),
     "no messages": (b'{"prompt": []}', "no messages"),
     "a message without content": (b'{"prompt": [{"role": "user"}]}', "content"),
+    "NaN": (b'{"prompt": "x", "good": NaN}', "NaN"),
+    "a key twice": (b'{"prompt": "x", "prompt": "y"}', "stands twice"),
+    "half of a character": (b'{"prompt": "\\ud800"}', "half of a character"),
     "a duplicate": (b'{"prompt": "number 0: ", "good": "yes", "bad": "no 0"}', "the same as"),
 }
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from coterie.keys import hidden
 from coterie.noise import permutation
 from coterie.types import Completion, Scored
 
@@ -79,7 +80,7 @@ class Store:
 
         `pieces` gives the text of each token of a completion: token ids -> list of str.
         """
-        reasons = {(f.group, f.completion): f"{f.reward}: {f.reason}" for f in scored.failures}
+        reasons = {(f.group, f.completion): hidden(f"{f.reward}: {f.reason}") for f in scored.failures}
         size = left_out = 0
         for p in permutation(len(scored.groups), "record", stage, step):
             group = scored.groups[p]
@@ -116,7 +117,9 @@ class Store:
 
     def event(self, stage: str, step: int, kind: str, message: str) -> None:
         with self._db:
-            self._db.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?)", (time.time(), stage, step, kind, message))
+            self._db.execute(
+                "INSERT INTO events VALUES (?, ?, ?, ?, ?)", (time.time(), stage, step, kind, hidden(message))
+            )
 
     def inputs(self, values: Mapping[str, str]) -> None:
         """Replace what is known of what the run depends on."""
