@@ -50,12 +50,17 @@ TRAINERS: dict[str, dict[str, Any]] = {
         "kl": {"target": 0.001}, "loss": {"kl_weight": 0.1}, "entropy": {"weight": 0.01, "target": 5.0},
     },
     "lora": {"lora": {"rank": 2}},
+    "staged": {
+        "task": {"data": "data.jsonl", "heldout": 0.25, "answer": "good"},
+        "cold_start": {"steps": 6, "rows_per_step": 2, "warmup_steps": 1},
+    },
     "ppo": {"preset": "ppo", "value": {"learning_rate": 1.0e-2}},
     "dpo": {"preset": "dpo", "task": _PAIRS, **_WITHOUT},
     "sft": {"preset": "sft", "task": _PAIRS, **_WITHOUT},
     "reward model": {
         "preset": "reward_model", "task": _PAIRS, "sampling": None, "evaluation": {"prompts": 4}, **_WITHOUT,
     },
+    "redraw": {"redraw": {"rounds": 2}},
 }  # fmt: skip
 
 _FORKED = multiprocessing.get_context("forkserver")
@@ -334,9 +339,9 @@ def query(run: Path, text: str, *values: Any) -> list[sqlite3.Row]:
         return db.execute(text, values).fetchall()
 
 
-def metric(run: Path, name: str) -> dict[int, float | None]:
+def metric(run: Path, name: str, stage: str = "train") -> dict[int, float | None]:
     """A metric's value by step."""
-    found = query(run, "SELECT step, value FROM metrics WHERE stage = 'train' AND name = ?", name)
+    found = query(run, "SELECT step, value FROM metrics WHERE stage = ? AND name = ?", stage, name)
     return {row["step"]: row["value"] for row in found}
 
 

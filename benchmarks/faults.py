@@ -52,7 +52,7 @@ from coterie.models.load import make_byte_tokenizer
 from coterie.runs.store import Store
 from coterie.settings import DatasetTask
 from coterie.tasks.dataset import Dataset
-from coterie.training.checkpoint import find_checkpoint
+from coterie.training.checkpoint import Position, find_checkpoint
 
 FILES = ("model.safetensors", "optimiser.safetensors", "position.json", "manifest.json")
 BLOCK = 4096
@@ -104,31 +104,33 @@ def _await_a_moment(session: Command, moments: random.Random) -> None:
 
 
 def trainers(lab: Lab) -> Outcome:
-    """Every trainer, killed in a step between two saves and resumed: the uninterrupted run's bits."""
+    """Every trainer, killed twice in a step between two saves, a staged one in each stage: the uninterrupted run's bits."""
     wrong = []
     names = list(TRAINERS)[1::3] if lab.quick else list(TRAINERS)
     for name in names:
         changes = TRAINERS[name]
         home = lab.home(**changes)
-        killed = train(home, fault="before_step:4").wait()
-        if killed.status != 128 + signal.SIGKILL:
-            wrong.append(f"{name}: was not killed: {killed.printed[-300:]}")
+        for fault in ("before_step:4", "before_step:7"):
+            killed = train(home, fault=fault).wait()
+            if killed.status != 128 + signal.SIGKILL:
+                wrong.append(f"{name}: was not killed: {killed.printed[-300:]}")
         wrong += [f"{name} differs in {what}" for what in differences(finished(home), lab.whole(**changes))]
     return Outcome(wrong, f"{len(names)}: {', '.join(names)}")
 
 
 def kills_inside_saves(lab: Lab) -> Outcome:
-    """Killed inside a save, before each of its files: the checkpoint before it is used, and the bits are the same."""
+    """Killed inside a save, before each of its files: the checkpoint before it is used. Killed right after it: this one is.
+    The bits are the same."""
     wrong = []
     numbers = (2, 4) if lab.quick else range(1, len(FILES) + 1)
-    for number in numbers:
+    for fault, used in [(f"in_save:{number}:4", 2) for number in numbers] + [("after_save:4", 4)]:
         home = lab.home()
-        killed = train(home, fault=f"in_save:{number}:4").wait()
+        killed = train(home, fault=fault).wait()
         resumed = train(home).wait()
-        if killed.status != 128 + signal.SIGKILL or not resumes_after(resumed.printed, 2):
-            wrong.append(f"file {number}: {killed.status}, {resumed.printed[:300]}")
-        wrong += [f"file {number}: differs in {what}" for what in differences(home / "run", lab.whole())]
-    return Outcome(wrong, f"before {len(numbers)} of {len(FILES)} files")
+        if killed.status != 128 + signal.SIGKILL or not resumes_after(resumed.printed, used):
+            wrong.append(f"{fault}: {killed.status}, {resumed.printed[:300]}")
+        wrong += [f"{fault}: differs in {what}" for what in differences(home / "run", lab.whole())]
+    return Outcome(wrong, f"before {len(numbers)} of {len(FILES)} files, and after the last")
 
 
 def resumes_after(printed: str, step: int) -> bool:
@@ -271,35 +273,55 @@ def folder_lost(lab: Lab) -> Outcome:
 
 
 PHASES = {"sampling": "after_sample:4", "reward": "in_reward:4", "backward": "before_backward:4", "save": "in_save:2:4",
-          "record": "in_record:4"}  # fmt: skip
+          "record": "in_record:4", "first evaluation": "in_reward:0", "last save": "in_save:2:8"}  # fmt: skip
+OTHERS = ("staged", "sft", "ppo", "dpo", "reward model")
 SIGNALS = {"term": signal.SIGTERM, "interrupt": signal.SIGINT}
 
 
 def signals(lab: Lab) -> Outcome:
-    """SIGTERM and Ctrl-C in each phase of a step: saved, closed, exit 143 and 130, no orphans, resumed to the same bits. A
-    second one ends it within 2 s."""
+    """SIGTERM and Ctrl-C in each phase of a run, and in each trainer: saved, closed, exit 143 and 130, no orphans, resumed to
+    the same bits. A second one ends it within 2 s, whatever a reward catches."""
     wrong = []
-    cases = list(itertools.product(PHASES, SIGNALS))
-    for phase, name in cases[::3] if lab.quick else cases:
-        home = lab.home()
-        running = train(home, fault=f"{PHASES[phase]}:{name}")
-        wrong += [f"{name} in {phase}: {text}" for text in refused(running.wait(), 128 + SIGNALS[name], "--resume")]
+    cases = [
+        (f"{name} in {phase}", f"{PHASES[phase]}:{name}", "grpo") for phase, name in itertools.product(PHASES, SIGNALS)
+    ]
+    cases = (cases[::4] if lab.quick else cases) + [
+        (f"term in {trainer}", "before_backward:4:term", trainer) for trainer in (OTHERS[:1] if lab.quick else OTHERS)
+    ]
+    for case, fault, trainer in cases:
+        home = lab.home(**TRAINERS[trainer])
+        running = train(home, fault=fault)
+        status = 128 + SIGNALS[fault.rpartition(":")[2]]
+        wrong += [f"{case}: {text}" for text in refused(running.wait(), status, "--resume")]
         if running.orphans():
-            wrong.append(f"{name} in {phase}: left processes behind")
+            wrong.append(f"{case}: left processes behind")
         if (home / "run" / "run.db-wal").exists():
-            wrong.append(f"{name} in {phase}: run.db was not closed")
+            wrong.append(f"{case}: run.db was not closed")
         resumed = train(home).wait()
         if resumes_after(resumed.printed, 2):
-            wrong.append(f"{name} in {phase}: the step was not saved")
-        wrong += [f"{name} in {phase}: differs in {what}" for what in differences(home / "run", lab.whole())]
+            wrong.append(f"{case}: the step before was not saved")
+        wrong += [f"{case}: differs in {what}" for what in differences(home / "run", lab.whole(**TRAINERS[trainer]))]
     seconds = _second_signal(lab, wrong)
-    num_cases = len(cases[::3] if lab.quick else cases)
-    return Outcome(wrong, f"{num_cases} of phase and signal; a second one ended it in {seconds:.2f} s")
+    return Outcome(wrong, f"{len(cases)} of phase or trainer and signal; a second one ended it in {seconds:.2f} s")
+
+
+STUBBORN = """
+import os, time
+
+def letters(completions, **columns):
+    end = time.monotonic() + float(os.environ.get("PACE", "0"))
+    while time.monotonic() < end:
+        try:
+            time.sleep(0.1)
+        except BaseException:
+            pass
+    return [float(sum(letter.isalpha() for letter in text)) for text in completions]
+"""
 
 
 def _second_signal(lab: Lab, wrong: list[str]) -> float:
-    """How long a run lives after the second SIGTERM, in a reward that takes half a minute."""
-    home = lab.home()
+    """How long a run lives after the second SIGTERM, in a reward that takes half a minute and catches all exceptions."""
+    home = lab.home(reward=STUBBORN)
     finished_to_step_4 = train(home, "--stop-after", "4").wait()
     running = train(home, PACE="30")
     running.until("parameters")
@@ -310,7 +332,7 @@ def _second_signal(lab: Lab, wrong: list[str]) -> float:
     sent = time.monotonic()
     ended = running.wait()
     seconds = time.monotonic() - sent
-    if ended.status not in (130, 143) or seconds > 2 or finished_to_step_4.status:
+    if ended.status != 143 or seconds > 2 or finished_to_step_4.status:
         wrong.append(f"a second SIGTERM: status {ended.status} after {seconds:.1f} s: {ended.printed[-300:]}")
     wrong += [f"after a second SIGTERM: differs in {what}" for what in differences(finished(home), lab.whole())]
     return seconds
@@ -422,6 +444,7 @@ def not_finite(lab: Lab) -> Outcome:
     if steps_of(home / "run") != [1, 2, 3] or not all_finite(home / "run"):
         wrong.append(f"the run that is never finite has the steps {steps_of(home / 'run')}")
     wrong += _broken_logits(lab)
+    wrong += _not_finite_elsewhere(lab)
     values = ("nan",) if lab.quick else ("nan", "inf", "-inf")
     for value in values:
         reward = f"def letters(completions, **columns):\n    return [float('{value}')] * len(completions)\n"
@@ -432,23 +455,48 @@ def not_finite(lab: Lab) -> Outcome:
         survived = train(home).wait().status == 0 and all_finite(home / "run")
         if not survived or set(metric(home / "run", "reward/num_failed").values()) != {2.0}:
             wrong.append(f"a share of rewards of {value} is not survived, or not counted")
-    return Outcome(wrong, f"{2 if lab.quick else 4} kinds in loss and gradient, 2 in logits, {len(values)} in rewards")
+    num_kinds = 2 if lab.quick else 4
+    return Outcome(
+        wrong,
+        f"{num_kinds} kinds in loss and gradient, 2 in logits, {len(values)} in rewards; the loss of {len(OTHERS)} other trainers "
+        "and of PPO's value model",
+    )
 
 
-def _not_skipped(run: Path, step: int) -> list[str]:
+def _not_finite_elsewhere(lab: Lab) -> list[str]:
+    """The loss of the other trainers NaN in one step; of PPO's value model; and of SFT in all of them, across a resume."""
+    wrong = []
+    cases = {name: TRAINERS[name] for name in OTHERS}
+    cases["ppo"] = {**cases["ppo"], "optimiser": {"learning_rate": 1.0e-2, "updates_per_batch": 1}}
+    cases["ppo's value model"] = {**cases["ppo"], "value": {"learning_rate": 1.0e-2, "warmup_steps": 4}}
+    for name in ("ppo's value model", "sft") if lab.quick else cases:
+        home = lab.home(**{**cases[name], "checkpoint": {"every": 1, "keep_last": 20}})
+        wrong += [
+            f"{name}: {text}" for text in refused(train(home, fault="before_backward:3:nan").wait(), 0, "not finite")
+        ]
+        stage, num_rows = "cold_start" if name == "staged" else "train", 8 if "ppo" in name else 2
+        file = "value" if "value" in name else "model"
+        found = _not_skipped(home / "run", 3, stage=stage, num_rows=num_rows, file=file)
+        wrong += [f"{name}: {text}" for text in found]
+    return wrong
+
+
+def _not_skipped(run: Path, step: int, *, stage: str = "train", num_rows: int = 8, file: str = "model") -> list[str]:
     """What is wrong with a run that had to skip this step alone."""
     from safetensors.torch import load_file
 
-    skipped = {at for at, share in metric(run, "optimiser/skipped_share").items() if share}
-    before, after = (load_file(run / "checkpoints" / f"step_{at:06d}" / "model.safetensors") for at in (step - 1, step))
+    of = "value" if file == "value" else "optimiser"
+    skipped = {at for at, share in metric(run, f"{of}/skipped_share", stage).items() if share}
+    folders = (run / "checkpoints" / Position(stage, at).name for at in (step - 1, step))
+    before, after = (load_file(folder / f"{file}.safetensors") for folder in folders)
     wrong = [] if skipped == {step} else [f"skipped {skipped}"]
     wrong += (
         [] if all(before[name].equal(after[name]) for name in before) else ["the weights moved in the skipped step"]
     )
     wrong += [] if all_finite(run) else ["weights are not finite"]
     wrong += [] if events(run, "step_skipped") else ["there is no event"]
-    kept = run / "skipped" / f"train_{step:06d}.jsonl"
-    if not kept.is_file() or len(kept.read_text().splitlines()) != 8:
+    kept = run / "skipped" / f"{stage}_{step:06d}.jsonl"
+    if not kept.is_file() or len(kept.read_text().splitlines()) != num_rows:
         wrong.append("its rows are not kept")
     return wrong
 
@@ -486,15 +534,18 @@ def make_model(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def equal_rewards(lab: Lab) -> Outcome:
-    """Equal rewards for every completion of every step: all stays finite, and a metric says that there is no signal."""
+    """Equal rewards for every completion of every step: all stays finite, and a metric and an event say that there is no
+    signal."""
     home = lab.home(reward="def letters(completions, **columns):\n    return [0.95] * len(completions)\n", steps=20)
     wrong = refused(train(home).wait(), 0, "no signal 100%")
     run = home / "run"
     if set(metric(run, "group/no_signal_share").values()) != {1.0} or not all_finite(run):
         wrong.append("a step without signal is not counted, or weights are not finite")
+    if len(events(run, "sign/no_signal")) != 1:
+        wrong.append(f"not one event says so: {events(run, 'sign/no_signal')}")
     if any(value is None for value in metric(run, "loss/total").values()):
         wrong.append("a loss is not finite")
-    return Outcome(wrong, "20 steps, group/no_signal_share 1 in each")
+    return Outcome(wrong, "20 steps, group/no_signal_share 1 in each, one event")
 
 
 def lengths(lab: Lab) -> Outcome:
@@ -588,6 +639,9 @@ BAD_ROWS: dict[str, tuple[bytes, str]] = {
     "an empty prompt": (b'{"prompt": " "}', "empty"),
     "no messages": (b'{"prompt": []}', "no messages"),
     "a message without content": (b'{"prompt": [{"role": "user"}]}', "content"),
+    "NaN": (b'{"prompt": "x", "good": NaN}', "NaN"),
+    "a key twice": (b'{"prompt": "x", "prompt": "y"}', "stands twice"),
+    "half of a character": (b'{"prompt": "\\ud800"}', "half of a character"),
     "a duplicate": (b'{"prompt": "number 0: ", "good": "yes", "bad": "no 0"}', "the same as"),
 }
 
@@ -684,27 +738,51 @@ def workers(lab: Lab) -> Outcome:
 
 
 def no_memory(lab: Lab) -> Outcome:
-    """Memory that runs out, on a GPU (as its error) and on the CPU (under a real limit): the step is named and what to lower."""
+    """Memory that runs out, on a GPU (as its error) and on the CPU (under a real limit): the step and micro-batch
+    are named, and what to lower."""
     wrong = []
     for name in ("no_memory", "limited"):
         loss = {"objective": f"objective.py:{name}", "kl_weight": 0}
         ended = train(lab.home(files={"objective.py": OBJECTIVES}, loss=loss)).wait()
-        words = ("out of memory in step", "micro_batch_tokens", "max_cache_megabytes", "--resume")
+        words = (
+            "out of memory in step",
+            ", micro-batch 1 of 1, ",
+            "tokens of 8 rows",
+            "micro_batch_tokens",
+            "max_cache_megabytes",
+            "--resume",
+        )
         wrong += [f"{name}: {text}" for text in refused(ended, 1, *words)]
     return Outcome(wrong, "a GPU's error and a real limit on address space")
 
 
 def one_folder(lab: Lab) -> Outcome:
-    """Two runs on one folder: the second is refused by the first's process number. A dead process's lock holds nobody."""
-    home = lab.home()
+    """Two runs on one folder: the second is refused by the first's process number. A dead process's lock holds nobody, even
+    where a reward has forked a process that lives on."""
+    home = lab.home(reward=FORKING)
     running = train(home, PACE="0.3")
     running.until("grpo 1/")
     wrong = refused(Command(home, "train", "--resume", "run").wait(), 2, "in use", str(running.pid))
     wrong += refused(Command(home, "train", "recipe.yaml", "--out", "run").wait(), 2, "in use")
+    forked = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
     running.send(signal.SIGKILL)
     running.wait()
     wrong += [f"differs in {what}" for what in differences(finished(home), lab.whole())]
-    return Outcome(wrong, "2 refused, 1 resumed")
+    for process in forked:
+        os.kill(int(process), signal.SIGKILL)
+    return Outcome(wrong + ([] if forked else ["no process lived on"]), "2 refused, 1 resumed")
+
+
+FORKING = REWARD.replace(
+    "    time.sleep",
+    """
+    if os.environ.get("PACE") and not children:
+        children.append(os.fork())
+        if children == [0]:
+            time.sleep(60)
+            os._exit(0)
+    time.sleep""",
+).replace("def letters", "children = []\n\ndef letters")
 
 
 def no_network(lab: Lab) -> Outcome:

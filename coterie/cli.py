@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -221,10 +222,11 @@ def main() -> None:
 
 
 def _fail(error: Exception, kind: str, status: int, debug: bool) -> Any:
-    if debug:
-        raise error
+    from coterie.keys import hidden
+
     hint = "" if status == 2 else "\nRun it again with --debug to see where."
-    print(f"{kind}: {error}{hint}", file=sys.stderr)
+    said = "".join(traceback.format_exception(error)) if debug else f"{kind}: {error}{hint}\n"
+    print(hidden(said), end="", file=sys.stderr)
     sys.exit(status)
 
 

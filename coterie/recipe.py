@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from coterie.algorithms.presets import CHOSEN_BY_OBJECTIVE, OBJECTIVE_SETTINGS, PRESETS
 from coterie.errors import UserError, nearest
+from coterie.keys import keys_in
 from coterie.settings import (
     KL,
     Advantage,
@@ -245,6 +246,8 @@ class Recipe(Settings):
             idle("task", ("correct_above",), "method is reward_model")
         elif not self.rewards:
             idle("task", ("correct_above",), "there are no rewards")
+        if not self.evaluation.every or self.method == "sft":
+            idle("checkpoint", ("keep_best",), "there are no evaluations on the way (evaluation.every)")
         if self.group_size == 1:
             idle("redraw", ("rounds",), "group_size is 1")
         if self.method == "sft":
@@ -334,6 +337,15 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 def make_recipe(values: Mapping[str, Any], *, source: str = "recipe", folder: Path | None = None) -> Recipe:
     """A checked recipe from plain values; `folder` is what its relative paths start from."""
     folder = folder or Path.cwd()
+    try:
+        with_key = next(keys_in(values), None)
+    except RecursionError:  # YAML can write what holds itself
+        raise UserError(f"{source}: is nested too deeply for a recipe") from None
+    if with_key is not None:
+        raise UserError(
+            f"{source}: {with_key}: holds a key or a password, and a recipe is copied into the run and its report; put it into an "
+            "environment variable, and let your code read it there"
+        )
     given_values = {key: value for key, value in values.items() if value is not None}  # an empty section is no section
     merged = {key: dict(value) if isinstance(value, dict) else value for key, value in given_values.items()}
     preset = merged.get("preset", "grpo")

@@ -8,6 +8,7 @@ the run folder, can be resumed, and a file that has changed since is asked about
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 from pathlib import Path
 
@@ -47,7 +48,11 @@ def check_code(home: str, setting: str) -> None:
 
 def _entry(home: str) -> str:
     if not home.endswith(".py"):
-        return f"module {home}"
+        try:  # of the package, not of what is inside, which can't be found without running the package's own code
+            found = importlib.util.find_spec(home.partition(".")[0])
+        except (ImportError, ValueError):
+            found = None
+        return f"module {home} {_entry(found.origin)}" if found is not None and found.origin else f"module {home}"
     path = Path(home).resolve()
     content = path.read_bytes() if path.is_file() else b""
     return f"{hashlib.sha256(content).hexdigest()} {path}"

@@ -81,6 +81,27 @@ def test_keys_in_the_environment_reach_no_file_and_no_output(faults, lab, fault)
         assert [path for path in files if secret.encode() in path.read_bytes()] == []
 
 
+LEAKING = """
+import os
+
+def letters(completions, **columns):
+    raise ValueError(f"Incorrect key {os.environ['OPENAI_API_KEY']}, nor is hf_abcdefghijklmnopqrstuvwxyz one")
+"""
+
+
+@pytest.mark.parametrize("share", [1.0, 0.0])
+def test_a_key_in_what_a_reward_raises_is_hidden(faults, lab, share):
+    """In run.db, the report, what is printed, and with --debug the traceback."""
+    home = lab.home(reward=LEAKING, max_failed_rewards=share)
+    ended = faults.train(home, "--debug", **SECRETS).wait()
+    assert (ended.status == 0) == (share == 1.0), ended.printed
+    if share:
+        assert faults.events(home / "run", "reward_failure")[0].endswith("Incorrect key ***, nor is *** one")
+    for secret in (SECRETS["OPENAI_API_KEY"], "hf_abcdef"):
+        assert secret not in ended.printed
+        assert [path for path in home.glob("run/**/*") if path.is_file() and secret.encode() in path.read_bytes()] == []
+
+
 def test_pickled_weights_are_refused_and_never_read(faults, lab):
     """A pickle that would leave a mark if it were loaded, under each name that transformers knows."""
     home = lab.home()

@@ -342,6 +342,7 @@ def test_every_mistake_is_told_at_once():
         ({"rewards": ["a:f", "b:f"]}, "rewards", "same name"),
         ({"preset": "dr_grpo", "advantage": {"epsilon": 1e-3}}, "advantage.epsilon", "no effect"),
         ({"optimiser": {"schedule": "constant", "final_share": 0.1}}, "optimiser.final_share", "no effect"),
+        ({"checkpoint": {"keep_best": 1}}, "checkpoint.keep_best", "no effect"),
     ],
 )
 def test_a_contradiction_and_a_setting_without_effect_are_refused(settings, key, word):

@@ -1,6 +1,7 @@
 """A recipe runs no Python from outside its own folder unasked, whatever the command."""
 
 import json
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -132,3 +133,34 @@ def test_a_home_that_cannot_be_written_asks_again(folders, tmp_path, monkeypatch
     recipe(folders, "../code.py:f")
     assert run("check", "theirs/recipe.yaml", "--trust") is None
     assert "--trust" in str(run("check", "theirs/recipe.yaml"))
+
+
+def test_a_module_that_was_trusted_is_not_another_of_its_name(folders, tmp_path, monkeypatch):
+    """As one that lies where the command is run, in another folder."""
+    names = ("here", "there")
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "judged_by_me.py").write_text(REWARD.format(mark=str(tmp_path / name / "was_run")))
+    recipe(folders, "judged_by_me:f")
+    for name, more, refused in (("here", "--trust", False), ("here", None, False), ("there", None, True)):
+        with monkeypatch.context() as patched:
+            patched.syspath_prepend(str(tmp_path / name))
+            error = run("check", "theirs/recipe.yaml", *filter(None, [more]))
+            sys.modules.pop("judged_by_me", None)
+        assert (error is not None) == refused, name
+    assert [(tmp_path / name / "was_run").exists() for name in names] == [True, False]
+
+
+def test_code_that_a_model_brings_is_never_run_nor_asked_about(folders, monkeypatch):
+    model = folders / "model"
+    model.mkdir()
+    (model / "model.safetensors").touch()
+    config = {"model_type": "theirs", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "code.py").write_text(
+        REWARD.format(mark=str(model / "was_run")) + "from transformers import PretrainedConfig as C\n"
+    )
+    recipe(folders, model="./model")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    assert "custom code" in str(run("check", "theirs/recipe.yaml", "--trust"))
+    assert not (model / "was_run").exists()

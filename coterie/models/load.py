@@ -171,7 +171,7 @@ def _fresh_config(shape: ModelShape, **more: Any) -> PretrainedConfig:
 def _from_hub(kind: Any, source: str, **options: Any) -> Any:
     """`kind.from_pretrained`, with one paragraph instead of a traceback where it fails."""
     try:
-        return kind.from_pretrained(source, **options)
+        return kind.from_pretrained(source, trust_remote_code=False, **options)  # unset, it asks on the terminal
     except Exception as error:  # the hub's client raises its own, the network's and the file system's errors
         logging.getLogger(__name__).debug("from_pretrained failed", exc_info=error)
         where = "can't be loaded" if Path(source).exists() else "is no folder here, and can't be loaded from the hub"

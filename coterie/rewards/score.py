@@ -9,6 +9,7 @@ import asyncio
 import inspect
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+from contextlib import chdir
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,7 +183,7 @@ def _one_by_one(reward: Reward, columns: Mapping[str, list[Any]], count: int, ma
 
 def _run(reward: Reward, columns: dict[str, list[Any]], count: int) -> list[Any]:
     """One call, awaited if it is async, within the time limit. Raises what the function raises, and TookTooLong."""
-    with time_limit(reward.timeout):
+    with chdir("."), time_limit(reward.timeout):  # where it leaves the run's folder is found again
         strikes("in_reward")
         answer = reward.function(**columns, **reward.options)
         if inspect.isawaitable(answer):

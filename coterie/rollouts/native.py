@@ -18,6 +18,7 @@ from coterie.rollouts.engine import History, Sampled, StopStrings, sample_tokens
 from coterie.rollouts.grid import DecodeLayout, Grid, PrefillLayout, copied, empty
 from coterie.sections import section
 from coterie.settings import Sampling
+from coterie.stopping import may_stop
 from coterie.types import Completion
 
 _COPIED_PROMPT = (
@@ -63,7 +64,12 @@ class NativeEngine:
         num_live = num_steps = 0
         carried = 0.0  # work on rows that have ended, in steps
         while queue.waiting or grid is not None:
+<<<<<<< HEAD
             looked = draws or num_steps % look_every == 0  # only then is it known how many rows are live
+=======
+            may_stop()
+            looked = num_steps % look_every == 0  # only then is it known how many rows are live
+>>>>>>> audit6
             admitted = queue.admit(num_live) if looked else []
             if admitted:
                 new = self._prefill(prompts, admitted, num_completions, queue.copies_prompts)

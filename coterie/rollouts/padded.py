@@ -11,6 +11,7 @@ from coterie.models.policy import Policy
 from coterie.rollouts.engine import History, StopStrings, sample_tokens
 from coterie.sections import section
 from coterie.settings import Sampling
+from coterie.stopping import may_stop
 from coterie.types import Completion
 
 
@@ -46,6 +47,7 @@ class PaddedEngine:
             cache, done = None, torch.zeros(num_completions, dtype=torch.bool, device=device)
             rows = torch.arange(num_completions, device=device)
             for position in range(sampling.max_new_tokens):
+                may_stop()
                 with section("sample/decode" if position else "sample/prefill"):
                     output = model(input_ids=inputs, past_key_values=cache, use_cache=True)
                 cache = getattr(output, "past_key_values", None)

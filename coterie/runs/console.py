@@ -21,6 +21,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from coterie.keys import hidden
+
 Made = TypeVar("Made")
 
 
@@ -39,13 +41,14 @@ class Console:
         self._bar: TaskID | None = None
 
     def say(self, text: str = "") -> None:
-        text = printable(text)
+        text = printable(hidden(text))
         if self._live:
             self._rich.print(text, markup=False)
         else:
             print(text, flush=True)
 
     def warn(self, text: str) -> None:
+        text = hidden(text)
         if self._live:
             self._rich.print(text, style="yellow", markup=False)
         else:

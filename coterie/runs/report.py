@@ -38,8 +38,9 @@ def write_report(folder: Path) -> Path:
         ]
     finally:
         store.close()
-    path = folder / "report.html"
-    path.write_text("\n".join(parts), encoding="utf-8")
+    path, aside = folder / "report.html", folder / ".report.writing"
+    aside.write_text("\n".join(parts), encoding="utf-8")
+    aside.replace(path)
     return path
 
 

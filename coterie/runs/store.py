@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from coterie.keys import hidden
 from coterie.noise import permutation
 from coterie.types import Completion, Scored
 
@@ -38,6 +39,7 @@ CREATE TABLE IF NOT EXISTS examples (
 CREATE TABLE IF NOT EXISTS inputs (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS events (time REAL, stage TEXT, step INTEGER, kind TEXT, message TEXT);
 """
+_PATIENCE = 30.0  # seconds for which another writer may hold the file: a person who looks at it, or a backup
 _TABLES = ("metrics", "completions", "evaluations", "examples", "events")
 
 
@@ -48,7 +50,7 @@ class Store:
         if read_only:
             self._db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
         else:
-            self._db = sqlite3.connect(path)
+            self._db = sqlite3.connect(path, timeout=_PATIENCE)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.executescript(_SCHEMA)
@@ -56,6 +58,10 @@ class Store:
 
     def close(self) -> None:
         self._db.close()
+
+    def sync(self) -> None:
+        """Bring what was written to the disk, so that a checkpoint that outlives a power cut has its steps here."""
+        self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -74,7 +80,7 @@ class Store:
 
         `pieces` gives the text of each token of a completion: token ids -> list of str.
         """
-        reasons = {(f.group, f.completion): f"{f.reward}: {f.reason}" for f in scored.failures}
+        reasons = {(f.group, f.completion): hidden(f"{f.reward}: {f.reason}") for f in scored.failures}
         size = left_out = 0
         for p in permutation(len(scored.groups), "record", stage, step):
             group = scored.groups[p]
@@ -111,7 +117,9 @@ class Store:
 
     def event(self, stage: str, step: int, kind: str, message: str) -> None:
         with self._db:
-            self._db.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?)", (time.time(), stage, step, kind, message))
+            self._db.execute(
+                "INSERT INTO events VALUES (?, ?, ?, ?, ?)", (time.time(), stage, step, kind, hidden(message))
+            )
 
     def inputs(self, values: Mapping[str, str]) -> None:
         """Replace what is known of what the run depends on."""

@@ -65,8 +65,13 @@ class Dataset:
         if isinstance(row, BadRowError):
             raise row
         content = prompt_of(row, origin, settings.prompt)
-        for column in filter(None, (settings.answer, settings.chosen, settings.rejected)):
-            answer_of(row, origin, column)
+        columns = list(filter(None, (settings.answer, settings.chosen, settings.rejected)))
+        texts = [content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)]
+        texts += [answer_of(row, origin, column) for column in columns]
+        for column, text in zip((settings.prompt, *columns), texts, strict=True):
+            _check_text(text, origin, column)
+        if settings.chosen and settings.rejected and row[settings.chosen] == row[settings.rejected]:
+            raise BadRowError(origin, "a pair of equals", "the preferred answer and the other are the same")
         whole = hashlib.sha256(
             json.dumps(row, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
         ).hexdigest()
@@ -150,7 +155,8 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                row = json.loads(text, parse_constant=_no_number, object_pairs_hook=_unique)
             except UnicodeDecodeError as error:
                 row = BadRowError(origin, "not UTF-8", f"is not UTF-8: {error.reason} at byte {error.start + 1}")
             except (ValueError, RecursionError) as error:  # also a number with more digits than Python reads
@@ -164,18 +170,32 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: has no rows")
 
 
+def _no_number(name: str) -> Any:
+    """Python reads NaN and Infinity, which JSON does not have, and nobody means."""
+    raise ValueError(f"{name} is no number")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys all differ: of two equal ones the first would be lost without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number]))
+        raise ValueError(f"the key {twice!r} stands twice")
+    return found
+
+
 def _parquet_rows(path: Path) -> Iterator[Row]:
     try:
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{path}: reading Parquet needs the extra: pip install 'coterie[data]'") from None
     try:
-        table = pyarrow.parquet.read_table(path)
-    except (OSError, ValueError) as error:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except Exception as error:  # damage shows in many ways: pyarrow's own errors, and those of text that is none
         raise UserError(f"{path}: is not a readable Parquet file: {error}") from None
-    if not table.num_rows:
+    if not rows:
         raise UserError(f"{path}: has no rows")
-    for number, row in enumerate(table.to_pylist(), start=1):
+    for number, row in enumerate(rows, start=1):
         yield f"{path}:{number}", row
 
 
@@ -212,6 +232,16 @@ def answer_of(row: Mapping[str, Any], origin: str, column: str) -> str:
             f"column {column!r} holds {row[column]!r:.60}; text, or messages that end with the assistant's, are allowed",
         )
     return answer
+
+
+def _check_text(text: str, origin: str, column: str) -> None:
+    """Raises BadRowError for nothing but white space, and for halves of characters, which JSON can spell and UTF-8 can't."""
+    if not text.strip():
+        raise BadRowError(origin, "empty", f"column {column!r} is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadRowError(origin, "not Unicode", f"column {column!r} holds half of a character") from None
 
 
 def prompt_of(row: Mapping[str, Any], origin: str, column: str) -> Any:

@@ -152,7 +152,9 @@ def _write_files(aside: Path, snapshot: Snapshot) -> None:
         manifest[file.name] = _entry(file)
     strikes("in_save", file=len(snapshot.tensors) + 1, step=snapshot.position.step)
     position = aside / "position.json"
-    position.write_text(json.dumps({**asdict(snapshot.position), "numbers": snapshot.numbers}))
+    position.write_text(
+        json.dumps({**asdict(snapshot.position), "numbers": snapshot.numbers, "files": list(snapshot.tensors)})
+    )
     manifest[position.name] = _entry(position)
     strikes("in_save", file=len(snapshot.tensors) + 2, step=snapshot.position.step)
     (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -213,7 +215,7 @@ def find_checkpoint(folder: Path, report: Callable[[str], None]) -> Position:
             continue
         try:
             candidates.append((_position(path), path))
-        except (OSError, ValueError, TypeError, KeyError):
+        except _UNREADABLE:
             damaged.append(f"{path}: position.json is missing or unreadable")
     for position, path in sorted(candidates, key=lambda item: item[0].order, reverse=True):
         wrong = _damage(path)
@@ -235,7 +237,7 @@ def prune_checkpoints(folder: Path, keep_last: int, best_steps: Collection[int] 
         if path.name.startswith("."):  # left by a save that was interrupted
             shutil.rmtree(path, ignore_errors=True)
             continue
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # a damaged one is kept, to be looked at
+        with contextlib.suppress(*_UNREADABLE):  # a damaged one is kept, to be looked at
             whole[path] = _position(path)
     in_order = sorted(whole, key=lambda path: whole[path].order)
     kept = {Position(whole[path].stage, 0).name for path in in_order[-keep_last:]}
@@ -281,24 +283,39 @@ def _damage(path: Path) -> str | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except _UNREADABLE as error:
         return f"{MANIFEST} is missing or unreadable: {error}"
-    for name in ("model.safetensors", "optimiser.safetensors", "position.json"):
+    try:
+        written = [f"{name}.safetensors" for name in json.loads((path / "position.json").read_text()).get("files", ())]
+    except _UNREADABLE as error:
+        return f"position.json is missing or unreadable: {error}"
+    for name in (*written, "model.safetensors", "optimiser.safetensors", "position.json"):
         if name not in expected:
             return f"{MANIFEST} does not name {name}"
     for name in expected:
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != expected[name][0]:
-            return f"{name} has {file.stat().st_size} bytes instead of {expected[name][0]}"
-        if _sha256(file) != expected[name][1]:
-            return f"{name} was changed: its sha256 differs from the manifest"
+        wrong = _damage_of(path / name, *expected[name])
+        if wrong is not None:
+            return f"{name} {wrong}"
     try:
         load_file(path / "optimiser.safetensors")
     except SafetensorError as error:
         return f"optimiser.safetensors can't be read: {error}"
     return None
+
+
+def _damage_of(file: Path, size: object, sha256: object) -> str | None:
+    """What is wrong with one file, or None."""
+    if not file.is_file():
+        return "is missing"
+    if file.stat().st_size != size:
+        return f"has {file.stat().st_size} bytes instead of {size}"
+    try:
+        return None if _sha256(file) == sha256 else "was changed: its sha256 differs from the manifest"
+    except OSError as error:  # a bad sector, or a file that this user may not read
+        return f"can't be read: {error.strerror}"
+
+
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)  # a JSON file that is not ours
 
 
 def _sha256(file: Path) -> str:

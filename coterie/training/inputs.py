@@ -13,7 +13,7 @@ from coterie.recipe import Recipe
 from coterie.settings import DatasetTask
 
 _FREE = ("made_with", "steps")  # what may change without a word
-_WHOLE = 1 << 28  # bytes up to which a file is hashed whole; of a larger one its size, start and end
+_WHOLE = 1 << 28  # bytes up to which a model's weights are hashed whole; of larger ones their size, start and end
 _MODEL_FILES = (".safetensors", ".json", ".model", ".txt")
 
 
@@ -79,8 +79,14 @@ def _files(recipe: Recipe) -> Iterator[tuple[str, Path]]:
             yield name, Path(home)
     for spec in recipe.rewards:
         for option, value in spec.options.items():
+            if spec.function == "judge" and option == "cache":  # is written to
+                continue
             if isinstance(value, str) and "/" in value and "://" not in value:
-                yield f"rewards.{spec.name}.options.{option}", Path(value)
+                path = Path(value)
+                yield (
+                    f"rewards.{spec.name}.options.{option}",
+                    path / "model" if (path / "recipe.yaml").is_file() else path,
+                )
 
 
 def _hash(path: Path) -> str:
@@ -90,7 +96,7 @@ def _hash(path: Path) -> str:
         size = file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())
         with file.open("rb") as opened:
-            if size <= _WHOLE:
+            if size <= _WHOLE or path.is_file():
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
             else:
                 digest.update(opened.read(1 << 20))

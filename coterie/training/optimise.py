@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ from coterie.recipe import Recipe
 from coterie.rewards.load import load_function
 from coterie.sections import section
 from coterie.settings import KL, ColdStart, Correction, Loss, Optimiser
+from coterie.stopping import allow, may_stop
 from coterie.training.checkpoint import Trained
 from coterie.training.metrics import Tally
 from coterie.types import BatchTotals, Stream
@@ -279,14 +281,18 @@ def take_step(
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
     finite = True
     for number, stream in enumerate(streams):
-        with section("train/forward"):
-            loss = loss_of(number, stream.to(device))
-            loss = loss * math.nan if strikes("before_backward") else loss
-            finite = finite and bool(loss.isfinite())
-        if not finite:
-            break
-        with section("train/backward"):
-            loss.backward()
+        may_stop()
+        with _named(f"micro-batch {number + 1} of {len(streams)}", stream):
+            with section("train/forward"):
+                loss = loss_of(number, stream.to(device))
+                loss = loss * math.nan if strikes("before_backward") else loss
+                finite = finite and bool(loss.isfinite())
+            if not finite:
+                break
+            with section("train/backward"):
+                loss.backward()
+    may_stop()
+    allow(leaving=False)
     with section("train/optimiser"):
         sum_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
@@ -299,6 +305,16 @@ def take_step(
     return tally
 
 
+@contextmanager
+def _named(name: str, stream: Stream) -> Iterator[None]:
+    """Put the micro-batch into an error, for where memory runs out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        error.add_note(f"{name}, {len(stream.tokens):,} tokens of {stream.num_rows} rows")
+        raise
+
+
 def set_learning_rate(optimiser: torch.optim.Optimizer, learning_rate: float) -> None:
     for group in optimiser.param_groups:
         group["lr"] = learning_rate
@@ -308,4 +324,8 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, learning_rate: float) ->
 @torch.no_grad()
 def logprobs_of(policy: Policy, streams: Sequence[Stream], *, temperature: float) -> list[Tensor]:
     """A policy's log-probabilities of each stream's tokens, without gradient: [N] each, on its device."""
-    return [token_logprobs(policy, stream.to(policy.device), temperature=temperature) for stream in streams]
+    found = []
+    for stream in streams:
+        may_stop()
+        found.append(token_logprobs(policy, stream.to(policy.device), temperature=temperature))
+    return found

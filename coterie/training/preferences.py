@@ -57,7 +57,7 @@ def train_dpo(
         tally = fit_dpo(policy, optimiser, streams, reference_logprobs, recipe)
         clock.lap("time/train_seconds")
         metrics = {**tally.values(), "optimiser/learning_rate": learning_rate, **clock.seconds}
-        run.record("train", step, metrics)
+        run.record("train", step, metrics, rows=pairs, pieces=codec.pieces)
         run.console.say(_line("dpo", step, recipe.steps, metrics))
         evaluate_on_the_way(run, recipe, task, rewards, codec, engine, step)
         run.checkpoint("train", step, state, last=step == recipe.steps)
@@ -85,7 +85,7 @@ def fit_dpo(
     return tally
 
 
-def train_reward_model(run: Run, recipe: Recipe, task: Task, scorer: Scorer) -> None:
+def train_reward_model(run: Run, recipe: Recipe, task: Task, codec: Codec, scorer: Scorer) -> None:
     """The loop: pairs -> stream -> scores -> Bradley-Terry loss -> step."""
     optimiser = make_optimiser(scorer, recipe.optimiser)
     state = TrainState({"model": scorer}, {"optimiser": (scorer, optimiser)})
@@ -99,7 +99,7 @@ def train_reward_model(run: Run, recipe: Recipe, task: Task, scorer: Scorer) -> 
         tally = fit_reward_model(scorer, optimiser, streams, recipe.optimiser.max_grad_norm)
         clock.lap("time/train_seconds")
         metrics = {**tally.values(), "optimiser/learning_rate": learning_rate, **clock.seconds}
-        run.record("train", step, metrics)
+        run.record("train", step, metrics, rows=pairs, pieces=codec.pieces)
         run.console.say(_line("reward model", step, recipe.steps, metrics))
         if recipe.evaluation.every and step % recipe.evaluation.every == 0 and step < recipe.steps:
             run.record_evaluation("train", step, evaluate_pairs(scorer, task, recipe))

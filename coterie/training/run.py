@@ -10,7 +10,9 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import sys
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -23,6 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import coterie
+from coterie import stopping
 from coterie.deadline import hard_deadline
 from coterie.errors import UserError
 from coterie.evals.evaluate import Evaluation
@@ -46,6 +49,9 @@ from coterie.training.inputs import check_inputs, inputs_of
 from coterie.training.profile import Profiler
 from coterie.training.watch import HISTORY, alarms
 from coterie.types import Scored
+
+Row = tuple[list[int], ...]  # the tokens of a prompt, and of the answers that are learned from
+_SKIPPED = ("optimiser/skipped_share", "value/skipped_share")  # the metrics that say a step's loss was not finite
 
 
 class RunFailedError(RuntimeError):
@@ -72,9 +78,10 @@ class Run:
         self._stops = False  # decided once a step, so that a run that stops has saved
         self._seconds_before = 0.0
         self._started = time.monotonic()
-        self._skipped_in_a_row = 0
         self._watch: Watch | None = None  # made when the first figures come: a resume cuts run.db back before
-        self._passed: set[str] = set()  # the limits that the last step was past
+        self._state: TrainState | None = None  # of the stage under way
+        self._under_way: str | None = None  # the stage of the step under way
+        self._saved: Position | None = None  # what was saved last
 
     @classmethod
     def create(cls, recipe: Recipe, name: str, out: str | None, console: Console, *, stop_after: int | None) -> Run:
@@ -89,7 +96,7 @@ class Run:
             stored = recipe.model_copy(update={"made_with": _versions()})
             run = cls(folder, recipe, console, stop_after=stop_after)
             run.store.inputs(inputs_of(recipe))
-            _write_whole(folder / "recipe.yaml", stored.to_yaml())  # last: from here on it is a run to go on with
+            write_whole(folder / "recipe.yaml", stored.to_yaml())  # last: from here on it is a run to go on with
         except (OSError, sqlite3.Error) as error:
             raise UserError(f"{folder}: can't be written: {error}") from None
         return run
@@ -120,7 +127,6 @@ class Run:
         """Find where the run stands, and that it is still the same run. Nothing of it is changed yet."""
         now = inputs_of(self.recipe)
         before = {row["name"]: row["value"] for row in self.store.read("SELECT name, value FROM inputs")}
-        self._changes = check_inputs(before, now, allow) if before else []
         checkpoints = self.folder / "checkpoints"
         try:
             self.position = find_checkpoint(checkpoints, self.console.warn)
@@ -128,8 +134,24 @@ class Run:
             if checkpoints.is_dir() and any(path.name[0] != "." for path in checkpoints.iterdir()):
                 raise
             self.console.say(f"nothing was saved yet ({error}); starting from the beginning")
+        lost = self._lost_record(bool(before))
+        was, found = ({"run.db": words} for words in lost) if lost else ({}, {})
+        self._changes = check_inputs({**(before or now), **was}, {**now, **found}, allow)
+        if self.position and self.position.stage == STAGES[-1] and self.position.step > self.recipe.steps:
+            raise UserError(f"steps: {self.position.step} steps are done already, and {self.recipe.steps} are fewer")
         self._seconds_before = self.position.seconds if self.position else 0.0
         self._begins_with = now, bool(overrides)
+
+    def _lost_record(self, has_inputs: bool) -> tuple[str, str] | None:
+        """What run.db should be and what it is, where it was deleted or an older copy put in its place."""
+        if not has_inputs:
+            return "the run's", "empty"
+        if self.position is None:
+            return None
+        query = "SELECT COUNT(DISTINCT step) AS number FROM metrics WHERE stage = ? AND step <= ?"
+        (found,) = self.store.read(query, self.position.stage, self.position.step)
+        missing = self.position.step - found["number"]
+        return (f"whole to step {self.position.step}", f"without {missing} of its steps") if missing else None
 
     def begin(self) -> None:
         """Take a reopened run over: what was recorded after its checkpoint is removed. Before, a resume can still be refused."""
@@ -143,7 +165,7 @@ class Run:
         position = self.position or Position(STAGES[0], -1)
         self.store.truncate(position.stage, position.step, STAGES[STAGES.index(position.stage) + 1 :])
         if overridden:
-            _write_whole(self.folder / "recipe.yaml", self.recipe.to_yaml())
+            write_whole(self.folder / "recipe.yaml", self.recipe.to_yaml())
             (self.folder / "summary.json").unlink(missing_ok=True)
         self.store.inputs(now)
         for change in self._changes:
@@ -168,10 +190,14 @@ class Run:
         with self.console.progress(stage, done, num_steps):
             for step in range(done + 1, num_steps + 1):
                 self.step = step
+                stopping.allow(leaving=True)
                 at_step(step)
                 watched = self.profiler.step(stage, step) if self.profiler is not None else nullcontext()
+                self._under_way = stage
                 with hard_deadline(self.recipe.limits.step_seconds), watched:
                     yield step
+                self._under_way = None
+                stopping.allow(leaving=True)
                 self.console.step_done(step)
                 if self._stops:
                     self._stop_requested = step < num_steps or stage != STAGES[-1]
@@ -179,6 +205,7 @@ class Run:
 
     def restore(self, stage: str, state: TrainState) -> None:
         """Put what the checkpoint holds in place, if the run was resumed inside this stage."""
+        self._state = state
         if self.position and self.position.stage == stage and self.position.step > 0:  # step 0 is the start itself
             load_checkpoint(self.folder / "checkpoints" / self.position.name, state)
 
@@ -191,8 +218,12 @@ class Run:
         scored: Scored | None = None,
         advantages: Tensor | None = None,
         pieces: Any = None,
+        rows: Sequence[Row] = (),
     ) -> None:
-        """Write a step: its metrics and its completions, in one transaction. Then say which signs begin with it."""
+        """Write a step: its metrics and its completions, in one transaction. Then say which signs begin with it.
+
+        rows: what it learned from, where that is no completions; they are kept if its loss is not finite.
+        """
         watch = self._watching(stage)
         with self.writing(), self.store.transaction():
             self.store.metrics(stage, step, metrics)
@@ -205,42 +236,63 @@ class Run:
             for failure in scored.failures[:3] if scored else ():
                 where = f"prompt {failure.group + 1}, completion {failure.completion + 1}"
                 self.store.event(stage, step, "reward_failure", f"{failure.reward}, {where}: {failure.reason}")
-            self._watch_skipped(stage, step, metrics, scored)
+            self._watch_skipped(stage, step, metrics, scored, rows, pieces)
             self._watch_limits(stage, step, metrics)
 
-    def _watch_skipped(self, stage: str, step: int, metrics: Mapping[str, float], scored: Scored | None) -> None:
+    def _watch_skipped(
+        self,
+        stage: str,
+        step: int,
+        metrics: Mapping[str, float],
+        scored: Scored | None,
+        rows: Sequence[Row],
+        pieces: Any,
+    ) -> None:
         """Keep the rows of a step whose loss was not finite; RunFailedError after too many of them in a row."""
-        if not metrics.get("optimiser/skipped_share"):
-            self._skipped_in_a_row = 0
+        if not any(metrics.get(name) for name in _SKIPPED):
             return
-        self._skipped_in_a_row += 1
-        rows = write_rows(self.folder / "skipped" / f"{stage}_{step:06d}.jsonl", scored) if scored is not None else None
-        where = f"; its rows: {rows}" if rows else ""
-        self.store.event(stage, step, "step_skipped", f"the loss or its gradient was not finite{where}")
+        file = write_rows(self.folder / "skipped" / f"{stage}_{step:06d}.jsonl", scored, rows, pieces)
+        self.store.event(stage, step, "step_skipped", f"the loss or its gradient was not finite; its rows: {file}")
         self.console.warn(
-            f"step {step}: the loss or its gradient was not finite, so the weights stay as they were{where}"
+            f"step {step}: the loss or its gradient was not finite, so the weights stay as they were; its rows: {file}"
         )
-        if self._skipped_in_a_row >= self.recipe.limits.skipped_steps:
+        limit = self.recipe.limits.skipped_steps
+        query = (
+            "SELECT COUNT(DISTINCT step) AS number FROM metrics WHERE stage = ? AND name IN (?, ?) AND value > 0 "
+            "AND step > ? AND step <= ?"
+        )
+        (last,) = self.store.read(query, stage, *_SKIPPED, step - limit, step)  # of the sessions before, too
+        if last["number"] == limit:
             raise RunFailedError(
-                f"the loss or its gradient was not finite in {self._skipped_in_a_row} steps in a row; the weights are as "
-                "they were before. A lower optimiser.learning_rate may help"
+                f"the loss or its gradient was not finite in {limit} steps in a row; the weights are as they were before. "
+                "A lower optimiser.learning_rate may help"
             )
 
     def _watch_limits(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """An event where a limit begins to be passed; RunFailedError where it is one that ends the run."""
-        limits = self.recipe.limits
-        query = "SELECT value FROM metrics WHERE stage = ? AND name = ? AND step < ? AND value IS NOT NULL ORDER BY step DESC LIMIT ?"
-        norms = [row["value"] for row in self.store.read(query, stage, "optimiser/grad_norm", step, HISTORY)]
-        found = {alarm.limit: alarm.message for alarm in alarms(metrics, norms, limits)}
+        stop_on = self.recipe.limits.stop_on
+        found = self._limits_passed(stage, step, metrics)
+        before = self._limits_passed(stage, step - 1, self._metrics_of(stage, step - 1)) if found else {}
         for limit, message in found.items():
-            if limit not in self._passed:
+            if limit not in before:
                 self.store.event(stage, step, "limit", f"limits.{limit}: {message}")
                 self.console.warn(f"step {step}: {message}")
-            if limit in limits.stop_on:
+            if limit in stop_on:
                 raise RunFailedError(
                     f"step {step}: {message}, and limits.stop_on names {limit}; the newest checkpoint stands"
                 )
-        self._passed = set(found)
+
+    def _limits_passed(self, stage: str, step: int, metrics: Mapping[str, float]) -> dict[str, str]:
+        """The limits that a step is past, and the figures in words."""
+        query = "SELECT value FROM metrics WHERE stage = ? AND name = ? AND step < ? AND value IS NOT NULL ORDER BY step DESC LIMIT ?"
+        norms = [row["value"] for row in self.store.read(query, stage, "optimiser/grad_norm", step, HISTORY)]
+        return {alarm.limit: alarm.message for alarm in alarms(metrics, norms, self.recipe.limits)}
+
+    def _metrics_of(self, stage: str, step: int) -> dict[str, float]:
+        rows = self.store.read(
+            "SELECT name, value FROM metrics WHERE stage = ? AND step = ? AND value IS NOT NULL", stage, step
+        )
+        return {row["name"]: row["value"] for row in rows}
 
     @section("record")
     def record_evaluation(
@@ -290,14 +342,17 @@ class Run:
         """Copy the state, and write the copy while training goes on."""
         self._wait_for_save()
         best = self._best_steps(self.recipe.checkpoint.keep_best)
+        with self.writing():
+            self.store.sync()
 
         def prune() -> None:
-            strikes("after_save")
+            strikes("after_save", step=position.step)
             self._undeleted += prune_checkpoints(
                 self.folder / "checkpoints", self.recipe.checkpoint.keep_last, {*best, position.step}
             )
 
         self._saver.save(Snapshot.of(position, state), prune)
+        self._saved = position
 
     def _wait_for_save(self) -> None:
         """RunFailedError where the save under way failed. What could not be deleted is told of."""
@@ -316,7 +371,7 @@ class Run:
         """The steps on the way with the highest held-out accuracy, or reward where there is none."""
         for name in ("accuracy", "reward"):
             rows = self.store.read(
-                "SELECT step FROM evaluations WHERE stage = ? AND mode = 'sampled' AND name = ? AND step > 0 "
+                "SELECT step FROM evaluations WHERE stage = ? AND mode IN ('sampled', 'pairs') AND name = ? AND step > 0 "
                 "ORDER BY value DESC, step DESC LIMIT ?",
                 *(STAGES[-1], name, count),
             )
@@ -342,24 +397,46 @@ class Run:
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
-        """Let Ctrl-C and SIGTERM end the run after the step under way, with a checkpoint. A second one ends it at once."""
+        """Let Ctrl-C and SIGTERM end the run, with a checkpoint: the step under way is left if nothing has changed in it yet,
+        and finished if something has. A second one ends the process at once."""
 
         def stop(number: int, _: FrameType | None) -> None:
             if self.stop_signal is not None:
-                raise KeyboardInterrupt
+                sys.stdout.flush()
+                os._exit(128 + number)  # an exception could be caught by a reward, or wait for a save
             self.stop_signal = number
-            self.console.say(f"{signal.Signals(number).name}: finishing this step, then saving; again to end at once")
+            stopping.ask()
+            self.console.say(f"{signal.Signals(number).name}: stopping and saving; again to end at once")
 
         try:
             before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         except ValueError:  # not in the main thread, where Python allows no handlers
             yield
             return
+        stopping.allow(leaving=True)
         try:
             yield
+        except stopping.StepLeftError:
+            self._save_before_step()
         finally:
+            stopping.ask(False)
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _save_before_step(self) -> None:
+        """Save where the step that was left began, unless that is saved."""
+        self._stop_requested = True
+        if (
+            self._under_way is not None and self._state is not None and self.step > 1
+        ):  # of step 0 what has to be is saved
+            begun = Position(self._under_way, self.step - 1, self.seconds)
+            if begun.name not in [position.name for position in (self._saved, self.position) if position]:
+                self._save(begun, self._state)
+        self._wait_for_save()
+        self.say_how_to_resume()
+
+    def say_how_to_resume(self) -> None:
+        self.console.say(f"stopped and saved; go on exactly from here with: coterie train --resume {self.folder}")
 
     def close(self) -> None:
         """Let go of the folder, once what is being saved is saved."""
@@ -376,6 +453,11 @@ def _told_of(folder: Path) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, SafetensorError, OSError) as error:
+        if type(error) is sqlite3.DatabaseError:  # and no kind of its own: the file is not what SQLite wrote
+            raise RunFailedError(
+                f"{folder / 'run.db'}: is damaged: {error}. Put a copy in its place; or move it away and go on without what "
+                f"it recorded: coterie train --resume {folder} --allow run.db"
+            ) from error
         try:
             free = f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free"
         except OSError as gone:
@@ -389,13 +471,18 @@ def _how_to_go_on(folder: Path) -> str:
     return f"The newest checkpoint stands: coterie train --resume {folder}"
 
 
-def write_rows(file: Path, scored: Scored) -> Path:
-    """Write a step's completions as JSON lines, with everything that went into its loss."""
-    file.parent.mkdir(exist_ok=True)
-    with file.open("w", encoding="utf-8") as opened:
-        for p, group in enumerate(scored.groups):
-            for c, completion in enumerate(group.completions):
-                row = {
+def write_rows(file: Path, scored: Scored | None, rows: Sequence[Row], pieces: Any) -> Path:
+    """Write what a step learned from as JSON lines: completions with everything that went into the loss, or rows."""
+    texts = ([("".join(pieces(tokens)), tokens) for tokens in row] for row in rows)
+    written: list[dict[str, Any]] = [
+        {"prompt": prompt, "prompt_tokens": tokens, "answers": [{"text": text, "tokens": own} for text, own in answers]}
+        for (prompt, tokens), *answers in texts
+    ]
+    for p, group in enumerate(scored.groups if scored is not None else ()):
+        for c, completion in enumerate(group.completions):
+            assert scored is not None
+            written.append(
+                {
                     "prompt": group.prompt.content,
                     "completion": completion.text,
                     "reward": scored.rewards[p, c].item(),
@@ -403,7 +490,9 @@ def write_rows(file: Path, scored: Scored) -> Path:
                     "tokens": completion.tokens,
                     "sampler_logprobs": completion.logprobs.tolist(),
                 }
-                opened.write(json.dumps(row, ensure_ascii=False) + "\n")
+            )
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written), encoding="utf-8")
     return file
 
 
@@ -412,7 +501,7 @@ def _is_of_a_run(path: Path) -> bool:
     return path.name[0] != "." and not path.name.startswith("run.db")
 
 
-def _write_whole(file: Path, text: str) -> None:
+def write_whole(file: Path, text: str) -> None:
     """Write a file that is there whole or not at all."""
     aside = file.with_name(f".{file.name}.writing")
     aside.write_text(text, encoding="utf-8")
@@ -426,17 +515,27 @@ def _free_folder(home: Path, name: str) -> Path:
     return folder
 
 
+_held: weakref.WeakValueDictionary[Path, TextIO] = (
+    weakref.WeakValueDictionary()
+)  # a process is not locked out by itself
+
+
 def _locked(folder: Path) -> TextIO:
-    """Hold the run for this process. The lock ends with the process, however it ends."""
-    file = (folder / ".lock").open("a+")
+    """Hold the run for this process. The lock ends with the process, however it ends: what it has forked inherits none."""
+    path = (folder / ".lock").absolute()
+    mine = _held.get(path)
+    if mine is not None and not mine.closed:  # to open and close it again would let go of it
+        raise UserError(f"{folder}: is in use by process {os.getpid()}, this one")
+    file = path.open("a+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.seek(0)
         raise UserError(f"{folder}: is in use by process {file.read().strip() or 'unknown'}") from None
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
+    _held[path] = file
     return file
 
 

@@ -28,6 +28,7 @@ from coterie.rollouts.engine import Engine
 from coterie.rollouts.pack import Row, make_stream, split_by_tokens
 from coterie.sections import section
 from coterie.settings import Advantage, Overlong
+from coterie.stopping import may_stop
 from coterie.tasks.base import Task, draw, draw_again
 from coterie.training.metrics import Clock
 from coterie.training.optimise import chosen_keywords, logprobs_of
@@ -79,8 +80,10 @@ def sample_step(
         noise = (recipe.seed, "train", step, *((attempt,) if attempt else ()))
         groups = collect(engine, prompts, codec, recipe.sampling, num_completions=recipe.group_size, noise=noise)
         strikes("after_sample")
+        may_stop()
         clock.lap("time/sample_seconds")
         new = score(groups, rewards, max_failed_share=recipe.max_failed_rewards)
+        may_stop()
         new = with_overlong(new, recipe.overlong, recipe.sampling.max_new_tokens)
         clock.lap("time/score_seconds")
         start = len(scored.groups) if scored is not None else 0

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from coterie.algorithms.aggregate import aggregate
 from coterie.distributed.reduce import sum_totals
+from coterie.models.codec import Codec
 from coterie.models.logprobs import token_logprobs
 from coterie.models.policy import Policy
 from coterie.recipe import Recipe
@@ -20,7 +21,9 @@ from coterie.training.run import Run
 from coterie.types import BatchTotals, Stream
 
 
-def train_sft(run: Run, recipe: Recipe, task: Task, policy: Policy, *, stage: str, settings: ColdStart) -> None:
+def train_sft(
+    run: Run, recipe: Recipe, task: Task, codec: Codec, policy: Policy, *, stage: str, settings: ColdStart
+) -> None:
     """The loop: demonstrations -> stream -> log-probabilities -> mean negative log-likelihood -> step."""
     optimiser = make_optimiser(policy, recipe.optimiser)
     state = TrainState({"model": policy}, {"optimiser": (policy, optimiser)})
@@ -33,7 +36,7 @@ def train_sft(run: Run, recipe: Recipe, task: Task, policy: Policy, *, stage: st
         set_learning_rate(optimiser, learning_rate)
         tally = fit(policy, optimiser, streams, max_grad_norm=recipe.optimiser.max_grad_norm)
         metrics = {**tally.values(), "optimiser/learning_rate": learning_rate}
-        run.record(stage, step, metrics)
+        run.record(stage, step, metrics, rows=pairs, pieces=codec.pieces)
         if step == 1 or step % 20 == 0 or step == settings.steps:
             run.console.say(f"sft {step}/{settings.steps}  loss {metrics['loss/total']:.3f}  lr {learning_rate:.1e}")
         run.checkpoint(stage, step, state, last=step == settings.steps)

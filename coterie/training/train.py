@@ -35,7 +35,7 @@ from coterie.training.ppo import train_ppo
 from coterie.training.preferences import evaluate_pairs, train_dpo, train_reward_model
 from coterie.training.profile import Profiler
 from coterie.training.reference import make_reference
-from coterie.training.run import Run, RunFailedError
+from coterie.training.run import Run, RunFailedError, write_whole
 from coterie.training.sft import train_sft
 
 
@@ -95,17 +95,18 @@ def closing_all(rewards: Sequence[Reward]) -> Iterator[None]:
 
 @contextmanager
 def memory_explained(run: Run) -> Iterator[None]:
-    """RunFailedError that names the step and what to lower, where memory runs out."""
+    """RunFailedError that names the step, the micro-batch and what to lower, where memory runs out."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         words = str(error)
+        where = "".join(f", {note}" for note in getattr(error, "__notes__", ()))
         known = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not known and "allocate memory" not in words and "bad_alloc" not in words:
             raise
         optimiser, sampling = run.recipe.optimiser, run.recipe.sampling
         raise RunFailedError(
-            f"out of memory in step {run.step}: {words.splitlines()[0] if words else type(error).__name__}\nWhere it was in "
+            f"out of memory in step {run.step}{where}: {words.splitlines()[0] if words else type(error).__name__}\nWhere it was in "
             f"training, lower optimiser.micro_batch_tokens (it is {optimiser.micro_batch_tokens}) or set "
             f"optimiser.activation_checkpointing=true; where it was in sampling, lower sampling.max_cache_megabytes (it is "
             f"{sampling.max_cache_megabytes:g}) or sampling.max_rows ({sampling.max_rows}). The newest checkpoint stands: "
@@ -120,7 +121,8 @@ def run_name(recipe: Path) -> str:
 
 def _train(run: Run, rewards: list[Reward], codec: Codec, task: Task) -> None:
     recipe, console = run.recipe, run.console
-    if (run.folder / "summary.json").is_file() and run.position and run.position.step >= recipe.steps:
+    ends = [run.folder / name for name in ("summary.json", "report.html")]  # in the order in which they are written
+    if run.position and run.position.step >= recipe.steps and all(path.is_file() for path in ends):
         console.say(f"{run.folder} is finished; its report is {run.folder / 'report.html'}")
         return
     device = choose_device(recipe.device)
@@ -145,9 +147,9 @@ def _train(run: Run, rewards: list[Reward], codec: Codec, task: Task) -> None:
         )
     if not (run.position and run.position.stage == "train"):
         if recipe.cold_start is not None and recipe.method != "sft":
-            _cold_start(run, recipe, recipe.cold_start, task, policy)
+            _cold_start(run, recipe, recipe.cold_start, task, codec, policy)
             if run.stopped:
-                _say_how_to_resume(run)
+                run.say_how_to_resume()
                 return
         if recipe.method != "reward_model":
             _evaluate_and_record(run, 0, "before", task, rewards, codec, policy)
@@ -156,7 +158,7 @@ def _train(run: Run, rewards: list[Reward], codec: Codec, task: Task) -> None:
     start = make_reference(policy, recipe.reference)
     trained = _train_method(run, task, rewards, codec, policy, start)
     if run.stopped:
-        _say_how_to_resume(run)
+        run.say_how_to_resume()
         return
     if recipe.method != "reward_model":
         _evaluate_and_record(run, recipe.steps, "after", task, rewards, codec, policy)
@@ -169,13 +171,13 @@ def _train(run: Run, rewards: list[Reward], codec: Codec, task: Task) -> None:
     _say_results(run, summary)
 
 
-def _cold_start(run: Run, recipe: Recipe, settings: ColdStart, task: Task, policy: Policy) -> None:
+def _cold_start(run: Run, recipe: Recipe, settings: ColdStart, task: Task, codec: Codec, policy: Policy) -> None:
     """Supervised fine-tuning first: of all weights, or through an adapter that becomes a part of them."""
     learner = policy
     if recipe.cold_start_adapts:
         _stand_at_start(run, "cold_start", policy)
         learner = as_trained(policy, recipe, run.console)
-    train_sft(run, recipe, task, learner, stage="cold_start", settings=settings)
+    train_sft(run, recipe, task, codec, learner, stage="cold_start", settings=settings)
     if learner.adapter is not None:
         learner.adapter.merge()
 
@@ -210,12 +212,12 @@ def _train_method(
         scorer = Scorer.from_policy(start)
         if not (run.position and run.position.stage == "train" and run.position.step > 0):
             run.record_evaluation("train", 0, evaluate_pairs(scorer, task, recipe))
-        train_reward_model(run, recipe, task, scorer)
+        train_reward_model(run, recipe, task, codec, scorer)
         if not run.stopped:
             run.record_evaluation("train", recipe.steps, evaluate_pairs(scorer, task, recipe))
         return scorer
     if recipe.method == "sft":
-        train_sft(run, recipe, task, policy, stage="train", settings=_as_sft(recipe))
+        train_sft(run, recipe, task, codec, policy, stage="train", settings=_as_sft(recipe))
     else:
         loop = {"grpo": train_grpo, "ppo": train_ppo, "dpo": train_dpo}[recipe.method]
         loop(run, recipe, task, rewards, codec, policy, start, make_engine(policy))
@@ -286,12 +288,8 @@ def write_summary(run: Run) -> dict[str, Any]:
     summary["examples"] = [dict(row) for row in run.store.read(query, run.recipe.steps)]
     summary["seconds"] = run.seconds
     summary["seed"] = run.recipe.seed
-    (run.folder / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(run.folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     return summary
-
-
-def _say_how_to_resume(run: Run) -> None:
-    run.console.say(f"stopped and saved; go on exactly from here with: coterie train --resume {run.folder}")
 
 
 def _say_results(run: Run, summary: dict[str, Any]) -> None:

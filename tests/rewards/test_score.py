@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import os
 import subprocess
 import sys
 import time
@@ -404,3 +405,13 @@ def test_an_exception_in_the_list_is_a_failure_of_that_completion():
     result = scored(partly)
     same(result.rewards, [[1, NAN], [1, 1]])
     assert reasons(result) == {(0, 1): "the service is away"}
+
+
+def test_a_reward_that_changes_the_working_folder_is_brought_back(tmp_path):
+    def wanders(completions):
+        os.chdir(tmp_path)
+        return [1.0] * len(completions)
+
+    before = os.getcwd()
+    scored(wanders)
+    assert os.getcwd() == before

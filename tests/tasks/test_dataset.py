@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import time
 
 import pytest
@@ -314,3 +315,56 @@ def test_r30_long_prompts_load_fast(jsonl):
     start = time.perf_counter()
     dataset(path, heldout=0.1)
     assert time.perf_counter() - start < 20 * 0.01
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"prompt": "a", "good": NaN}', "NaN is no number"),
+        ('{"prompt": "a", "good": -Infinity}', "-Infinity is no number"),
+        ('{"prompt": "a", "prompt": "b"}', "the key 'prompt' stands twice"),
+        ('{"prompt": "a", "more": {"x": 1, "x": 2}}', "the key 'x' stands twice"),
+        ('{"prompt": "\\ud800"}', "half of a character"),
+    ],
+)
+def test_json_that_python_alone_would_take_is_refused(tmp_path, line, reason):
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"prompt": "first"}\n' + line + "\n")
+    with pytest.raises(UserError, match=rf"{re.escape(str(file))}:2: .*{re.escape(reason)}"):
+        Dataset(DatasetTask(data=str(file)), Codec.of(make_byte_tokenizer()))
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"good": " ", "bad": "b"}, "'good' is empty"),
+        ({"good": "g", "bad": ""}, "'bad' is empty"),
+        ({"good": "g", "bad": "g"}, "are the same"),
+    ],
+)
+def test_answers_that_teach_nothing_are_refused(tmp_path, row, reason):
+    file = tmp_path / "data.jsonl"
+    file.write_text(
+        "".join(json.dumps(r) + "\n" for r in ({"prompt": "p", "good": "g", "bad": "b"}, {"prompt": "q", **row}))
+    )
+    with pytest.raises(UserError, match=rf":2: .*{reason}"):
+        Dataset(DatasetTask(data=str(file), chosen="good", rejected="bad"), Codec.of(make_byte_tokenizer()))
+
+
+def test_parquet_that_is_damaged_is_refused_or_read(tmp_path):
+    """In a hundred ways, and never with another error."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    file, moments = tmp_path / "data.parquet", random.Random(1)
+    parquet.write_table(pyarrow.table({"prompt": [f"q{n}" for n in range(300)]}), file, compression="none")
+    whole = file.read_bytes()
+    refused = 0
+    for _ in range(100):
+        damaged = bytearray(whole)
+        for _ in range(3):
+            damaged[moments.randrange(len(damaged))] ^= 1 << moments.randrange(8)
+        file.write_bytes(bytes(damaged))
+        try:
+            Dataset(DatasetTask(data=str(file)), Codec.of(make_byte_tokenizer()))
+        except UserError:
+            refused += 1
+    assert refused

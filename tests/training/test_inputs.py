@@ -96,3 +96,35 @@ def test_a_run_s_own_copy_of_a_bundled_recipe_is_the_same_recipe(tmp_path, recip
     loaded = load_recipe(str(recipe))
     (tmp_path / "recipe.yaml").write_text(loaded.to_yaml())
     assert check_inputs(inputs_of(loaded), inputs_of(load_recipe(str(tmp_path / "recipe.yaml"))), []) == []
+
+
+def test_a_run_as_a_reward_model_is_its_model(inputs, tmp_path):
+    run = tmp_path / "scorer"
+    (run / "model").mkdir(parents=True)
+    (run / "recipe.yaml").write_text("")
+    (run / "model" / "model.safetensors").write_text("one")
+    rewards = [{"function": "reward_model", "options": {"model": str(run)}}]
+    before = inputs(rewards=rewards)
+    (run / "model" / "model.safetensors").write_text("two")
+    with pytest.raises(UserError, match=r"rewards\.reward_model\.options\.model: the file"):
+        check_inputs(before, inputs(rewards=rewards), [])
+
+
+def test_a_judges_cache_may_change(inputs, tmp_path):
+    """It is written to while the run goes on."""
+    rewards = [{"function": "judge", "options": {"rubric": "kind", "cache": str(tmp_path / "cache")}}]
+    before = inputs(rewards=rewards)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "verdicts.json").write_text("{}")
+    assert check_inputs(before, inputs(rewards=rewards), []) == []
+
+
+def test_a_change_in_the_middle_of_a_large_file_is_seen(inputs, tmp_path):
+    with (tmp_path / "data.jsonl").open("wb") as file:
+        file.truncate((1 << 28) + (1 << 23))
+    before = inputs()
+    with (tmp_path / "data.jsonl").open("r+b") as file:
+        file.seek(1 << 27)
+        file.write(b"x")
+    with pytest.raises(UserError, match=r"task\.data: the file"):
+        check_inputs(before, inputs(), [])

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import shutil
 import sqlite3
+import threading
 
 import pytest
 import torch
@@ -10,8 +12,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import coterie
+from coterie import faults
 from coterie.errors import UserError
+from coterie.runs.store import Store
 from coterie.training.checkpoint import find_checkpoint
+from coterie.training.run import RunFailedError
 
 
 def trained(tiny_recipe, folder, *more, **options):
@@ -174,8 +179,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(finished, tiny
 @pytest.mark.parametrize("victim", ["model.safetensors", "optimiser.safetensors", "position.json", "manifest.json"])
 @pytest.mark.parametrize("harm", ["remove", "truncate", "zero"])
 def test_every_damage_is_found(finished, tmp_path, victim, harm):
-    import shutil
-
     shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
     newest = tmp_path / "checkpoints" / "step_000006" / victim
     size = newest.stat().st_size
@@ -189,8 +192,6 @@ def test_every_damage_is_found(finished, tmp_path, victim, harm):
 
 
 def test_all_damaged_is_a_refusal_that_names_them(finished, tmp_path):
-    import shutil
-
     shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
     for path in (tmp_path / "checkpoints").iterdir():
         (path / "optimiser.safetensors").unlink()
@@ -210,3 +211,106 @@ def test_r24_a_fresh_model_trains_with_no_cold_start(tiny_recipe, tmp_path):
 
 def test_seeds_differ(finished, tiny_recipe, tmp_path):
     assert digests(trained(tiny_recipe, tmp_path / "other", "seed=1")) != digests(finished)
+
+
+def test_a_record_that_is_lost_is_no_small_matter(tiny_recipe, tmp_path):
+    """run.db deleted, an older copy put back, or no database at all: refused, and gone on with where that is allowed."""
+    folder = trained(tiny_recipe, tmp_path / "run", stop_after=4)
+    database, copy = folder / "run.db", tmp_path / "copy.db"
+    shutil.copy(database, copy)
+    with sqlite3.connect(database) as db:
+        db.execute("DELETE FROM metrics WHERE stage = 'train' AND step > 2")
+    with pytest.raises(
+        UserError, match=r"run\.db: was whole to step 4, is without 2 of its steps(?s:.*)--allow run\.db"
+    ):
+        coterie.train(resume=str(folder))
+    database.unlink()
+    with pytest.raises(UserError, match=r"--allow run\.db"):
+        coterie.train(resume=str(folder))
+    database.write_bytes(b"no database" * 1000)
+    with pytest.raises(RunFailedError, match=r"run\.db: is damaged"):
+        coterie.train(resume=str(folder))
+    database.unlink()
+    run = coterie.train(resume=str(folder), allow=["run.db"])
+    assert json.loads((folder / "summary.json").read_text())["after"]
+    with sqlite3.connect(database) as db:
+        assert db.execute("SELECT COUNT(*) FROM events WHERE kind = 'changed'").fetchone() == (1,)
+    assert run.position.step == 4
+
+
+def test_fewer_steps_than_are_done_are_refused(finished):
+    with pytest.raises(UserError, match="6 steps are done already"):
+        coterie.train(resume=str(finished), overrides=["steps=4"])
+
+
+@pytest.mark.parametrize("lost", ["report.html", "summary.json"])
+def test_a_run_that_was_killed_at_its_very_end_is_not_taken_for_finished(finished, tmp_path, lost):
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    (folder / lost).unlink()
+    coterie.train(resume=str(folder))
+    assert (folder / lost).is_file()
+    assert recorded(folder) == recorded(finished)
+
+
+@pytest.mark.parametrize("point", ["after_sample", "in_reward", "before_backward"])
+def test_a_signal_leaves_a_step_that_has_changed_nothing_yet(tiny_recipe, tmp_path, monkeypatch, point):
+    """And saves what was there before it, also where that is not one of the steps that are saved anyway."""
+    monkeypatch.setattr(faults, "_planned", faults.Fault.parse(f"{point}:4:term"))
+    folder = tmp_path / "run"
+    trained(tiny_recipe, folder, "cold_start=null", "steps=5", "checkpoint.every=50")
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000000", "step_000003"]
+    assert not any(step == 4 for _, step, *_ in recorded(folder)["metrics"])
+    coterie.train(resume=str(folder))
+    whole = trained(tiny_recipe, tmp_path / "whole", "cold_start=null", "steps=5", "checkpoint.every=50")
+    assert digests(folder) == digests(whole)
+    assert recorded(folder) == recorded(whole)
+
+
+def test_a_signal_lets_a_step_end_whose_weights_move(tiny_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(faults, "_planned", faults.Fault.parse("before_step:4:term"))
+    folder = trained(tiny_recipe, tmp_path / "run", "cold_start=null", "checkpoint.every=50")
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000000", "step_000004"]
+
+
+def test_steps_that_are_skipped_are_counted_across_a_resume(tiny_recipe, tmp_path, monkeypatch):
+    objective = tmp_path / "objective.py"
+    objective.write_text("def never(terms):\n    return terms.policy_logprobs * float('nan')\n")
+    more = ["cold_start=null", f"loss={{objective: '{objective}:never', kl_weight: 0}}", "limits.skipped_steps=4"]
+    folder = trained(tiny_recipe, tmp_path / "run", *more, stop_after=2)
+    with pytest.raises(RunFailedError, match="4 steps in a row"):
+        coterie.train(resume=str(folder))
+    assert {step for _, step, name, _ in recorded(folder)["metrics"] if name == "loss/total"} == {1, 2, 3, 4}
+
+
+def test_a_limit_that_is_passed_all_along_is_one_event_across_a_resume(tiny_recipe, tmp_path):
+    folder = trained(tiny_recipe, tmp_path / "run", "cold_start=null", "limits.entropy=100", stop_after=3)
+    coterie.train(resume=str(folder))
+    with sqlite3.connect(folder / "run.db") as db:
+        assert db.execute("SELECT step FROM events WHERE kind = 'limit'").fetchall() == [(1,)]
+
+
+def test_what_was_recorded_before_a_save_is_on_the_disk(tmp_path):
+    """And not in the write-ahead log alone, which is not synced at every step."""
+    store = Store(tmp_path / "run.db")
+    store.event("train", 1, "kind", "message")
+    store.sync()
+    shutil.copy(tmp_path / "run.db", tmp_path / "without_log.db")
+    store.close()
+    with sqlite3.connect(tmp_path / "without_log.db") as db:
+        assert db.execute("SELECT step FROM events").fetchall() == [(1,)]
+
+
+def test_another_writer_is_waited_for(tmp_path):
+    """A backup, or a person who looks at the file, for longer than SQLite would wait by itself."""
+    store, other = (
+        Store(tmp_path / "run.db"),
+        sqlite3.connect(tmp_path / "run.db", isolation_level=None, check_same_thread=False),
+    )
+    other.execute("BEGIN IMMEDIATE")
+    free = threading.Timer(6.0, other.execute, ["ROLLBACK"])
+    free.start()
+    store.event("train", 1, "kind", "message")
+    free.join()
+    assert len(store.read("SELECT * FROM events")) == 1
+    store.close()
+    other.close()
