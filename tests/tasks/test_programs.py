@@ -92,11 +92,12 @@ def test_r28_every_function_s_source_does_what_the_grammar_says():
     [
         ("number", "3 * x + 4", 5, 19),
         ("number", "x * x + 3 * x + 4", 5, 44),
-        ("list", "[4] + sorted(xs)", [3, 1, 2], [4, 1, 2, 3]),
+        ("number", "x * x + 13", 5, 38),
+        ("list", "[7] + sorted(xs)", [3, 1, 2], [7, 1, 2, 3]),
         ("list", "sorted(xs)[::-1]", [3, 1, 2], [3, 2, 1]),
-        ("list", "[4] + xs[1:] + [5]", [3, 1, 2], [4, 1, 2, 5]),
-        ("text", '"a" + s.upper() + "b"', "bcd", "aBCDb"),
-        ("text", 's[::-1] + "a"', "bcd", "dcba"),
+        ("list", "[7] + xs[1:] + [0]", [3, 1, 2], [7, 1, 2, 0]),
+        ("text", '"w" + s.upper() + "z"', "bcd", "wBCDz"),
+        ("text", 's[::-1] + "w"', "bcd", "dcbw"),
     ],
 )
 def test_r28_functions_worked_by_hand(kind, expression, given, result):
@@ -156,7 +157,8 @@ def test_r28_every_function_has_prompts_that_differ():
     )
     assert len(answers) == len(FUNCTIONS)
     assert max(answers.values()) == SETS_PER_FUNCTION
-    assert all(number == SETS_PER_FUNCTION for (kind, _), number in answers.items() if kind != "number")
+    for kind in KINDS:
+        assert sum(answers[found, name] for found, name in answers if found == kind) > 1.5 * len(grammar(kind).functions)
     assert [prompt.columns["kind"] for prompt in TASK.examples] == list(KINDS)
     assert set(map(id, TASK.examples)) <= set(map(id, TASK.heldout))
 
