@@ -135,7 +135,9 @@ def _inputs(kind: str) -> tuple[list[Any], list[Any]]:
     shown, hidden = product(*_SHOWN[kind]), _lists(60, (3, 4, 5, 6))
     if kind == "list":
         return [list(values) for values in shown], [[number % 21 - 5 for number in numbers] for numbers in hidden]
-    return ["".join(values) for values in shown], ["".join("abcdefghijkl"[n % 12] for n in numbers) for numbers in hidden]
+    return ["".join(map(str, values)) for values in shown], [
+        "".join("abcdefghijkl"[n % 12] for n in numbers) for numbers in hidden
+    ]
 
 
 def _lists(count: int, lengths: Sequence[int]) -> list[list[int]]:
