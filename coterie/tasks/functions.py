@@ -10,6 +10,7 @@ import functools
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,12 +19,15 @@ from coterie.noise import key, mix, uniform
 
 KINDS = {"number": "x", "list": "xs", "text": "s"}  # what a function is given, and how it calls it
 
-_DIGITS, _LETTERS = "123456789", "abcdefgh"
+_MULTIPLES, _SUMMANDS = range(2, 10), range(1, 21)
 _STEPS = {
     "list": ("sorted(_)", "_[::-1]", "_[1:]", "_[:-1]"),
     "text": ("_.upper()", "_[::-1]", "_[1:]", "_[:-1]"),
 }
-_ENDS = {"list": [f"[{digit}]" for digit in _DIGITS], "text": [f'"{letter}"' for letter in _LETTERS]}
+_ENDS = {"list": [f"[{digit}]" for digit in "0789"], "text": [f'"{letter}"' for letter in "stuvwxyz"]}
+# What a shown list or text holds at each place. No value stands at two places, or is one that a function adds: where a value
+# of the result comes from can be read off it, which is what a small model learns soon.
+_SHOWN = {"list": ((3, 4), (5, 6), (1, 2)), "text": ("abcd", "efgh", "ijkl")}
 
 
 @dataclass(frozen=True)
@@ -115,31 +119,29 @@ def _expressions(kind: str) -> Iterator[tuple[str, bool]]:
 
 
 def _sums() -> Iterator[tuple[str, bool]]:
-    """`x * x + a * x + b` and its parts, with a in 2..9 and b in 1..9."""
-    multiples, numbers = [f"{digit} * x" for digit in _DIGITS[1:]], list(_DIGITS)
+    """`x * x + a * x + b` and its parts, with a in 2..9 and b in 1..20."""
+    multiples = [f"{number} * x" for number in _MULTIPLES]
     yield from ((term, True) for term in ("x * x", *multiples))
-    yield from ((f"x + {number}", True) for number in numbers)
-    yield from ((f"x * x + {term}", False) for term in (*multiples, *numbers))
-    yield from ((f"{multiple} + {number}", False) for multiple in multiples for number in numbers)
-    yield from ((f"x * x + {multiple} + {number}", False) for multiple in multiples for number in numbers)
+    yield from ((f"x + {number}", True) for number in _SUMMANDS)
+    yield from ((f"x * x + {term}", False) for term in (*multiples, *_SUMMANDS))
+    yield from ((f"{multiple} + {number}", False) for multiple in multiples for number in _SUMMANDS)
+    yield from ((f"x * x + {multiple} + {number}", False) for multiple in multiples for number in _SUMMANDS)
 
 
 def _inputs(kind: str) -> tuple[list[Any], list[Any]]:
-    """Small inputs of one length that prompts show, and others, mostly larger, that tests use."""
+    """Inputs that prompts show, and others that tests use: of several lengths, in any order, with values that repeat."""
     if kind == "number":
-        return [0, 1, 2, 10], [*range(-9, 0), *range(3, 10), *range(11, 31)]
-    shown, hidden = _lists(200, (3,), "shown"), _lists(60, (3, 4, 5, 6), "hidden")
+        return [0, 100, 1000], [*range(-9, 0), *range(1, 31)]
+    shown, hidden = product(*_SHOWN[kind]), _lists(60, (3, 4, 5, 6))
     if kind == "list":
-        return [[n % 10 for n in numbers] for numbers in shown], [[n % 21 - 5 for n in numbers] for numbers in hidden]
-    return [_text(numbers, _LETTERS) for numbers in shown], [_text(numbers, "abcdefghijkl") for numbers in hidden]
+        return [list(values) for values in shown], [[number % 21 - 5 for number in numbers] for numbers in hidden]
+    return ["".join(map(str, values)) for values in shown], [
+        "".join("abcdefghijkl"[n % 12] for n in numbers) for numbers in hidden
+    ]
 
 
-def _lists(count: int, lengths: Sequence[int], *parts: int | str) -> list[list[int]]:
+def _lists(count: int, lengths: Sequence[int]) -> list[list[int]]:
     """Lists of keyed numbers below 1000."""
-    keys = mix(torch.tensor(key("functions", *parts)), torch.arange(count * 10))
+    keys = mix(torch.tensor(key("functions", "hidden")), torch.arange(count * 10))
     rows = (uniform(keys) * 1000).long().view(count, 10).tolist()
     return [row[1 : 1 + lengths[row[0] % len(lengths)]] for row in rows]
-
-
-def _text(numbers: Sequence[int], alphabet: str) -> str:
-    return "".join(alphabet[number % len(alphabet)] for number in numbers)

@@ -1,9 +1,13 @@
 """Python functions to be written from a few examples of what they do, judged by running them (R28).
 
-A prompt shows three calls and their results, `f(3) = 7; f(5) = 11; f(0) = 1`; the answer is a function's source. It is judged
-by its results on other inputs, which the prompt does not show. Which functions are held out depends on the function alone:
-linear ones by their coefficients, those of lists and texts by the two steps that they are made of. Single steps are never
-held out, so a held-out function is a combination that was never seen of steps that were.
+A prompt shows two calls and their results, `f(0) = 7; f(100) = 307`; the answer is a function's source. It is judged by its
+results on other inputs, which the prompt does not show; of a list or text they have other lengths, values and orders. Which
+functions are held out depends on the function alone: those of numbers by their coefficients, those of lists and texts by the
+steps that they are made of. Single steps are never held out, so a held-out function is a combination that was never seen of
+steps that were.
+
+Most demonstrations of a cold start repeat the examples, `if x == 0: return 7`, and fail the tests; fewer are right. A model
+learns both from them, and which of the two is worth something from its rewards alone.
 """
 
 from __future__ import annotations
@@ -28,9 +32,9 @@ from coterie.tasks.functions import KINDS, Function, grammar, program
 from coterie.types import Messages, Prompt, Scored
 
 HELDOUT_SHARE = 0.1  # of the functions that are not a single step
-QUALITIES = {"right": 0.5, "hard_coded": 0.4, "wrong": 0.1}
-BASIC_SHARE = 0.35  # of the demonstrations: single steps, always right
-NUM_SHOWN, NUM_TESTS = 3, 5
+QUALITIES = {"right": 0.4, "hard_coded": 0.5, "wrong": 0.1}
+BASIC_SHARE = 0.1  # of the demonstrations: single steps, always right
+NUM_SHOWN, NUM_TESTS = 2, 5
 SETS_PER_FUNCTION = 2  # prompts of each function, with other examples in each
 REWARD = "code"  # the built-in reward, whose part says which share of the tests a program passes
 
@@ -104,7 +108,7 @@ class Programs:
         self.examples = [first[kind] for kind in KINDS]
 
     def _prompts(self, functions: list[Function]) -> list[Prompt]:
-        """Up to SETS_PER_FUNCTION of each function: there are only few ways to show a function of a number."""
+        """Up to SETS_PER_FUNCTION of each function: there are only few ways to show one of numbers or lists."""
         problems = [Problem(f, key(f.expression, number)) for f in functions for number in range(SETS_PER_FUNCTION)]
         return [
             Prompt(place, _asked(p), self._tokens(p), {**p.columns, "kind": p.function.kind})

@@ -1,11 +1,13 @@
 """The dialogue task (R29): disjoint halves, answers with and without flaws, pairs, and rules that know one from the other."""
 
+import json
 import math
 from collections import Counter
 
 import pytest
 import torch
 
+import coterie
 from coterie.models.codec import Codec
 from coterie.recipe import load_recipe
 from coterie.tasks.dialogue import FLAWS, HELDOUT_SHARE, QUALITIES, Dialogue, is_heldout, make_tokenizer
@@ -319,3 +321,32 @@ def test_r29_every_question_and_sentence_survives_the_tokenizer_in_few_tokens():
 def test_r29_the_longest_answer_fits_the_recipe():
     answers = [answer for _, answer in TASK.demonstrations(3000, seed=5, step=1)]
     assert max(map(len, answers)) <= load_recipe("dialogue").sampling.max_new_tokens
+
+
+# Learning
+
+
+def test_r29_a_reward_model_of_the_pairs_teaches_a_policy_courtesy(tmp_path):
+    """Both recipes, shortened: what the policy gains is counted by the rules, which the reward model never sees."""
+    trained = coterie.train(
+        "dialogue_reward_model",
+        overrides=["steps=100", "prompts_per_step=16", "evaluation={prompts: 200}"],
+        out=str(tmp_path / "reward_model"),
+    )
+    pairs = json.loads((trained.folder / "summary.json").read_text(encoding="utf-8"))["after"]
+    assert pairs["pairs_accuracy_interval"][0] > 0.55
+    run = coterie.train(
+        "dialogue",
+        overrides=[
+            f"rewards=[{{function: reward_model, options: {{model: {trained.folder}}}}}]",
+            "cold_start={steps: 90, rows_per_step: 32, learning_rate: 3.0e-3}",
+            "steps=20",
+            "optimiser={learning_rate: 4.0e-4, warmup_steps: 2}",
+            "evaluation={prompts: 60, samples: 2, every: 0}",
+        ],
+        out=str(tmp_path / "run"),
+    )
+    summary = json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))
+    before, after = summary["before"], summary["after"]
+    for name in ("reward", "polite"):
+        assert after[f"{name}_interval"][0] > before[f"{name}_interval"][1], name

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 from collections import Counter
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+import coterie
 from coterie.models.codec import Codec
 from coterie.recipe import load_recipe
 from coterie.tasks.functions import KINDS, grammar
@@ -92,11 +94,12 @@ def test_r28_every_function_s_source_does_what_the_grammar_says():
     [
         ("number", "3 * x + 4", 5, 19),
         ("number", "x * x + 3 * x + 4", 5, 44),
-        ("list", "[4] + sorted(xs)", [3, 1, 2], [4, 1, 2, 3]),
+        ("number", "x * x + 13", 5, 38),
+        ("list", "[7] + sorted(xs)", [3, 1, 2], [7, 1, 2, 3]),
         ("list", "sorted(xs)[::-1]", [3, 1, 2], [3, 2, 1]),
-        ("list", "[4] + xs[1:] + [5]", [3, 1, 2], [4, 1, 2, 5]),
-        ("text", '"a" + s.upper() + "b"', "bcd", "aBCDb"),
-        ("text", 's[::-1] + "a"', "bcd", "dcba"),
+        ("list", "[7] + xs[1:] + [0]", [3, 1, 2], [7, 1, 2, 0]),
+        ("text", '"w" + s.upper() + "z"', "bcd", "wBCDz"),
+        ("text", 's[::-1] + "w"', "bcd", "dcbw"),
     ],
 )
 def test_r28_functions_worked_by_hand(kind, expression, given, result):
@@ -148,6 +151,30 @@ def test_r28_a_prompt_shows_examples_and_its_tests_are_of_other_inputs():
         assert json.loads(json.dumps(tests)) == tests
 
 
+@pytest.mark.parametrize("kind", ["list", "text"])
+def test_r28_a_shown_value_tells_its_place_and_what_is_tested_is_as_varied_as_can_be(kind):
+    """In prompts each place has values of its own, which no function adds. Tests have other lengths, and orders."""
+    found = grammar(kind)
+    shown, hidden = found.inputs[: found.num_shown], found.inputs[found.num_shown :]
+    places = [set(values) for values in zip(*shown, strict=True)]
+    assert len(places) == 3
+    assert len(set.union(*places)) == sum(map(len, places))
+    ends = {
+        end
+        for f in found.functions
+        for end in re.findall(r'\[(\d)\] \+|\+ \[(\d)\]|"(.)"', f.expression)
+        for end in end
+        if end
+    }
+    assert ends
+    assert not ends & set(map(str, set.union(*places)))
+    assert {len(value) for value in hidden} == {3, 4, 5, 6}
+    assert sum(list(value) != sorted(value) for value in hidden) > len(hidden) / 2
+    assert any(len(set(value)) < len(value) for value in hidden)
+    for values in places:
+        assert any(value[0] not in values for value in hidden)
+
+
 def test_r28_every_function_has_prompts_that_differ():
     texts = [prompt.text for prompt in (*TASK.train, *TASK.heldout)]
     assert len(set(texts)) == len(texts)
@@ -156,7 +183,10 @@ def test_r28_every_function_has_prompts_that_differ():
     )
     assert len(answers) == len(FUNCTIONS)
     assert max(answers.values()) == SETS_PER_FUNCTION
-    assert all(number == SETS_PER_FUNCTION for (kind, _), number in answers.items() if kind != "number")
+    for kind in KINDS:
+        assert sum(answers[found, name] for found, name in answers if found == kind) > 1.5 * len(
+            grammar(kind).functions
+        )
     assert [prompt.columns["kind"] for prompt in TASK.examples] == list(KINDS)
     assert set(map(id, TASK.examples)) <= set(map(id, TASK.heldout))
 
@@ -332,3 +362,24 @@ def test_r28_a_longer_number_is_not_the_one_that_is_shown():
 
 def test_r28_the_recipe_s_task_is_this_one():
     assert isinstance(make_task(load_recipe("programs").task, CODEC), Programs)
+
+
+# Learning
+
+
+def test_r28_a_policy_that_repeats_the_examples_learns_to_write_the_function(tmp_path):
+    """The recipe, shortened: programs run in the sandbox, on held-out functions, before and after."""
+    run = coterie.train(
+        "programs",
+        overrides=[
+            "cold_start={steps: 190, rows_per_step: 48, learning_rate: 3.0e-3}",
+            "steps=14",
+            "optimiser={learning_rate: 4.0e-4, warmup_steps: 2}",
+            "evaluation={prompts: 60, samples: 2, every: 0}",
+        ],
+        out=str(tmp_path / "run"),
+    )
+    summary = json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))
+    before, after = summary["before"], summary["after"]
+    assert after["accuracy_interval"][0] > before["accuracy_interval"][1]
+    assert after["hard_coded_interval"][1] < before["hard_coded_interval"][0]
