@@ -64,12 +64,8 @@ class NativeEngine:
         num_live = num_steps = 0
         carried = 0.0  # work on rows that have ended, in steps
         while queue.waiting or grid is not None:
-<<<<<<< HEAD
-            looked = draws or num_steps % look_every == 0  # only then is it known how many rows are live
-=======
             may_stop()
-            looked = num_steps % look_every == 0  # only then is it known how many rows are live
->>>>>>> audit6
+            looked = draws or num_steps % look_every == 0  # only then is it known how many rows are live
             admitted = queue.admit(num_live) if looked else []
             if admitted:
                 new = self._prefill(prompts, admitted, num_completions, queue.copies_prompts)
