@@ -137,7 +137,8 @@ def decoding(policy: Policy, prompts: int, group: int, prompt_tokens: int, new_t
         engine.generate(questions, keys, Sampling(max_new_tokens=count, max_rows=max(256, prompts * group)), ())
 
     sample(2)
-    flop = linear_flop(lambda: sample(2)) - linear_flop(lambda: sample(1))
+    products = [module.weight for module in policy.model.modules() if isinstance(module, torch.nn.Linear)]
+    flop = 2 * prompts * group * sum(weight.numel() for weight in products)
 
     def measure() -> dict[str, float]:
         many, one = (median_seconds(lambda count=count: sample(count), place) for count in (new_tokens, 1))

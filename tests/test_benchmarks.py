@@ -199,8 +199,11 @@ def test_the_work_of_a_step_is_counted_as_by_hand(load):
     prompts, group, prompt, new = 2, 3, 5, 4
     streams, totals = roofline.batch(policy, prompts, group, prompt, new)
     num_tokens, num_written = prompts * (prompt + group * new), prompts * group * new
-    per_layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64  # queries, keys and values, output, three of the MLP
-    by_hand = 3 * 2 * (2 * per_layer * num_tokens + 32 * 64 * num_written)
+    before, after = 32 * 32 + 2 * 32 * 16, 32 * 32 + 3 * 32 * 64  # queries, keys and values; output, three of the MLP
+    places = prompts * (
+        1 + group * (new - 1)
+    )  # that predict a token: where the second and last layer goes on after attention
+    by_hand = 3 * 2 * ((2 * before + after) * num_tokens + after * places + 32 * 64 * num_written)
     assert roofline.linear_flop(lambda: roofline.all_at_once(policy, streams)) == by_hand
     pairs = sum(range(1, prompt + 1)) + group * sum(range(prompt + 1, prompt + new + 1))
     assert roofline.attention_flop(policy, streams) == 3 * 2 * 2 * prompts * pairs * 32 * 2

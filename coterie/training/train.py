@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from coterie.errors import UserError
 from coterie.evals.evaluate import Evaluation, answer_examples, evaluate, heldout_prompts
+from coterie.kernels.build import library
 from coterie.models.codec import Codec
 from coterie.models.heads import Scorer
 from coterie.models.load import choose_device, start_model
@@ -130,6 +131,10 @@ def _train(run: Run, rewards: list[Reward], codec: Codec, task: Task) -> None:
     policy = console.warning_of(lambda: Policy.of(model))
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     console.say(f"run {run.folder}: {type(model).__name__}, {num_parameters:,} parameters, on {device}")
+    if device.type == "cpu" and library(torch.float32) is None:
+        console.say(
+            "no C compiler (cc, with OpenMP) was found: tensor operations do what its loops would do, more slowly"
+        )
     console.say(recipe.in_short())
     for reason, count in task.left_out.items() if isinstance(task, Dataset) else ():
         console.warn(f"task.data: {count} rows are left out: {reason}")

@@ -26,7 +26,7 @@ METHODS = {
     "sft": ["preset=sft", "cold_start=", "group_size=", "rewards=", "evaluation={prompts: 8, samples: 1}"],
 }  # fmt: skip
 TRAIN = {"train/forward", "train/backward", "train/optimiser", "record", "checkpoint", "other"}
-SAMPLE = {"sample/other", "sample/prefill", "sample/draw", "sample/decode", "score", "evaluate", "reference"}
+SAMPLE = {"sample/other", "sample/prefill", "sample/decode", "score", "evaluate", "reference"}
 SECTIONS = {
     "grpo": TRAIN | SAMPLE,
     "ppo": TRAIN | SAMPLE | {"value"},

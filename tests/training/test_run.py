@@ -314,3 +314,15 @@ def test_another_writer_is_waited_for(tmp_path):
     assert len(store.read("SELECT * FROM events")) == 1
     store.close()
     other.close()
+
+
+def test_a_run_without_a_compiler_says_so_and_resumes_to_the_same_bits(
+    tiny_recipe, tmp_path, without_kernels, monkeypatch, capsys
+):
+    monkeypatch.setattr("coterie.training.train.library", lambda dtype: None)
+    whole = trained(tiny_recipe, tmp_path / "whole")
+    assert "no C compiler" in capsys.readouterr().out
+    trained(tiny_recipe, tmp_path / "cut", stop_after=2)
+    coterie.train(resume=str(tmp_path / "cut"))
+    assert digests(tmp_path / "cut") == digests(whole)
+    assert recorded(tmp_path / "cut") == recorded(whole)
