@@ -1,9 +1,9 @@
 """Attention over the packed stream: a completion's tokens attend to their prompt and to themselves.
 
 `StreamLayout` chooses: on a CPU compiled loops, or where there is no compiler the cascade, neither of which copies a prompt or
-masks anything; elsewhere, and for soft caps, dense blocks. A block is a set of sequences of similar length. A "trunk" attends to itself: a prompt, or a prompt with its only
-completion. A "branch" is a completion whose keys are preceded by those of its trunk, which were computed once for the whole
-group.
+masks anything; on a GPU FlexAttention; where none of them serves, for soft caps on a CPU say, dense blocks. A block is a set of
+sequences of similar length. A "trunk" attends to itself: a prompt, or a prompt with its only completion. A "branch" is a
+completion whose keys are preceded by those of its trunk, which were computed once for the whole group.
 
 Legend: T tokens of the stream, R sequences of a block, L the longest of them, S the longest trunk, H heads, K key-value
 heads, E width of a head, M places of all blocks together, padding included.
@@ -23,6 +23,7 @@ from torch import Tensor
 from coterie.kernels.calls import Groups, served
 from coterie.models.attention import AttentionSettings
 from coterie.models.cascade import Cascade, of_similar_length
+from coterie.models.flex import FlexLayout, flex_serves
 from coterie.models.pieces import CompiledAttention
 
 
@@ -35,6 +36,8 @@ class StreamLayout:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
         unlimited = settings.window is None or settings.window >= self._longest
+        if self._device.type != "cpu" and flex_serves(q, k, v, settings.softcap, DenseLayout):
+            return self._flex.attend(layer, q, k, v, settings)
         on_cpu = self._device.type == "cpu" and settings.softcap is None and q.shape[3] == v.shape[3]
         compiled = on_cpu and served(q, k, v)
         if not compiled and not (on_cpu and unlimited):
@@ -51,6 +54,10 @@ class StreamLayout:
     @cached_property
     def _cascade(self) -> Cascade:
         return Cascade(self._segments)
+
+    @cached_property
+    def _flex(self) -> FlexLayout:
+        return FlexLayout(self._segments, self._device)
 
     @cached_property
     def _dense(self) -> DenseLayout:
