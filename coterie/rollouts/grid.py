@@ -74,15 +74,19 @@ class Grid:
         """What is added to the scores of the next token, [R, 1, 1, S + n], or None where every row reads all."""
         if window is None and self.is_full:
             return None
-        columns = torch.arange(self.now + 1, device=self.rows.device)
-        allowed = columns >= self.firsts[:, None]
+        return self.mask_at(self.now, self.now + 1, window)
+
+    def mask_at(self, now: int | Tensor, num_columns: int, window: int | None) -> Tensor:
+        """What is added to the scores of a token that is written to column `now`, over the prompts and so many columns."""
+        columns = torch.arange(num_columns, device=self.rows.device)
+        allowed = (columns >= self.firsts[:, None]) & (columns <= now)
         if window is not None:
-            allowed &= self.now - columns < window
+            allowed &= now - columns < window
         if self.prompt_kv:
             places = torch.arange(self.longest_prompt, device=self.rows.device)
             in_prompt = places < self.prompt_lengths[:, None]
             if window is not None:
-                in_prompt &= (self.prompt_lengths + self.num_written)[:, None] - places < window
+                in_prompt &= (self.prompt_lengths + now - self.starts)[:, None] - places < window
             allowed = torch.cat([in_prompt, allowed], 1)
         mask = torch.zeros(allowed.shape, dtype=self.logits.dtype, device=self.rows.device)
         return mask.masked_fill_(~allowed, -torch.inf)[:, None, None]
@@ -101,10 +105,15 @@ class Grid:
             prompts=self.prompt_kv,
         )
 
-    def make_room(self, num_columns: int) -> None:
-        """Columns for so many keys more."""
-        if self.now + num_columns > next(iter(self.own_kv.values()))[1].shape[2]:
-            self.own_kv = {i: _padded(pair, 0, self.now + num_columns) for i, pair in self.own_kv.items()}
+    @property
+    def num_columns(self) -> int:
+        """C."""
+        return next(iter(self.own_kv.values()))[1].shape[2]
+
+    def make_room(self, num_columns: int, spare: int = 0) -> None:
+        """Columns for so many keys more; where there are none, some to spare too."""
+        if self.now + num_columns > self.num_columns:
+            self.own_kv = {i: _padded(pair, 0, self.now + num_columns + spare) for i, pair in self.own_kv.items()}
 
     def compacted(self, width: int = 1) -> Grid:
         """The live rows alone, in the smallest grid with at least `width` slots a prompt, without columns that none reads."""
@@ -227,7 +236,7 @@ def empty(stored: KeysValues, num_slots: int) -> KeysValues:
     def room(values: Tensor) -> tuple[Tensor, Tensor]:
         _, heads, _, width = values.shape
         columns = _capacity(_ROOM)
-        return values.new_empty(num_slots, heads, width, columns), values.new_empty(num_slots, heads, columns, width)
+        return values.new_zeros(num_slots, heads, width, columns), values.new_zeros(num_slots, heads, columns, width)
 
     return {layer: room(values) for layer, (_, values) in stored.items()}
 
@@ -239,12 +248,19 @@ class DecodeLayout:
         self._grid = grid
         self._masks: dict[int | None, Tensor | None] = {}  # by window
 
+    def _stored(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the new keys and values, [1, K, R, E], in the grid. Returns the rows' own: [R, K, E, n] and [R, K, n, E]."""
+        keys, values = self._grid.own_kv[layer]
+        keys[..., self._grid.now] = k[0].transpose(0, 1)
+        values[:, :, self._grid.now] = v[0].transpose(0, 1)
+        return keys[..., : self._grid.now + 1], values[:, :, : self._grid.now + 1]
+
+    def _mask(self, window: int | None) -> Tensor | None:
+        return self._grid.mask(window)
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
         grid = self._grid
-        keys, values = grid.own_kv[layer]
-        keys[..., grid.now] = k[0].transpose(0, 1)
-        values[:, :, grid.now] = v[0].transpose(0, 1)
-        keys, values = keys[..., : grid.now + 1], values[:, :, : grid.now + 1]  # [R, K, E, n] and [R, K, n, E]
+        keys, values = self._stored(layer, k, v)
         num_slots, num_kv_heads = values.shape[:2]
         queries = (q[0].transpose(0, 1) * settings.scaling).reshape(
             num_slots, num_kv_heads, -1, q.shape[3]
@@ -258,7 +274,7 @@ class DecodeLayout:
         if settings.softcap is not None:
             scores = torch.tanh(scores / settings.softcap) * settings.softcap
         if settings.window not in self._masks:
-            self._masks[settings.window] = grid.mask(settings.window)
+            self._masks[settings.window] = self._mask(settings.window)
         mask = self._masks[settings.window]
         if mask is not None:
             scores += mask
@@ -269,6 +285,26 @@ class DecodeLayout:
             from_prompt = _by_prompt(weights[..., :longest], num_prompts) @ prompt_values
             attended = _by_slot(from_prompt, num_slots) + weights[..., longest:] @ values
         return attended.reshape(1, num_slots, -1, v.shape[3])
+
+
+class StaticLayout(DecodeLayout):
+    """The same with every column there is room for, whichever is the next: shapes do not change, nor does it wait for the device.
+
+    now [1]: the column of the new keys.
+    """
+
+    def __init__(self, grid: Grid, now: Tensor) -> None:
+        super().__init__(grid)
+        self._now = now
+
+    def _stored(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self._grid.own_kv[layer]
+        keys.index_copy_(3, self._now, k[0].transpose(0, 1)[..., None])
+        values.index_copy_(2, self._now, v[0].transpose(0, 1)[:, :, None])
+        return keys, values
+
+    def _mask(self, window: int | None) -> Tensor:
+        return self._grid.mask_at(self._now, self._grid.num_columns, window)
 
 
 def _by_prompt(x: Tensor, num_prompts: int) -> Tensor:

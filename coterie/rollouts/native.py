@@ -16,6 +16,7 @@ from coterie.models.decoder import Decoder
 from coterie.models.policy import Policy
 from coterie.rollouts.engine import History, Sampled, StopStrings, sample_tokens
 from coterie.rollouts.grid import DecodeLayout, Grid, PrefillLayout, copied, empty
+from coterie.rollouts.replay import ROOM, Replayer
 from coterie.sections import section
 from coterie.settings import Sampling
 from coterie.stopping import may_stop
@@ -35,6 +36,7 @@ class NativeEngine:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
+        self.replays = policy.device.type == "cuda"  # whether steps are in static shapes, recorded and replayed
         self._bytes_per_token: int | None = None  # of keys and values
 
     def load_weights(self, policy: Policy, version: int) -> None:
@@ -56,6 +58,7 @@ class NativeEngine:
         stops = StopStrings.of(sampling, decode)
         look_every = _LOOK_EVERY.get(device.type, _LOOK_EVERY_ELSEWHERE)
         decoder = Decoder.of(self.policy, max(map(len, prompts)) + sampling.max_new_tokens)
+        replayer = Replayer(self.policy) if self.replays and decoder is None else None
         draws = decoder is not None and stops is None and not sampling.truncates
         copies_prompts = decoder is None and (num_completions == 1 or max(map(len, prompts)) <= _COPIED_PROMPT)
         queue = _Queue.of(prompts, num_completions, sampling, self._kv_bytes(prompts[0]), copies_prompts)
@@ -93,7 +96,9 @@ class NativeEngine:
                     grid = None
                     continue
             carried += 1 - num_live / grid.num_slots
-            self._feed(grid, sampled.tokens, decoder)
+            self._feed(grid, sampled.tokens, decoder, replayer)
+            if replayer is not None:
+                self.replays = replayer.usable
         return history.completions(len(prompts), num_completions)
 
     @section("sample/prefill")
@@ -133,15 +138,18 @@ class NativeEngine:
         )
 
     @section("sample/decode")
-    def _feed(self, grid: Grid, tokens: Tensor, decoder: Decoder | None) -> None:
+    def _feed(self, grid: Grid, tokens: Tensor, decoder: Decoder | None, replayer: Replayer | None) -> None:
         """Run for each row the token it drew, [R], and put the logits that follow in the grid."""
-        grid.make_room(1)
+        grid.make_room(1, ROOM if replayer is not None else 0)
         if decoder is not None:
             decoder.feed(grid.cached_rows(), tokens)
         else:
             positions = grid.prompt_lengths + grid.num_written
             positions *= grid.live  # those of ended rows would run past the model's last one
-            grid.logits = self.policy.logits(self.policy.run(tokens, positions, DecodeLayout(grid)))
+            if replayer is not None:
+                grid.logits = replayer.feed(grid, tokens, positions)
+            else:
+                grid.logits = self.policy.logits(self.policy.run(tokens, positions, DecodeLayout(grid)))
         grid.now += 1
 
     @section("sample/decode")

@@ -153,12 +153,12 @@ def test_keys_and_values_stay_within_their_budget(make_model, monkeypatch, copie
     used, num_live = [], []
     make_room = native.Grid.make_room
 
-    def watched(grid, num_columns):
+    def watched(grid, num_columns, spare=0):
         rows = grid.rows[grid.live]
         num_live.append(len(rows))
         num_prompts = len((rows // 4).unique()) if grid.prompt_kv else len(rows)
         used.append(len(rows) * limit + num_prompts * longest)
-        make_room(grid, num_columns)
+        make_room(grid, num_columns, spare)
 
     monkeypatch.setattr(native.Grid, "make_room", watched)
     whole = engine.generate(prompts, keys, Sampling(max_new_tokens=limit), ENDS)

@@ -1,0 +1,135 @@
+"""Steps of decoding in static shapes, as a GPU records and replays them, sample what others sample. The recording itself needs a GPU."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import SHAPES
+from test_native import ENDS, SAMPLINGS, some_keys, some_prompts
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from coterie.models.policy import Policy
+from coterie.rollouts import native, replay
+from coterie.rollouts.native import NativeEngine
+from coterie.settings import Sampling
+
+pytestmark = pytest.mark.usefixtures("without_kernels")
+SERVED = [name for name in SHAPES if name not in ("gpt_oss", "bloom")]
+WAITS = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "_to_copy", "lift_fresh")
+
+
+def engine_of(model, replays):
+    engine = NativeEngine(Policy.of(model))
+    engine.replays = replays
+    return engine
+
+
+def tokens_of(groups):
+    return [[c.tokens for c in group] for group in groups]
+
+
+@pytest.mark.parametrize("architecture", SERVED)
+@pytest.mark.parametrize("copied", [0, 1000])
+def test_static_steps_sample_the_same_tokens(make_model, monkeypatch, architecture, copied):
+    monkeypatch.setattr(native, "_COPIED_PROMPT", copied)
+    model, prompts, keys = make_model(architecture), some_prompts(9), some_keys(9, 3)
+    for sampling in (
+        *SAMPLINGS.values(),
+        Sampling(max_new_tokens=90, max_rows=10),
+    ):  # more than there is room for at first
+        found, expected = (
+            engine_of(model, replays).generate(prompts, keys, sampling, ENDS) for replays in (True, False)
+        )
+        assert tokens_of(found) == tokens_of(expected)
+
+
+class NothingWaits(TorchDispatchMode):
+    """Refuses operations whose result the host has to wait for, and tensors that come from the host: a recording can't hold them."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        name = function.name().split("::")[1].split(".")[0]
+        copies = name == "_to_copy" and (keywords or {}).get("device") is None  # another type, on the device
+        assert name not in WAITS or copies, f"{name} waits for the device"
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("architecture", SERVED)
+def test_a_step_waits_for_nothing_and_needs_nothing_of_the_host(make_model, monkeypatch, architecture):
+    compute, num_steps = replay._Step._compute, []
+
+    def watched(step):
+        num_steps.append(step)
+        with NothingWaits():
+            return compute(step)
+
+    monkeypatch.setattr(replay._Step, "_compute", watched)
+    engine_of(make_model(architecture), True).generate(
+        some_prompts(4), some_keys(4, 3), Sampling(max_new_tokens=8), ENDS
+    )
+    assert len(num_steps) > 4
+
+
+def test_the_watch_sees_what_waits():
+    for waits in (lambda: torch.ones(2).sum().item(), lambda: torch.ones(2).nonzero(), lambda: torch.tensor([1, 2])):
+        with pytest.raises(AssertionError, match="waits for the device"), NothingWaits():
+            waits()
+
+
+class FakeGraph:
+    """Replays by computing again, into the tensor that the recording wrote: what a CUDA graph does."""
+
+    def replay(self):
+        self.out.copy_(self.compute())
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """As if the CPU could record: the list of what was recorded."""
+    made = []
+
+    @contextmanager
+    def recording(graph, pool):
+        yield made.append(graph)
+
+    record = replay._Step.record
+
+    def watched(step, pool):
+        record(step, pool)
+        step.graph.compute, step.graph.out = step._compute, step._logits
+
+    monkeypatch.setattr(replay._Step, "record", watched)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(replay, "_records_on", lambda device: True)
+    return made
+
+
+def test_each_grid_is_recorded_once_and_replayed(make_model, monkeypatch, recordings):
+    model, prompts, keys = make_model("qwen3"), some_prompts(9), some_keys(9, 3)
+    monkeypatch.setitem(native._LOOK_EVERY, "cpu", 4)
+    sampling = Sampling(max_new_tokens=90, max_rows=12)
+    found, expected = (engine_of(model, replays).generate(prompts, keys, sampling, ENDS) for replays in (True, False))
+    assert tokens_of(found) == tokens_of(expected)
+    assert len(recordings) > 3
+
+
+@pytest.mark.parametrize("what", ["raises", "computes something else"])
+def test_where_recording_fails_sampling_goes_on_without_it(make_model, monkeypatch, recordings, what):
+    if what == "raises":
+
+        def refused(graph, pool):
+            raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+
+        monkeypatch.setattr(torch.cuda, "graph", refused)
+    else:
+        monkeypatch.setattr(FakeGraph, "replay", lambda self: self.out.zero_())
+    model, prompts, keys = make_model("qwen3"), some_prompts(4), some_keys(4, 3)
+    engine = engine_of(model, True)
+    why = "stream is capturing" if what == "raises" else "logits differ"
+    with pytest.warns(UserWarning, match=f"without CUDA graphs.*{why}") as warned:
+        found = [engine.generate(prompts, keys, Sampling(max_new_tokens=30), ENDS) for _ in range(2)]
+    assert len(warned) == 1
+    assert not engine.replays
+    expected = engine_of(model, False).generate(prompts, keys, Sampling(max_new_tokens=30), ENDS)
+    assert tokens_of(found[0]) == tokens_of(found[1]) == tokens_of(expected)
