@@ -32,7 +32,7 @@ class Code:
     The program is the last block fenced as Python, or the whole completion where there is none. Columns: tests, a list of
     {"args": [...], "expected": ...} for a function or {"stdin": "...", "stdout": "..."} for a whole program; and function,
     its name, where the rows differ, otherwise the option of that name. A program that fails, hangs or attacks fails its tests;
-    a sandbox that fails abstains.
+    a sandbox that fails abstains. Equal programs with equal inputs are run once a step.
 
     sandbox: auto, bubblewrap, landlock, subprocess, or the address of a sandbox server. seconds: of the processor, for all tests
     of a completion; wall_seconds: waiting included, three times as many where it is 0. tolerance, ints_are_floats,
@@ -76,8 +76,10 @@ class Code:
             self._program(extract_python(completion_text(completion)), row, name)
             for completion, row, name in zip(completions, wanted, names, strict=True)
         ]
-        outcomes = self._sandbox().run_all(programs)
-        return [self._judge(outcome, row) for outcome, row in zip(outcomes, wanted, strict=True)]
+        texts = [json.dumps([program.source, program.inputs, program.function]) for program in programs]
+        different = dict(zip(texts, programs, strict=True))
+        outcomes = dict(zip(different, self._sandbox().run_all(list(different.values())), strict=True))
+        return [self._judge(outcomes[text], row) for text, row in zip(texts, wanted, strict=True)]
 
     @property
     def _limits(self) -> Limits:

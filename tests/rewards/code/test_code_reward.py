@@ -72,6 +72,27 @@ def test_r20_the_function_may_differ_from_row_to_row(reward):
     assert reward([source], ['[{"args": [4], "expected": 8}]'], ["double"]) == [1.0]
 
 
+def test_equal_programs_are_run_once_and_judged_by_their_own_tests():
+    ran = []
+
+    class Counting:
+        report = ""
+
+        def run_all(self, programs):
+            ran.extend((program.source, program.inputs, program.function) for program in programs)
+            return [Outcome([Output(data="2")] * len(program.inputs)) for program in programs]
+
+    code = Code(function="f")
+    code._holder.sandbox = Counting()
+    two, other, three, real = (
+        [{"args": [given], "expected": expected}] for given, expected in ((1, 2), (5, 2), (1, 3), (1.0, 2))
+    )
+    rows = [("a", two), ("b", two), ("a", two), ("a", three), ("a", other), ("a", real)]
+    assert code([source for source, _ in rows], [tests for _, tests in rows]) == [1, 1, 1, 0, 1, 1]
+    assert ran == [("a", [[1]], "f"), ("b", [[1]], "f"), ("a", [[5]], "f"), ("a", [[1.0]], "f")]
+    assert [type(inputs[0][0]) for _, inputs, _ in ran] == [int, int, int, float]
+
+
 def test_r20_a_sandbox_that_fails_abstains(reward):
     class Broken:
         report = ""
@@ -81,7 +102,7 @@ def test_r20_a_sandbox_that_fails_abstains(reward):
 
     code = Code(function="add")
     code._holder.sandbox = Broken()
-    failed, fine = code(["x", "x"], [ADD] * 2)
+    failed, fine = code(["x", "y"], [ADD] * 2)
     assert isinstance(failed, RewardError)
     assert "no memory" in str(failed)
     assert fine == 1.0
