@@ -7,7 +7,7 @@ packed stream, V vocabulary, D width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -111,7 +111,7 @@ class Stream:
     tokens [T], positions [T]: what the model reads, and where each token stands in its own sequence.
     segments: for each group, (prompt length, lengths of its completions), in stream order.
     targets [N]: the tokens that the policy wrote, in stream order. predictors [N]: for each of them the place in the
-    stream whose output predicts it. row [N]: which of the B rows it belongs to.
+    stream whose output predicts it, which stays on the host. row [N]: which of the B rows it belongs to.
     advantages [B], rewards [B]: one per row. sampler_logprobs [N]: recorded when sampled.
     support: for each target the token ids that could be sampled, or None where all could.
     """
@@ -141,7 +141,7 @@ class Stream:
     @property
     def row_lengths(self) -> Tensor:
         """[B]: how many tokens the policy wrote in each row."""
-        return torch.bincount(self.row, minlength=self.num_rows)
+        return torch.tensor([n for _, lengths in self.segments for n in lengths], device=self.row.device)
 
     def to(self, device: torch.device) -> Stream:
         """The same stream on another device."""
@@ -151,14 +151,13 @@ class Stream:
                 "tokens",
                 "positions",
                 "targets",
-                "predictors",
                 "row",
                 "advantages",
                 "rewards",
                 "sampler_logprobs",
             )
         }
-        return Stream(**moved, segments=self.segments, support=self.support)
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class Scorer:
             for length in lengths:
                 at += length
                 ends.append(at - 1)
-        return self._scored(self.base.stream_states(stream, torch.tensor(ends, device=self.device)))
+        return self._scored(self.base.stream_states(stream, torch.tensor(ends)))
 
     def _padded(self, stream: Stream) -> list[tuple[int, Tensor]]:
         with self.base.acting(on_stream=False):

@@ -102,8 +102,10 @@ class Policy:
         return self.stream_states(stream, stream.predictors)
 
     def stream_states(self, stream: Stream, wanted: Tensor) -> Tensor:
-        """The model below its head at some places of a stream, in any order and more than once: wanted [N] -> [N, D]."""
-        places, which = wanted.unique(return_inverse=True)
+        """The model below its head at some places of a stream, in any order and more than once: wanted [N] -> [N, D].
+
+        Which those are is worked out on the host, where `wanted` lies."""
+        places, which = (x.to(self.device) for x in wanted.unique(return_inverse=True))
         layout = StreamLayout(stream.segments, self.device)
         return self.run(stream.tokens, stream.positions, layout, places).index_select(0, which)
 

@@ -1,4 +1,7 @@
-"""Metrics as sums and counts until they are written, so that they add exactly over micro-batches."""
+"""Metrics as sums and counts until they are written, so that they add exactly over micro-batches.
+
+What comes as a tensor stays where it lies until the step's values are asked for: the host does not wait for a device in between.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,14 @@ from torch import Tensor
 class Tally:
     """Named means and maxima under way."""
 
-    sums: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, float | Tensor] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
-    maxima: dict[str, float] = field(default_factory=dict)
+    maxima: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, name: str, total: float | Tensor, count: float = 1.0) -> None:
         """Add to a mean: a sum and how many things it is of."""
-        self.sums[name] = self.sums.get(name, 0.0) + float(total)
+        total = total.detach().double() if isinstance(total, Tensor) else total
+        self.sums[name] = self.sums.get(name, 0.0) + total
         self.counts[name] = self.counts.get(name, 0.0) + count
 
     def add_values(self, name: str, values: Tensor) -> None:
@@ -28,18 +32,19 @@ class Tally:
 
     def add_maximum(self, name: str, values: Tensor) -> None:
         if values.numel():
-            self.maxima[name] = max(self.maxima.get(name, -torch.inf), float(values.max()))
+            largest = values.detach().max().double()
+            self.maxima[name] = torch.maximum(self.maxima[name], largest) if name in self.maxima else largest
 
     def merge(self, other: Tally) -> None:
         for name, total in other.sums.items():
             self.add(name, total, other.counts[name])
         for name, value in other.maxima.items():
-            self.maxima[name] = max(self.maxima.get(name, -torch.inf), value)
+            self.add_maximum(name, value)
 
     def values(self) -> dict[str, float]:
         """The means and maxima. A mean of nothing is left out."""
-        means = {name: self.sums[name] / count for name, count in self.counts.items() if count}
-        return {**means, **self.maxima}
+        means = {name: float(self.sums[name]) / count for name, count in self.counts.items() if count}
+        return {**means, **{name: float(value) for name, value in self.maxima.items()}}
 
 
 class Clock:

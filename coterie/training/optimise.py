@@ -152,9 +152,9 @@ def optimise(
     tally = Tally()
     old_logprobs = [stream.sampler_logprobs.to(policy.device) for stream in streams]
     for update in range(settings.num_updates):
-        losses: list[float] = []
+        losses: list[Tensor] = []
 
-        def loss_of(number: int, stream: Stream, first: bool = update == 0, losses: list[float] = losses) -> Tensor:
+        def loss_of(number: int, stream: Stream, first: bool = update == 0, losses: list[Tensor] = losses) -> Tensor:
             statistics = token_statistics(
                 policy,
                 stream,
@@ -183,7 +183,7 @@ def optimise(
             )
             aggregation = settings.loss.aggregation
             loss = aggregate(per_token, of_rows, stream.row_lengths, aggregation=aggregation, totals=totals)
-            losses.append(loss.item())
+            losses.append(loss.detach().double())
             _add_ratio_metrics(terms, settings, tally)
             return loss
 
@@ -279,16 +279,14 @@ def take_step(
     with section("train/optimiser"):
         for parameter in parameters:  # zeros and not None, so that a batch without signal is a step with no gradient
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
-    finite = True
+    finite = torch.ones((), dtype=torch.bool, device=device)
     for number, stream in enumerate(streams):
         may_stop()
         with _named(f"micro-batch {number + 1} of {len(streams)}", stream):
             with section("train/forward"):
                 loss = loss_of(number, stream.to(device))
                 loss = loss * math.nan if strikes("before_backward") else loss
-                finite = finite and bool(loss.isfinite())
-            if not finite:
-                break
+                finite &= loss.isfinite()
             with section("train/backward"):
                 loss.backward()
     may_stop()
@@ -296,12 +294,12 @@ def take_step(
     with section("train/optimiser"):
         sum_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-        finite = all_agree(finite and bool(norm.isfinite()))
+        takes = all_agree(bool(finite & norm.isfinite()))  # the one place where the host waits for the device
         strikes("before_step")
-        if finite:
+        if takes:
             optimiser.step()
             tally.add("optimiser/grad_norm", norm)
-    tally.add("optimiser/skipped_share", 0.0 if finite else 1.0)
+    tally.add("optimiser/skipped_share", 0.0 if takes else 1.0)
     return tally
 
 

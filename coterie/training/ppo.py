@@ -174,13 +174,13 @@ def fit_values(
     tally = Tally()
     totals = sum_totals(totals)
     for _ in range(recipe.optimiser.updates_per_batch):
-        losses: list[float] = []
+        losses: list[Tensor] = []
 
-        def loss_of(number: int, stream: Stream, losses: list[float] = losses) -> Tensor:
+        def loss_of(number: int, stream: Stream, losses: list[Tensor] = losses) -> Tensor:
             values = value.values(stream)
             per_token = clipped_value_loss(values, old_values[number], returns[number], clip=recipe.value.clip)
             loss = per_token.sum() / totals.num_tokens
-            losses.append(loss.item())
+            losses.append(loss.detach().double())
             return loss
 
         step = take_step(optimiser, streams, loss_of, value.device, recipe.optimiser.max_grad_norm)

@@ -46,12 +46,12 @@ def fit(policy: Policy, optimiser: torch.optim.Optimizer, streams: list[Stream],
     """One optimiser step on the mean negative log-likelihood of every target token."""
     counts = BatchTotals(sum(s.num_rows for s in streams), sum(len(s.targets) for s in streams), max_length=1)
     totals = sum_totals(counts)
-    losses = []
+    losses: list[Tensor] = []
 
     def loss_of(number: int, stream: Stream) -> Tensor:
         losses_of_tokens = -token_logprobs(policy, stream)
         loss = aggregate(losses_of_tokens, stream.row, stream.row_lengths, aggregation="token_mean", totals=totals)
-        losses.append(loss.item())
+        losses.append(loss.detach().double())
         return loss
 
     tally = take_step(optimiser, streams, loss_of, policy.device, max_grad_norm)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from coterie.algorithms.advantages import group_advantages
 from coterie.algorithms.aggregate import AGGREGATIONS
@@ -198,6 +199,35 @@ def test_the_first_ratio_is_one_and_later_ones_leave_it(make_model, sampling):
     moved = optimise(policy, optimiser, streams, totals, several, sampled_by_policy=True).values()
     assert moved["policy/ratio_max"] > 1.001
     assert moved["policy/kl_to_sampler"] > 1e-7
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations whose result the host waits for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.count += function.name().split(".")[0] in ("aten::_local_scalar_dense", "aten::nonzero", "aten::bincount")
+        return function(*arguments, **(keywords or {}))
+
+
+def test_the_host_waits_for_the_device_once_a_step_however_many_micro_batches(batch):
+    policy, reference, scored = batch
+    counts = []
+    for size in (40, 10**6):
+        streams, totals = pack(
+            scored, group_advantages(scored.rewards), max_length=20, micro_batch_tokens=size, drop_silent=False
+        )
+        held = logprobs_of(reference, streams, temperature=1.0)
+        optimiser = make_optimiser(policy.model, Optimiser())
+        with Waits() as waits:
+            tally = optimise(
+                policy, optimiser, streams, totals, UpdateSettings(Loss(), kl_weight=0.1), reference_logprobs=held
+            )
+        counts.append((len(streams), waits.count))
+        assert tally.values()["optimiser/skipped_share"] == 0
+    assert counts[0][0] > 3
+    assert [waited for _, waited in counts] == [1, 1]
 
 
 def test_a_loss_that_is_not_finite_never_reaches_the_weights(batch):
