@@ -19,7 +19,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from coterie.models.codec import Codec
@@ -29,6 +28,7 @@ from coterie.rewards.score import score
 from coterie.settings import RewardSpec
 from coterie.tasks.base import Demonstration, Preference, completions_of
 from coterie.tasks.functions import KINDS, Function, grammar, program
+from coterie.tasks.words import make_word_tokenizer
 from coterie.types import Messages, Prompt, Scored
 
 HELDOUT_SHARE = 0.1  # of the functions that are not a single step
@@ -38,7 +38,6 @@ NUM_SHOWN, NUM_TESTS = 2, 5
 SETS_PER_FUNCTION = 2  # prompts of each function, with other examples in each
 REWARD = "code"  # the built-in reward, whose part says which share of the tests a program passes
 
-_END = "<end>"
 _WORDS = (
     "def f(x):", "def f(xs):", "def f(s):", "\n    return ", "\n    if ", ":\n        return ", " == ", "f(", "f([", 'f("', ") = ",
     "]) = ", '") = ', "; ", "]; ", '"; ', ", ", "sorted(", "xs", "[::-1]", "[1:]", "[:-1]", " + ", " * ", ".upper()",
@@ -225,21 +224,4 @@ def hard_codes(text: str, prompt: str) -> bool:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """The task's own tokenizer: single characters, the pieces of which its prompts and programs are made, and an end token."""
-    characters = [chr(code) for code in range(32, 127)]
-    vocabulary = ["<pad>", "<unknown>", _END, "\n", *characters, *_WORDS]
-    pattern = "|".join(re.sub(r"([^\w\s<>\"',:;=])", r"\\\1", word) for word in sorted(_WORDS, key=len, reverse=True))
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unknown>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(f"{pattern}|[\\s\\S]"), "isolated")
-    core.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        unk_token="<unknown>",
-        eos_token=_END,
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.chat_template = (
-        "{% for message in messages %}{{ message['content'] }}"
-        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
-    )
-    return tokenizer
+    return make_word_tokenizer([chr(code) for code in range(32, 127)], _WORDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -36,4 +37,4 @@ def make_word_tokenizer(characters: Iterable[str], words: Iterable[str]) -> PreT
 
 
 def _escaped(word: str) -> str:
-    return "".join("\\" + character if character in "+-/:" else character for character in word)
+    return re.sub(r"([^\w\s<>\"',:;=])", r"\\\1", word)
