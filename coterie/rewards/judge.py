@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby, islice
@@ -73,6 +74,10 @@ class Judge:
     failures_in_a_row: int = 5
     pause_seconds: float = 60.0
     cache: str = ""
+    # The questions of a step: of each the verdicts of its batch, to come, and its place among them
+    _asked: dict[Question, tuple[Future[list[Any]], int]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         for wrong in _wrong(self):
@@ -82,10 +87,27 @@ class Judge:
         self, prompts: Sequence[str | Chat], completions: Sequence[str | Chat], **columns: Sequence[Any]
     ) -> list[Value]:
         """One entry for each completion. Completions that follow one another with the same prompt are a group."""
-        plans = [_plan(self, *group) for group in self._groups(prompts, completions, columns)]
-        questions = list(dict.fromkeys(question for plan in plans for question in plan.questions))
-        verdicts = self._asked(questions)
+        plans = self._plans(prompts, completions, columns)
+        questions = [question for plan in plans for question in plan.questions]
+        try:
+            self._ask(questions)
+            verdicts = {question: batch.result()[number] for question, (batch, number) in self._asked.items()}
+        finally:
+            for batch, _ in self._asked.values():
+                batch.cancel()
+            self._asked.clear()
         return [value for plan in plans for value in plan.values(verdicts)]
+
+    def begin(self, prompts: Sequence[str | Chat], completions: Sequence[str | Chat], **columns: Sequence[Any]) -> None:
+        """Ask about these groups already. The next call, which has them among others, waits for the answers that are not there."""
+        self._ask([question for plan in self._plans(prompts, completions, columns) for question in plan.questions])
+
+    uses_cores = False
+
+    def _plans(
+        self, prompts: Sequence[str | Chat], completions: Sequence[str | Chat], columns: Mapping[str, Sequence[Any]]
+    ) -> list[_Plan]:
+        return [_plan(self, *group) for group in self._groups(prompts, completions, columns)]
 
     def _groups(
         self, prompts: Sequence[str | Chat], completions: Sequence[str | Chat], columns: Mapping[str, Sequence[Any]]
@@ -103,21 +125,24 @@ class Judge:
             known = None if reference is None else str(reference)
             yield conversation(prompt), known, [completion_text(completion) for _, _, completion in group]
 
-    def _asked(self, questions: Sequence[Question]) -> Verdicts:
-        """The verdicts, from the cache or from the judge."""
-        keys = {question: self._cache_key(question) for question in questions}
+    def _ask(self, questions: Sequence[Question]) -> None:
+        """Have every question answered, from the cache or by the judge, that was not asked in this step before."""
+        new = [question for question in dict.fromkeys(questions) if question not in self._asked]
+        keys = {question: self._cache_key(question) for question in new}
         cached = self._cache.read(keys.values()) if self._cache else {}
-        known = {question: _checked(question, cached.get(key)) for question, key in keys.items()}
-        verdicts: dict[Question, Any] = {
-            question: verdict for question, verdict in known.items() if verdict is not None
-        }
-        missing = [question for question in questions if question not in verdicts]
+        checked = {question: _checked(question, cached.get(key)) for question, key in keys.items()}
+        known = {question: verdict for question, verdict in checked.items() if verdict is not None}
+        missing = [question for question in new if question not in known]
 
         def keep(number: int, verdict: Any) -> None:
             if self._cache:
                 self._cache.write(keys[missing[number]], json.dumps(verdict))
 
-        return verdicts | dict(zip(missing, self._client.ask(missing, keep), strict=True))
+        there: Future[list[Any]] = Future()
+        there.set_result(list(known.values()))
+        batches = [(list(known), there), *([(missing, self._client.ask(missing, keep))] if missing else [])]
+        for batch, verdicts in batches:
+            self._asked.update({question: (verdicts, number) for number, question in enumerate(batch)})
 
     def _cache_key(self, question: Question) -> str:
         """By everything that the verdict depends on: service, model, settings, and the request's own text."""
@@ -154,7 +179,9 @@ class Judge:
         cache = self.__dict__.pop("_cache", None)
         if cache is not None:
             cache.close()
-        self.__dict__.pop("_client", None)
+        client = self.__dict__.pop("_client", None)
+        if client is not None:
+            client.close()
 
 
 @dataclass(frozen=True)

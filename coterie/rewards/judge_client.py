@@ -7,14 +7,17 @@ nowhere else: every reason is cleaned of it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import email.utils
 import json
 import math
 import random
+import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import httpx
@@ -31,6 +34,7 @@ from coterie.errors import RewardError
 from coterie.rewards.judge_request import Question, ReplyError
 
 MAX_BODY = 1_000_000  # bytes of an answer
+_PARTING = 5.0  # seconds for connections to close
 _FORMATS = ("json_schema", "json_object", "plain")  # each for servers that refuse the one before
 
 
@@ -104,50 +108,79 @@ class Breaker:
 
 
 class Client:
-    """Asks the questions of a step, and remembers from step to step what the service understands and whether it is up."""
+    """Asks the questions of a step, and remembers from step to step what the service understands and whether it is up.
+
+    A thread of its own does the asking, so that it goes on beside other work.
+    """
 
     def __init__(self, service: Service, key: str = "") -> None:
         self._service, self._key = service, key
         self._breaker = Breaker(service.failures_in_a_row, service.pause_seconds)
         self._format = 0  # of _FORMATS: the first that the service has not refused
         self._resume_at = -math.inf  # on the monotonic clock: the service asked for quiet until then
+        self._loop: asyncio.AbstractEventLoop | None = None
 
-    def ask(self, questions: Sequence[Question], keep: Callable[[int, Any], None]) -> list[Any | RewardError]:
-        """The verdicts, in order. `keep(number, verdict)` is called with each as it comes."""
-        return _run(lambda: self._ask_all(questions, keep)) if questions else []
+    def ask(self, questions: Sequence[Question], keep: Callable[[int, Any], None]) -> Future[list[Any | RewardError]]:
+        """The verdicts to come, in order. `keep(number, verdict)` is called with each as it comes, in the client's thread."""
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=_serve, args=[self._loop], name="judge", daemon=True)
+            self._thread.start()
+        return asyncio.run_coroutine_threadsafe(self._ask_all(questions, keep), self._loop)
+
+    def close(self) -> None:
+        """Give up what is still asked, and the connections."""
+        if self._loop is not None:
+            with contextlib.suppress(TimeoutError):
+                asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(_PARTING)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(_PARTING)
+            self._loop = None
+
+    async def _end(self) -> None:
+        await _cancelled(asyncio.all_tasks() - {asyncio.current_task()})
+        if "_http" in self.__dict__:
+            await self.__dict__.pop("_http").aclose()
+
+    @cached_property
+    def _free(self) -> asyncio.Semaphore:
+        """Places for requests, of all that is asked at the same time."""
+        return asyncio.Semaphore(self._service.concurrency)
+
+    @cached_property
+    def _http(self) -> httpx.AsyncClient:
+        headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        most = self._service.concurrency
+        limits = httpx.Limits(max_connections=most, max_keepalive_connections=most)
+        return httpx.AsyncClient(headers=headers, limits=limits, timeout=self._service.request_seconds)
 
     async def _ask_all(
         self, questions: Sequence[Question], keep: Callable[[int, Any], None]
     ) -> list[Any | RewardError]:
         service = self._service
         until = time.monotonic() + service.step_seconds
-        free = asyncio.Semaphore(service.concurrency)
-        headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        limits = httpx.Limits(max_connections=service.concurrency, max_keepalive_connections=service.concurrency)
-        async with httpx.AsyncClient(headers=headers, limits=limits, timeout=service.request_seconds) as http:
 
-            async def answer(number: int) -> Any | RewardError:
-                verdict = await self._ask(http, free, questions[number], until)
-                if not isinstance(verdict, RewardError):
-                    keep(number, verdict)
-                return verdict
+        async def answer(number: int) -> Any | RewardError:
+            verdict = await self._ask(questions[number], until)
+            if not isinstance(verdict, RewardError):
+                keep(number, verdict)
+            return verdict
 
-            first = [asyncio.create_task(answer(0))] if self._breaker.on_trial else []
-            if first:
-                await asyncio.wait(first, timeout=service.step_seconds)
-            tasks = first + [asyncio.create_task(answer(number)) for number in range(len(first), len(questions))]
-            _, late = await asyncio.wait(tasks, timeout=max(until - time.monotonic(), 0))
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+        tasks: list[asyncio.Task[Any]] = []
+        try:
+            if self._breaker.on_trial:
+                tasks.append(asyncio.create_task(answer(0)))
+                await asyncio.wait(tasks, timeout=service.step_seconds)
+            tasks += [asyncio.create_task(answer(number)) for number in range(len(tasks), len(questions))]
+            await asyncio.wait(tasks, timeout=max(until - time.monotonic(), 0))
+        finally:
+            await _cancelled(tasks)
         too_late = f"the judge took longer than {service.step_seconds:g} s for all questions of a step"
         return [RewardError(too_late) if task.cancelled() else task.result() for task in tasks]
 
-    async def _ask(
-        self, http: httpx.AsyncClient, free: asyncio.Semaphore, question: Question, until: float
-    ) -> Any | RewardError:
+    async def _ask(self, question: Question, until: float) -> Any | RewardError:
         """One question, asked again where that may help."""
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(AgainError),
@@ -156,7 +189,7 @@ class Client:
             reraise=True,
         )
         try:
-            verdict: Any = await retrying(self._attempt, http, free, question, until)
+            verdict: Any = await retrying(self._attempt, question, until)
         except RewardError as error:  # not asked at all
             return error
         except (UnreadableError, UnjudgedError) as error:  # it is up, and that is what the breaker asks
@@ -168,9 +201,9 @@ class Client:
         self._breaker.succeeded()
         return verdict
 
-    async def _attempt(self, http: httpx.AsyncClient, free: asyncio.Semaphore, question: Question, until: float) -> Any:
+    async def _attempt(self, question: Question, until: float) -> Any:
         """One attempt, when its turn has come. Raises RewardError where the service is not to be asked."""
-        async with free:
+        async with self._free:
             if self._resume_at > until:
                 raise RewardError("not asked: the judge wants to be left alone for longer than the step may take")
             await asyncio.sleep(max(self._resume_at - time.monotonic(), 0))
@@ -178,16 +211,16 @@ class Client:
                 raise RewardError(self._breaker.reason)
             try:
                 async with asyncio.timeout(self._service.request_seconds):
-                    return await self._exchange(http, question)
+                    return await self._exchange(question)
             except (TimeoutError, httpx.TimeoutException):
                 raise AgainError(f"gave no answer within {self._service.request_seconds:g} s") from None
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 raise AgainError(f"can't be reached: {str(error) or type(error).__name__}") from None
 
-    async def _exchange(self, http: httpx.AsyncClient, question: Question) -> Any:
+    async def _exchange(self, question: Question) -> Any:
         """Ask in the strictest form that the service takes, and read what it answers."""
         for number in range(self._format, len(_FORMATS)):
-            status, headers, body = await self._post(http, question, _FORMATS[number])
+            status, headers, body = await self._post(question, _FORMATS[number])
             if status not in (400, 422):
                 break
         if status != 200:
@@ -198,7 +231,7 @@ class Client:
         except ReplyError as error:
             raise UnreadableError(f"gave a reply that {error}") from None
 
-    async def _post(self, http: httpx.AsyncClient, question: Question, form: str) -> tuple[int, httpx.Headers, bytes]:
+    async def _post(self, question: Question, form: str) -> tuple[int, httpx.Headers, bytes]:
         """Status, headers and body, of which no more than a megabyte is read."""
         fields = {**self._service.fields, "messages": question.messages, "stream": False}
         if form == "json_schema":
@@ -208,7 +241,7 @@ class Client:
             fields["response_format"] = {"type": form}
         url = httpx.URL(self._service.url)
         url = url.copy_with(path=f"{url.path.rstrip('/')}/chat/completions")
-        async with http.stream("POST", url, content=json.dumps(fields).encode()) as answer:
+        async with self._http.stream("POST", url, content=json.dumps(fields).encode()) as answer:
             if answer.headers.get("Content-Encoding", "identity") != "identity":
                 raise UnreadableError("gave a compressed reply, which was not asked for")
             body = b""
@@ -279,11 +312,17 @@ def _wait(state: RetryCallState) -> float:
     return _backoff(state)
 
 
-def _run(make: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-    """Run a coroutine to its end, from inside of a running loop too."""
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    """Run what the loop is given, until it is stopped."""
     try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(make())
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(lambda: asyncio.run(make())).result()
+        loop.run_forever()
+    finally:
+        loop.close()
+
+
+async def _cancelled(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
+    """End those that are not done, and wait for it."""
+    running = [task for task in tasks if task is not None and not task.done()]
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)

@@ -9,7 +9,7 @@ import asyncio
 import inspect
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
-from contextlib import chdir
+from contextlib import chdir, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,17 @@ class Reward:
         return all(
             columns.get(name) in (value if isinstance(value, list) else [value]) for name, value in self.where.items()
         )
+
+    def can_begin(self, spare_cores: bool) -> bool:
+        """Whether the function can start on a group while others are sampled, and without cores where none are to spare."""
+        return hasattr(self.function, "begin") and (spare_cores or not getattr(self.function, "uses_cores", True))
+
+    def begin(self, group: Group) -> None:
+        """Let the function start on a group; the call that follows finds what it began, and what went wrong goes wrong there."""
+        begin = getattr(self.function, "begin", None)
+        if begin is not None and self.applies_to(group.prompt.columns):
+            with suppress(Exception):
+                begin(**_accepted(self, _arguments([group])), **self.options)
 
     @property
     def sandbox_report(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -32,16 +32,25 @@ def collect(
     *,
     num_completions: int,
     noise: tuple[int | str, ...],
+    begin: Callable[[Group], None] | None = None,
 ) -> list[Group]:
     """Sample a group for each prompt. The noise of a token depends on `noise` (seed, purpose, step), the prompt's key, the
-    completion's number and the token's, and on nothing else."""
+    completion's number and the token's, and on nothing else. `begin` gets each group as soon as it is whole."""
     of_prompt = mix(torch.tensor(key(*noise)), torch.tensor([prompt.key for prompt in prompts]))
     keys = mix(of_prompt[:, None], torch.arange(num_completions))  # [P, G]
-    completions = engine.generate([prompt.tokens for prompt in prompts], keys, sampling, codec.end_tokens, codec.decode)
-    return [
-        Group(prompt, [_with_text(completion, codec, sampling.stop) for completion in of_group])
-        for prompt, of_group in zip(prompts, completions, strict=True)
-    ]
+    groups: dict[int, Group] = {}
+
+    def add(number: int, completions: Sequence[Completion]) -> None:
+        groups[number] = Group(prompts[number], [_with_text(one, codec, sampling.stop) for one in completions])
+        if begin is not None:
+            begin(groups[number])
+
+    tokens = [prompt.tokens for prompt in prompts]
+    made = engine.generate(tokens, keys, sampling, codec.end_tokens, codec.decode, add if begin is not None else None)
+    for number, completions in enumerate(made):
+        if number not in groups:
+            add(number, completions)
+    return [groups[number] for number in range(len(prompts))]
 
 
 def _with_text(completion: Completion, codec: Codec, stop: Sequence[str]) -> Completion:

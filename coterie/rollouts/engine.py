@@ -20,13 +20,18 @@ from coterie.sections import section
 from coterie.settings import Sampling
 from coterie.types import Completion
 
+Done = Callable[[int, list[Completion]], None]
+
 
 class Engine(Protocol):
     """Samples completions. `keys` [P, G] int64 seed the noise: equal keys, prompt and weights give equal tokens.
 
     A completion ends with one of `end_tokens`, with the token that completes one of `sampling.stop` in what `decode` makes of
-    its last tokens, or at `sampling.max_new_tokens`.
+    its last tokens, or at `sampling.max_new_tokens`. `done` is called with a prompt's number and its G completions as soon as it
+    is known that all of them have ended.
     """
+
+    policy: Policy
 
     def generate(
         self,
@@ -35,6 +40,7 @@ class Engine(Protocol):
         sampling: Sampling,
         end_tokens: Sequence[int],
         decode: Callable[[Sequence[int]], str] | None = None,
+        done: Done | None = None,
     ) -> list[list[Completion]]: ...
 
     def load_weights(self, policy: Policy, version: int) -> None: ...
@@ -145,15 +151,16 @@ class History:
             kept = sampled.kept[live]
             self.supports += kept.nonzero()[:, 1].cpu().split(kept.sum(1).tolist())
 
-    def completions(self, num_prompts: int, num_completions: int) -> list[list[Completion]]:
-        """P lists of G."""
+    def completions(self, prompts: Sequence[int], num_completions: int) -> list[list[Completion]]:
+        """Those of some prompts, by their numbers in ascending order, all of which have ended: a list of G each."""
         live = torch.cat(self.live)
         rows, ended, tokens, logprobs, entropies = (
             torch.cat(column)[live].cpu()
             for column in (self.rows, self.ended, self.tokens, self.logprobs, self.entropies)
         )
-        order = torch.argsort(rows, stable=True)
-        sizes = torch.bincount(rows, minlength=num_prompts * num_completions).tolist()
+        chosen = torch.isin(rows // num_completions, torch.tensor(prompts)).nonzero().squeeze(1)
+        order = chosen[torch.argsort(rows[chosen], stable=True)]
+        sizes = rows[order].unique_consecutive(return_counts=True)[1].tolist()
         supports = [self.supports[i] for i in order.tolist()] if self.supports else None
         made, start = [], 0
         columns = (x[order].split(sizes) for x in (tokens, logprobs, entropies, ended))
@@ -169,4 +176,4 @@ class History:
                 )
             )
             start = stop
-        return [made[i * num_completions : (i + 1) * num_completions] for i in range(num_prompts)]
+        return [made[start : start + num_completions] for start in range(0, len(made), num_completions)]

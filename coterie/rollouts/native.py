@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coterie.models.decoder import Decoder
 from coterie.models.policy import Policy
-from coterie.rollouts.engine import History, Sampled, StopStrings, sample_tokens
+from coterie.rollouts.engine import Done, History, Sampled, StopStrings, sample_tokens
 from coterie.rollouts.grid import DecodeLayout, Grid, PrefillLayout, copied, empty
 from coterie.rollouts.replay import ROOM, Replayer
 from coterie.sections import section
@@ -50,6 +50,7 @@ class NativeEngine:
         sampling: Sampling,
         end_tokens: Sequence[int],
         decode: Callable[[Sequence[int]], str] | None = None,
+        done: Done | None = None,
     ) -> list[list[Completion]]:
         """Sample G completions of each prompt: keys [P, G] -> P lists of G. See `Engine`."""
         num_completions, device = keys.shape[1], self.policy.device
@@ -63,12 +64,28 @@ class NativeEngine:
         copies_prompts = decoder is None and (num_completions == 1 or max(map(len, prompts)) <= _COPIED_PROMPT)
         queue = _Queue.of(prompts, num_completions, sampling, self._kv_bytes(prompts[0]), copies_prompts)
         history = History()
+        made: dict[int, list[Completion]] = {}
         grid: Grid | None = None
         num_live = num_steps = 0
         carried = 0.0  # work on rows that have ended, in steps
+
+        def hand_over() -> None:
+            """Sort into completions what was drawn for prompts that have no row waiting or under way."""
+            busy = {job.prompt for job in queue.waiting}
+            if grid is not None:
+                busy.update((grid.rows[grid.live] // num_completions).tolist())
+            ready = [prompt for prompt in range(len(prompts)) if prompt not in made and prompt not in busy]
+            if ready:
+                made.update(zip(ready, history.completions(ready, num_completions), strict=True))
+            if done is not None:
+                for prompt in ready:
+                    done(prompt, made[prompt])
+
         while queue.waiting or grid is not None:
             may_stop()
             looked = draws or num_steps % look_every == 0  # only then is it known how many rows are live
+            if looked and done is not None:
+                hand_over()
             admitted = queue.admit(num_live) if looked else []
             if admitted:
                 new = self._prefill(prompts, admitted, num_completions, queue.copies_prompts)
@@ -78,7 +95,8 @@ class NativeEngine:
                 grid, carried = grid.compacted(), 0.0
             assert grid is not None
             if draws and decoder is not None:
-                self._draw(decoder, grid, keys, sampling, ends, history, _STEPS_BETWEEN if queue.waiting else _STEPS)
+                steps = _STEPS_BETWEEN if queue.waiting or done is not None else _STEPS
+                self._draw(decoder, grid, keys, sampling, ends, history, steps)
                 num_live = int(grid.live.sum())
                 grid = grid if num_live else None
                 continue
@@ -99,7 +117,8 @@ class NativeEngine:
             self._feed(grid, sampled.tokens, decoder, replayer)
             if replayer is not None:
                 self.replays = replayer.usable
-        return history.completions(len(prompts), num_completions)
+        hand_over()
+        return [made[prompt] for prompt in range(len(prompts))]
 
     @section("sample/prefill")
     def _prefill(

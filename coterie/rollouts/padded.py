@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from coterie.models.policy import Policy
-from coterie.rollouts.engine import History, StopStrings, sample_tokens
+from coterie.rollouts.engine import Done, History, StopStrings, sample_tokens
 from coterie.sections import section
 from coterie.settings import Sampling
 from coterie.stopping import may_stop
@@ -35,16 +35,18 @@ class PaddedEngine:
         sampling: Sampling,
         end_tokens: Sequence[int],
         decode: Callable[[Sequence[int]], str] | None = None,
+        done: Done | None = None,
     ) -> list[list[Completion]]:
         """See `Engine`."""
         model, device = self.policy.model, self.policy.device
         num_completions = keys.shape[1]
         keys, ends = keys.to(device), torch.tensor(list(end_tokens), device=device)
         stops = StopStrings.of(sampling, decode)
-        history = History()
+        made = []
         for number, prompt in enumerate(prompts):
+            history = History()
             inputs = torch.tensor([list(prompt)] * num_completions, device=device)  # [G, S]
-            cache, done = None, torch.zeros(num_completions, dtype=torch.bool, device=device)
+            cache, over = None, torch.zeros(num_completions, dtype=torch.bool, device=device)
             rows = torch.arange(num_completions, device=device)
             for position in range(sampling.max_new_tokens):
                 may_stop()
@@ -55,11 +57,14 @@ class PaddedEngine:
                 of_job = number * num_completions + rows
                 ended = torch.isin(sampled.tokens, ends)
                 if stops is not None:
-                    ended |= stops.completed(of_job, ~done, sampled.tokens)
-                history.add(of_job, ~done, ended, sampled)
+                    ended |= stops.completed(of_job, ~over, sampled.tokens)
+                history.add(of_job, ~over, ended, sampled)
                 tokens = sampled.tokens[:, None]
                 inputs = torch.cat([inputs, tokens], 1) if cache is None else tokens
-                done = done | ended
-                if done.all():
+                over = over | ended
+                if over.all():
                     break
-        return history.completions(len(prompts), num_completions)
+            made += history.completions([number], num_completions)
+            if done is not None:
+                done(number, made[number])
+        return made

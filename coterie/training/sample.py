@@ -32,7 +32,7 @@ from coterie.stopping import may_stop
 from coterie.tasks.base import Task, draw, draw_again
 from coterie.training.metrics import Clock
 from coterie.training.optimise import chosen_keywords, logprobs_of
-from coterie.types import RewardFailure, Scored, Stream
+from coterie.types import Group, RewardFailure, Scored, Stream
 
 Advantages = Callable[[Scored], Tensor]
 
@@ -78,7 +78,15 @@ def sample_step(
         else:
             prompts = draw_again(task, wanted - len(kept), seed=recipe.seed, step=step, attempt=attempt)
         noise = (recipe.seed, "train", step, *((attempt,) if attempt else ()))
-        groups = collect(engine, prompts, codec, recipe.sampling, num_completions=recipe.group_size, noise=noise)
+        groups = collect(
+            engine,
+            prompts,
+            codec,
+            recipe.sampling,
+            num_completions=recipe.group_size,
+            noise=noise,
+            begin=beginning(rewards, engine),
+        )
         strikes("after_sample")
         may_stop()
         clock.lap("time/sample_seconds")
@@ -95,6 +103,18 @@ def sample_step(
             break
     assert scored is not None
     return Drawn(scored, kept or list(range(start, len(scored.groups))))
+
+
+def beginning(rewards: Sequence[Reward], engine: Engine) -> Callable[[Group], None] | None:
+    """What starts the rewards on a group while others are sampled. None where none of them can."""
+    spare_cores = engine.policy.device.type != "cpu"
+    able = [reward for reward in rewards if reward.can_begin(spare_cores)]
+
+    def begin(group: Group) -> None:
+        for reward in able:
+            reward.begin(group)
+
+    return begin if able else None
 
 
 def groups_with_signal(scored: Scored, settings: Advantage) -> Tensor:

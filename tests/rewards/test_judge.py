@@ -18,6 +18,7 @@ from coterie.recipe import make_recipe
 from coterie.rewards import judge_client
 from coterie.rewards.judge import Judge, _rounds
 from coterie.rewards.judge_client import Breaker, _seconds_in
+from coterie.rewards.limits import TookTooLong, time_limit
 from coterie.rewards.load import load_rewards
 from coterie.settings import RewardSpec
 
@@ -735,6 +736,81 @@ def test_r22_the_key_is_in_no_reason_log_or_file(server, make_judge, tmp_path, c
     assert KEY not in json.dumps(server.asked)
     assert KEY not in caplog.text + "".join(capsys.readouterr())
     assert all(KEY.encode() not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def until(condition, seconds=5):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came to be"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("mode", ["absolute", "ranking", "pairwise"])
+def test_r22_groups_that_were_begun_are_asked_at_once_and_never_again(server, make_judge, mode):
+    server.behave = by_length
+    groups = {"p": ["a", "bbb", "cc"], "q": ["dddd", "ee", "f"], "r": ["gg", "h", "iii"]}
+    prompts = [prompt for prompt, texts in groups.items() for _ in texts]
+    texts = [text for of_group in groups.values() for text in of_group]
+    expected = make_judge(mode=mode, cache="none")(prompts, texts)
+    asked = len(server.asked)
+    judge = make_judge(mode=mode, cache="none")
+    for prompt in ("q", "p", "q"):
+        judge.begin([prompt] * 3, groups[prompt])
+    until(lambda: len(server.asked) >= asked + 2 * (asked // 3))  # without a call
+    assert judge(prompts, texts) == expected
+    assert len(server.asked) == 2 * asked
+    assert judge(prompts, texts) == expected  # and the next step asks for itself
+    assert len(server.asked) == 3 * asked
+
+
+def test_r22_what_was_begun_and_what_comes_later_share_the_places(server, make_judge):
+    def slow(handler, fields):
+        time.sleep(0.05)
+        by_length(handler, fields)
+
+    server.behave = slow
+    texts = [f"answer {number}" for number in range(12)]
+    judge = make_judge(concurrency=3)
+    for number in range(0, 9, 3):
+        judge.begin(["p"] * 3, texts[number : number + 3])
+    assert None not in judge(["p"] * 12, texts)
+    assert server.most == 3
+
+
+def test_r22_r33_a_judge_that_hangs_is_given_up_where_the_call_is_interrupted_and_where_it_is_closed(
+    server, make_judge
+):
+    def hang(handler, fields):
+        server.released.wait(30)
+
+    server.behave = hang
+    judge = make_judge(cache="none")
+    judge.begin(["p"], ["begun"])
+    until(lambda: server.now == 1)
+    start = time.monotonic()
+    with pytest.raises(TookTooLong), time_limit(0.3):
+        judge(["p"] * 2, ["begun", "called"])
+    server.behave = by_length
+    assert judge(["p"], ["begun"]) == [4 / 9]  # asked anew
+    server.behave = hang
+    judge.begin(["p"], ["again"])
+    until(lambda: server.now >= 2)
+    judge.close()
+    assert time.monotonic() - start < 5
+    assert not [thread for thread in threading.enumerate() if thread.name == "judge"]
+
+
+def test_r22_an_answer_that_was_begun_is_kept(server, make_judge):
+    server.behave = by_length
+    make_judge().begin(["p"], ["four"])
+    until(lambda: server.asked)
+    until(
+        lambda: make_judge()._cache.read(
+            [make_judge()._cache_key(q) for q in make_judge()._plans(["p"], ["four"], {})[0].questions]
+        )
+    )
+    assert make_judge()(["p"], ["four"]) == [3 / 9]
+    assert len(server.asked) == 1
 
 
 MODEL = {"type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -415,3 +415,44 @@ def test_a_reward_that_changes_the_working_folder_is_brought_back(tmp_path):
     before = os.getcwd()
     scored(wanders)
     assert os.getcwd() == before
+
+
+class Ahead:
+    """A reward that can begin: the length of a text, times its column."""
+
+    def __init__(self, **attributes):
+        self.begun = []
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def __call__(self, completions, factor):
+        return [len(text) * by for text, by in zip(completions, factor, strict=True)]
+
+    def begin(self, completions, factor):
+        self.begun.append((completions, factor))
+
+
+def test_a_function_begins_with_what_it_will_be_called_with():
+    function = Ahead()
+    reward = Reward("ahead", function, where={"kind": "a"})
+    for one in (group("p", "x", "yy", factor=2, kind="a"), group("q", "zzz", factor=3, kind="b")):
+        reward.begin(one)
+    assert function.begun == [(["x", "yy"], [2, 2])]
+    Reward("plain", length).begin(GROUPS[0])  # has nothing to begin with
+
+
+def test_what_goes_wrong_at_the_beginning_goes_wrong_in_the_call():
+    function = Ahead()
+    reward = Reward("ahead", function)
+    reward.begin(group("p", "x"))  # a column is missing
+    assert function.begun == []
+    with pytest.raises(UserError, match="factor"):
+        score([group("p", "x")], [reward])
+
+
+def test_only_what_leaves_the_cores_alone_begins_where_none_are_to_spare():
+    assert not Reward("r", length).can_begin(True)
+    assert Reward("r", Ahead()).can_begin(True)
+    assert not Reward("r", Ahead()).can_begin(False)
+    assert not Reward("r", Ahead(uses_cores=True)).can_begin(False)
+    assert Reward("r", Ahead(uses_cores=False)).can_begin(False)

@@ -185,6 +185,46 @@ def test_looking_now_and_then_at_which_rows_have_ended_changes_no_token(make_mod
         assert [[c.tokens for c in g] for g in found] == [[c.tokens for c in g] for g in expected]
 
 
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt_oss"])
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+@pytest.mark.filterwarnings("ignore:.*share prompts")
+def test_groups_are_handed_over_as_soon_as_they_have_ended_and_are_the_same(make_model, architecture, sampling):
+    engine, prompts, keys = make_engine(Policy.of(make_model(architecture))), some_prompts(9), some_keys(9, 3)
+    expected = engine.generate(prompts, keys, sampling, ENDS)
+    order, early = [], {}
+
+    def done(number, completions):
+        order.append(number)
+        early[number] = completions
+
+    found = engine.generate(prompts, keys, sampling, ENDS, done=done)
+    assert sorted(order) == list(range(9))
+    for number in range(9):
+        assert early[number] is found[number]
+        for one, other in zip(found[number], expected[number], strict=True):
+            assert (one.tokens, one.ended) == (other.tokens, other.ended)
+            assert torch.equal(one.logprobs, other.logprobs)
+            assert torch.equal(one.entropies, other.entropies)
+            if sampling.truncates:
+                assert [ids.tolist() for ids in one.support] == [ids.tolist() for ids in other.support]
+
+
+def test_the_first_groups_are_handed_over_while_others_wait(make_model, monkeypatch):
+    engine, prompts, keys = NativeEngine(Policy.of(make_model("qwen3"))), some_prompts(9), some_keys(9, 3)
+    events = []
+    prefill = NativeEngine._prefill
+
+    def watched(self, *arguments):
+        events.append("prefill")
+        return prefill(self, *arguments)
+
+    monkeypatch.setattr(NativeEngine, "_prefill", watched)
+    sampling = Sampling(max_new_tokens=40, max_rows=6)
+    engine.generate(prompts, keys, sampling, ENDS, done=lambda number, completions: events.append("done"))
+    assert events.count("done") == 9
+    assert "done" in events[: len(events) - events[::-1].index("prefill")]
+
+
 def test_rows_that_have_ended_do_not_run_past_the_last_position(make_model):
     """Learned positions end where the longest prompt's completions may end; its rows are carried along while others go on."""
     prompts, keys = some_prompts(12)[::-1], some_keys(12, 4)

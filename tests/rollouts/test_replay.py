@@ -1,7 +1,5 @@
 """Steps of decoding in static shapes, as a GPU records and replays them, sample what others sample. The recording itself needs a GPU."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from conftest import SHAPES
@@ -78,9 +76,12 @@ def test_the_watch_sees_what_waits():
 class FakeGraph:
     """Replays by computing again, into the tensor that the recording wrote: what a CUDA graph does, at the same addresses."""
 
+    def __init__(self, step):
+        self.step, self.out, self.own_kv = step, step._compute(), step._grid.own_kv
+
     def replay(self):
-        assert self.grid.own_kv is self.own_kv, "the keys have moved"
-        self.out.copy_(self.compute())
+        assert self.step._grid.own_kv is self.own_kv, "the keys have moved"
+        self.out.copy_(self.step._compute())
 
 
 @pytest.fixture
@@ -88,20 +89,11 @@ def recordings(monkeypatch):
     """As if the CPU could record: the list of what was recorded."""
     made = []
 
-    @contextmanager
-    def recording(graph, pool):
-        yield made.append(graph)
+    def capture(compute, pool):
+        made.append(FakeGraph(compute.__self__))
+        return made[-1], made[-1].out
 
-    record = replay._Step.record
-
-    def watched(step, pool):
-        record(step, pool)
-        step.graph.compute, step.graph.out = step._compute, step._logits
-        step.graph.grid, step.graph.own_kv = step._grid, step._grid.own_kv
-
-    monkeypatch.setattr(replay._Step, "record", watched)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(replay, "_capture", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     monkeypatch.setattr(replay, "_records_on", lambda device: True)
     return made
@@ -122,10 +114,10 @@ def test_each_grid_is_recorded_once_and_replayed(make_model, monkeypatch, record
 def test_where_recording_fails_sampling_goes_on_without_it(make_model, monkeypatch, recordings, what):
     if what == "raises":
 
-        def refused(graph, pool):
+        def refused(compute, pool):
             raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
 
-        monkeypatch.setattr(torch.cuda, "graph", refused)
+        monkeypatch.setattr(replay, "_capture", refused)
     else:
         monkeypatch.setattr(FakeGraph, "replay", lambda self: self.out.zero_())
     model, prompts, keys = make_model("qwen3"), some_prompts(4), some_keys(4, 3)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import coterie
 from coterie import faults
 from coterie.errors import UserError
+from coterie.rewards.score import Reward
 from coterie.runs.store import Store
 from coterie.training.checkpoint import find_checkpoint
 from coterie.training.run import RunFailedError
@@ -326,3 +327,32 @@ def test_a_run_without_a_compiler_says_so_and_resumes_to_the_same_bits(
     coterie.train(resume=str(tmp_path / "cut"))
     assert digests(tmp_path / "cut") == digests(whole)
     assert recorded(tmp_path / "cut") == recorded(whole)
+
+
+def test_a_reward_begins_while_groups_are_sampled_and_changes_nothing(tiny_recipe, tmp_path, monkeypatch):
+    """One that asks elsewhere is given each group before it is called; the run is the same without."""
+    events = []
+
+    def plain(completions):
+        events.append(("called", len(completions)))
+        return [float(len(text)) for text in completions]
+
+    class Elsewhere:
+        uses_cores = False
+
+        def __call__(self, completions):
+            return plain(completions)
+
+        def begin(self, completions):
+            events.append(("begun", len(completions)))
+
+    found = []
+    for function in (Elsewhere(), plain):
+        monkeypatch.setattr("coterie.tasks.load.load_rewards", lambda *_, f=function: [Reward("length", f)])
+        run = coterie.train("equations", overrides=tiny_recipe, out=str(tmp_path / str(len(found))))
+        with sqlite3.connect(run.folder / "run.db") as db:
+            found.append(db.execute("SELECT step, text, reward FROM completions ORDER BY 1, 2").fetchall())
+    assert found[0] == found[1]
+    steps = [i for i, event in enumerate(events) if event[0] == "begun"]
+    assert len(steps) == 6 * 3  # steps, groups of each
+    assert all(events[i] == ("begun", 4) for i in steps)

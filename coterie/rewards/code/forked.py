@@ -23,7 +23,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -287,6 +287,9 @@ class _Forked:
                 return server.run(program)
         except SandboxError as failure:
             return Outcome(failed=str(failure))
+
+    def submit(self, program: Program) -> Future[Outcome]:
+        return self._runners.submit(self.run, program)
 
     def run_all(self, programs: Sequence[Program]) -> list[Outcome]:
         return list(self._runners.map(self.run, programs))

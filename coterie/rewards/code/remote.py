@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -94,6 +94,9 @@ class Remote:
                     raise ValueError(f"it answered more than {most} bytes")
         (one,) = json.loads(data)["outcomes"]
         return _read_outcome(one, len(program.inputs))
+
+    def submit(self, program: Program) -> Future[Outcome]:
+        return self._runners.submit(self.run, program)
 
     def run_all(self, programs: Sequence[Program]) -> list[Outcome]:
         return list(self._runners.map(self.run, programs))

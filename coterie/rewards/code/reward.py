@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,9 +21,10 @@ _FENCE = re.compile(r"^ {0,3}```[ \t]*(\w*)[^`\n]*$")
 
 @dataclass
 class _Holder:
-    """The sandbox, from the first call on."""
+    """The sandbox, from the first call on, and the programs of a step that it was given."""
 
     sandbox: Sandbox | None = None
+    under_way: dict[str, Future[Outcome]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,20 +72,53 @@ class Code:
         tests: Sequence[Any],
         function: Sequence[str | None] | None = None,
     ) -> list[float | Exception | None]:
-        names = [name or self.function or None for name in function or [None] * len(completions)]
-        wanted = [read_tests(one) for one in tests]
-        programs = [
-            self._program(extract_python(completion_text(completion)), row, name)
-            for completion, row, name in zip(completions, wanted, names, strict=True)
-        ]
-        texts = [json.dumps([program.source, program.inputs, program.function]) for program in programs]
-        different = dict(zip(texts, programs, strict=True))
-        outcomes = dict(zip(different, self._sandbox().run_all(list(different.values())), strict=True))
-        return [self._judge(outcomes[text], row) for text, row in zip(texts, wanted, strict=True)]
+        programs = self._programs(completions, tests, function)
+        under_way = self._holder.under_way
+        try:
+            texts = [self._submit(program) for program, _ in programs]
+            outcomes = {text: under_way[text].result() for text in texts}
+        finally:
+            for outcome in under_way.values():
+                outcome.cancel()
+            under_way.clear()
+        return [self._judge(outcomes[text], row) for text, (_, row) in zip(texts, programs, strict=True)]
+
+    def begin(
+        self,
+        completions: Sequence[str | Chat],
+        tests: Sequence[Any],
+        function: Sequence[str | None] | None = None,
+    ) -> None:
+        """Run these programs already. The next call, which has them among others, waits for those that are not done."""
+        for program, _ in self._programs(completions, tests, function):
+            self._submit(program)
+
+    @property
+    def uses_cores(self) -> bool:
+        """Whether programs run on this machine."""
+        return not self.sandbox.startswith(("http://", "https://"))
+
+    def _submit(self, program: Program) -> str:
+        """Have a program run, once where it comes again. Returns what it is known by."""
+        text = json.dumps([program.source, program.inputs, program.function])
+        if text not in self._holder.under_way:
+            self._holder.under_way[text] = self._sandbox().submit(program)
+        return text
 
     @property
     def _limits(self) -> Limits:
         return Limits(self.seconds, self.memory_megabytes, self.output_bytes, self.wall_seconds or None)
+
+    def _programs(
+        self, completions: Sequence[str | Chat], tests: Sequence[Any], function: Sequence[str | None] | None
+    ) -> list[tuple[Program, list[Test]]]:
+        """The program of each completion, and what it is judged by."""
+        names = [name or self.function or None for name in function or [None] * len(completions)]
+        wanted = [read_tests(one) for one in tests]
+        return [
+            (self._program(extract_python(completion_text(completion)), row, name), row)
+            for completion, row, name in zip(completions, wanted, names, strict=True)
+        ]
 
     def _program(self, source: str, tests: Sequence[Test], function: str | None) -> Program:
         """The program with what its tests give it, and without what they expect."""

@@ -11,6 +11,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -107,6 +108,10 @@ class Sandbox(Protocol):
     report: str
 
     def run(self, program: Program) -> Outcome: ...
+
+    def submit(self, program: Program) -> Future[Outcome]:
+        """Run it when there is a place."""
+        ...
 
     def run_all(self, programs: Sequence[Program]) -> list[Outcome]:
         """Several at a time, in the order given."""

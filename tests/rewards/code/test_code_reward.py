@@ -2,6 +2,7 @@
 
 import math
 import sqlite3
+from concurrent.futures import Future
 
 import pytest
 import yaml
@@ -72,33 +73,64 @@ def test_r20_the_function_may_differ_from_row_to_row(reward):
     assert reward([source], ['[{"args": [4], "expected": 8}]'], ["double"]) == [1.0]
 
 
+def done(outcome):
+    future = Future()
+    future.set_result(outcome)
+    return future
+
+
+class Counting:
+    """A sandbox in which every program returns 2."""
+
+    report = ""
+
+    def __init__(self):
+        self.ran = []
+
+    def submit(self, program):
+        self.ran.append((program.source.strip(), program.inputs, program.function))
+        return done(Outcome([Output(data="2")] * len(program.inputs)))
+
+
 def test_equal_programs_are_run_once_and_judged_by_their_own_tests():
-    ran = []
-
-    class Counting:
-        report = ""
-
-        def run_all(self, programs):
-            ran.extend((program.source, program.inputs, program.function) for program in programs)
-            return [Outcome([Output(data="2")] * len(program.inputs)) for program in programs]
-
     code = Code(function="f")
-    code._holder.sandbox = Counting()
+    code._holder.sandbox = box = Counting()
     two, other, three, real = (
         [{"args": [given], "expected": expected}] for given, expected in ((1, 2), (5, 2), (1, 3), (1.0, 2))
     )
     rows = [("a", two), ("b", two), ("a", two), ("a", three), ("a", other), ("a", real)]
     assert code([source for source, _ in rows], [tests for _, tests in rows]) == [1, 1, 1, 0, 1, 1]
-    assert ran == [("a", [[1]], "f"), ("b", [[1]], "f"), ("a", [[5]], "f"), ("a", [[1.0]], "f")]
-    assert [type(inputs[0][0]) for _, inputs, _ in ran] == [int, int, int, float]
+    assert box.ran == [("a", [[1]], "f"), ("b", [[1]], "f"), ("a", [[5]], "f"), ("a", [[1.0]], "f")]
+    assert [type(inputs[0][0]) for _, inputs, _ in box.ran] == [int, int, int, float]
+
+
+def test_programs_that_were_begun_are_not_run_again_until_the_next_step():
+    code = Code(function="f")
+    code._holder.sandbox = box = Counting()
+    tests = [{"args": [1], "expected": 2}]
+    code.begin(["a", "b"], [tests] * 2)
+    assert [source for source, *_ in box.ran] == ["a", "b"]
+    assert code(["b", "c", "a"], [tests] * 3) == [1, 1, 1]
+    assert [source for source, *_ in box.ran] == ["a", "b", "c"]
+    assert code(["a"], [tests]) == [1]
+    assert [source for source, *_ in box.ran] == ["a", "b", "c", "a"]
+
+
+def test_a_real_sandbox_begins_and_is_waited_for(reward):
+    sources = list(HONEST.values())[:4]
+    reward.begin(sources[:2], [ADD] * 2)
+    assert reward(sources, [ADD] * 4) == [1.0] * 4
+    assert reward.uses_cores
+    assert not Code(sandbox="http://127.0.0.1:1").uses_cores
 
 
 def test_r20_a_sandbox_that_fails_abstains(reward):
     class Broken:
         report = ""
 
-        def run_all(self, programs):
-            return [Outcome(failed="no memory"), Outcome((Output("3"), Output("-4"), Output("17")))]
+        def submit(self, program):
+            fine = Outcome((Output("3"), Output("-4"), Output("17")))
+            return done(fine if program.source.strip() == "y" else Outcome(failed="no memory"))
 
     code = Code(function="add")
     code._holder.sandbox = Broken()
