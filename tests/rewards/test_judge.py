@@ -790,6 +790,7 @@ def test_r22_r33_a_judge_that_hangs_is_given_up_where_the_call_is_interrupted_an
     start = time.monotonic()
     with pytest.raises(TookTooLong), time_limit(0.3):
         judge(["p"] * 2, ["begun", "called"])
+    until(lambda: not asyncio.all_tasks(judge._client._loop))
     server.behave = by_length
     assert judge(["p"], ["begun"]) == [4 / 9]  # asked anew
     server.behave = hang
