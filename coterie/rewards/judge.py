@@ -102,7 +102,7 @@ class Judge:
         """Ask about these groups already. The next call, which has them among others, waits for the answers that are not there."""
         self._ask([question for plan in self._plans(prompts, completions, columns) for question in plan.questions])
 
-    uses_cores = False
+    uses_cores = False  # of this machine
 
     def _plans(
         self, prompts: Sequence[str | Chat], completions: Sequence[str | Chat], columns: Mapping[str, Sequence[Any]]
