@@ -20,6 +20,24 @@ app = typer.Typer(
     "Try: [bold]coterie train equations[/bold]",
 )
 
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        import coterie
+
+        print(f"coterie {coterie.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Say which version this is.")
+    ] = False,
+) -> None:
+    """What may stand before a command."""
+
+
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Change a setting: --set loss.clip_high=0.3. May be repeated.")
 ]
@@ -196,10 +214,10 @@ def init(
 
 def _restrict(trust: bool, source: str | None) -> None:
     """Let only code of the recipe's own folder run, or of the run's that holds it, unless all is trusted."""
+    from coterie.runs.find import find_run
     from coterie.trust import restrict
 
-    path = Path(source or ".")
-    path = path if path.exists() else Path("runs") / path
+    path = find_run(source or ".") or Path(source or ".")
     restrict(None if trust else path if path.is_dir() else path.parent)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from coterie.algorithms.advantages import has_signal
 from coterie.errors import UserError
@@ -18,6 +17,7 @@ from coterie.rewards.load import load_rewards
 from coterie.rewards.score import Reward, score
 from coterie.rollouts.collect import collect, make_engine
 from coterie.runs.console import Console
+from coterie.runs.find import find_run
 from coterie.settings import Sampling
 from coterie.tasks.base import Task, draw
 from coterie.tasks.load import check_lengths, make_task, prepare
@@ -29,10 +29,9 @@ from coterie.types import Group, Prompt
 
 
 def check_recipe(name: str, overrides: Sequence[str]) -> None:
-    """Print the resolved recipe, then try each part of a run on a little of the real thing."""
+    """Try each part of a run on a little of the real thing, then print the resolved recipe and what came of it."""
     console = Console()
     recipe = load_recipe(name, overrides)
-    console.say(recipe.to_yaml())
     rewards, codec, task = prepare(recipe)
     console.say(f"prompts: {len(task.train)} to train on, {len(task.heldout)} held out")
     quiet_transformers()
@@ -45,19 +44,19 @@ def check_recipe(name: str, overrides: Sequence[str]) -> None:
     )
     policy = as_trained(policy, recipe, console)
     if recipe.method in ("dpo", "reward_model"):
-        _check_pair(console, recipe, codec, task, policy)
+        shown = _check_pair(recipe, codec, task, policy)
     elif recipe.method == "sft":
         prompt, answer = task.demonstrations(1, seed=recipe.seed, step=1)[0]
-        console.say(f"--- a demonstration\n{codec.decode(prompt)}{codec.decode(answer)}")
+        shown = [f"--- a demonstration\n{codec.decode(prompt)}{codec.decode(answer)}"]
     else:
-        _check_group(console, recipe, rewards, codec, task, policy)
+        shown = _check_group(recipe, rewards, codec, task, policy)
+    for text in (recipe.to_yaml(), *shown):
+        console.say(text)
     console.say("everything that can be checked without training works")
 
 
-def _check_group(
-    console: Console, recipe: Recipe, rewards: list[Reward], codec: Codec, task: Task, policy: Policy
-) -> None:
-    """Sample, score and compare the completions of one prompt, and print them."""
+def _check_group(recipe: Recipe, rewards: list[Reward], codec: Codec, task: Task, policy: Policy) -> list[str]:
+    """Sample, score and compare the completions of one prompt. Returns what to show of them."""
     load_objective(recipe.loss)
     prompts = draw(task, 1, seed=recipe.seed, step=1)
     noise, engine = (recipe.seed, "check"), make_engine(policy)
@@ -68,21 +67,22 @@ def _check_group(
         advantages = load_advantages(recipe, rewards)(scored)[0].tolist()
     else:
         Scorer.from_policy(policy)
-    _print_group(console, groups[0], {name: part[0].tolist() for name, part in scored.parts.items()}, advantages)
+    shown = _lines_of(groups[0], {name: part[0].tolist() for name, part in scored.parts.items()}, advantages)
     if recipe.group_size > 1 and not has_signal(scored.rewards).any():
-        console.say(
+        shown.append(
             "all rewards of this group are equal: it would teach nothing. More such groups, and nothing is learned"
         )
+    return shown
 
 
-def _check_pair(console: Console, recipe: Recipe, codec: Codec, task: Task, policy: Policy) -> None:
-    """Print one preference pair, and score it where that is what is trained."""
+def _check_pair(recipe: Recipe, codec: Codec, task: Task, policy: Policy) -> list[str]:
+    """One preference pair, scored where that is what is trained. Returns what to show of it."""
     pair = task.preferences(1, seed=recipe.seed, step=1)
-    for name, tokens in zip(("prompt", "chosen", "rejected"), pair[0], strict=True):
-        console.say(f"--- {name}\n{codec.decode(tokens)}")
     if recipe.method == "reward_model":
         (stream,) = pair_streams(pair, recipe.optimiser.micro_batch_tokens)
         Scorer.from_policy(policy).scores(stream.to(policy.device))
+    names = ("prompt", "chosen", "rejected")
+    return [f"--- {name}\n{codec.decode(tokens)}" for name, tokens in zip(names, pair[0], strict=True)]
 
 
 def evaluate_model(
@@ -190,13 +190,14 @@ def sample_model(
     prompt = Prompt(0, content, tokens, columns)
     groups = collect(make_engine(policy), [prompt], codec, sampling, num_completions=count, noise=(seed, "sample"))
     parts = score(groups, rewards).parts if rewards else {}
-    _print_group(console, groups[0], {name: part[0].tolist() for name, part in parts.items()})
+    for line in _lines_of(groups[0], {name: part[0].tolist() for name, part in parts.items()}):
+        console.say(line)
 
 
 def _recipe_of(model: str) -> str | None:
-    """The recipe of a run folder."""
-    path = Path(model) / "recipe.yaml"
-    return str(path) if path.is_file() else None
+    """The recipe of a run."""
+    run = find_run(model)
+    return str(run / "recipe.yaml") if run else None
 
 
 def _what_is_known(recipe: Recipe | None, codec: Codec, text: str) -> tuple[Mapping[str, object], list[Reward]]:
@@ -210,24 +211,23 @@ def _what_is_known(recipe: Recipe | None, codec: Codec, text: str) -> tuple[Mapp
 
 def _loaded(console: Console, source: str, recipe: Recipe | None) -> tuple[Policy, Codec]:
     """The model of a run folder, of a model folder, or from the hub."""
-    folder = Path(source)
-    if (folder / "run.db").is_file():
-        folder = folder / "model"
-        if not folder.is_dir():
+    run = find_run(source)
+    if run is not None:
+        if not (run / "model").is_dir():
             raise UserError(f"{source}: this run has no model yet; it is written at the end of training")
-        source = str(folder)
+        source = str(run / "model")
     device = choose_device(recipe.device if recipe else "auto")
     quiet_transformers()
     return console.warning_of(lambda: load_policy(source, device))
 
 
-def _print_group(
-    console: Console, group: Group, parts: Mapping[str, list[float]], advantages: list[float] | None = None
-) -> None:
+def _lines_of(group: Group, parts: Mapping[str, list[float]], advantages: list[float] | None = None) -> list[str]:
+    """Each completion with its figures."""
+    lines = []
     for number, completion in enumerate(group.completions):
         figures = [f"{name} {values[number]:.2f}" for name, values in parts.items()]
         if advantages:
             figures.append(f"advantage {advantages[number]:+.2f}")
         ended = "" if completion.ended == "stop" else "  (cut at the length limit)"
-        console.say(f"--- {number + 1}  {'  '.join(figures)}{ended}")
-        console.say(completion.text)
+        lines += [f"--- {number + 1}  {'  '.join(figures)}{ended}", completion.text]
+    return lines

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import coterie
 from coterie.cli import main
 
 COTERIE = str(Path(sys.executable).parent / "coterie")
@@ -262,6 +264,57 @@ def test_other_mistakes(tmp_path):
     assert_refused(run("init", "full", cwd=tmp_path), "full", "in use")
     write(tmp_path, "bad.yaml", "steps: [1\n")
     assert_refused(run("check", "bad.yaml", cwd=tmp_path), "bad.yaml:", "YAML")
+
+
+def test_the_version_is_told(tmp_path):
+    shown = run("--version", cwd=tmp_path)
+    assert (shown.returncode, shown.stdout) == (0, f"coterie {coterie.__version__}\n")
+
+
+@pytest.mark.parametrize("given", ["mytask", "mytsk"])
+@pytest.mark.parametrize("way", ["{}", "./{}/", "{}/recipe.yaml", "runs/{}/recipe.yaml", "runs/{}/model"])
+def test_a_resume_writes_into_runs_only(own_task, way, given):
+    """The task's own folder lies beside runs/, has a recipe of its own, and may be called like the run."""
+    home, _ = own_task
+    name = way.format(given)
+    before = sorted(home.joinpath("mytask").iterdir())
+    resumed = run("train", "--resume", name, cwd=home)
+    if name == "mytask":
+        assert resumed.returncode == 0
+        assert "runs/mytask is finished" in resumed.stdout
+    else:
+        assert_refused(resumed, f"--resume {name}", "did you mean runs/mytask?")
+    assert sorted(home.joinpath("mytask").iterdir()) == before
+    assert not home.joinpath("mytsk").exists()
+
+
+def test_a_run_is_found_by_its_bare_name(own_task):
+    home, _ = own_task
+    sampled = run("sample", "mytask", "Say", "-n", "1", "--max-new-tokens", "2", cwd=home)
+    assert sampled.returncode == 0, sampled.stderr
+
+
+def test_what_check_finds_is_not_buried_in_settings(tmp_path):
+    own(tmp_path, reward="def reward(completions, **columns):\n    raise ValueError('my mistake')\n")
+    checked = run("check", "recipe.yaml", cwd=tmp_path)
+    assert_refused(checked, "my mistake")
+    assert "micro_batch_tokens" not in checked.stdout
+    own(tmp_path)
+    assert "micro_batch_tokens" in run("check", "recipe.yaml", cwd=tmp_path).stdout
+
+
+def test_a_hub_that_can_t_be_reached_is_told_of_at_once(tmp_path):
+    """With nothing listening there; the hub's own client would try six times for each file."""
+    own(tmp_path)
+    away = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    for setting, of in (("model=someone/model", "model"), ("task.data=someone/rows", "task.data")):
+        shown = subprocess.run(
+            [COTERIE, "check", "recipe.yaml", "--set", setting], cwd=tmp_path, env=away, capture_output=True, text=True,
+            timeout=120, check=False,
+        )  # fmt: skip
+        assert_refused(shown, of, "http://127.0.0.1:9 can't be reached", "not among what was downloaded before")
+        assert "Retry" not in shown.stderr
+        assert len(shown.stderr.splitlines()) == 1
 
 
 def test_debug_shows_the_traceback(tmp_path):

@@ -21,6 +21,7 @@ from transformers import (
 from coterie.errors import UserError, nearest
 from coterie.models.codec import Codec
 from coterie.models.heads import Scorer
+from coterie.models.hub import hub_reason, why_unreachable
 from coterie.models.policy import Policy
 from coterie.noise import key
 from coterie.recipe import Recipe, is_local_path
@@ -170,10 +171,16 @@ def _fresh_config(shape: ModelShape, **more: Any) -> PretrainedConfig:
 
 def _from_hub(kind: Any, source: str, **options: Any) -> Any:
     """`kind.from_pretrained`, with one paragraph instead of a traceback where it fails."""
+    local = Path(source).exists()
+    if not local:
+        why_unreachable()  # asked first: then what is not here is refused at once
     try:
         return kind.from_pretrained(source, trust_remote_code=False, **options)  # unset, it asks on the terminal
     except Exception as error:  # the hub's client raises its own, the network's and the file system's errors
         logging.getLogger(__name__).debug("from_pretrained failed", exc_info=error)
-        where = "can't be loaded" if Path(source).exists() else "is no folder here, and can't be loaded from the hub"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model: {source} {where}: {reason}") from error
+        if local:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"model: {source} can't be loaded: {reason}") from error
+        raise UserError(
+            f"model: {source} is no folder here, and can't be loaded from the hub: {hub_reason(error)}"
+        ) from error

@@ -12,6 +12,7 @@ from typing import Any
 
 from coterie.errors import BadRowError, UserError, nearest
 from coterie.models.codec import Codec
+from coterie.models.hub import hub_reason, why_unreachable
 from coterie.noise import key, permutation
 from coterie.recipe import is_local_path
 from coterie.settings import DatasetTask
@@ -200,6 +201,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _hub_rows(settings: DatasetTask) -> Iterator[Row]:
+    why_unreachable()  # asked first, so that what is not here is refused at once
     try:
         import datasets
     except ImportError:
@@ -211,8 +213,7 @@ def _hub_rows(settings: DatasetTask) -> Iterator[Row]:
         rows = datasets.load_dataset(settings.data, split=settings.split)
     except Exception as error:  # the hub's client raises its own, the network's and the file system's errors
         raise UserError(
-            f"task.data: {settings.data} is no file here, and as a hub data set it can't be loaded: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            f"task.data: {settings.data} is no file here, and as a hub data set it can't be loaded: {hub_reason(error)}"
         ) from error
     for number, row in enumerate(rows, start=1):
         yield f"{settings.data}[{settings.split}]:{number}", row

@@ -32,6 +32,7 @@ from coterie.evals.evaluate import Evaluation
 from coterie.faults import at_step, strikes
 from coterie.recipe import Recipe, load_recipe
 from coterie.runs.console import Console
+from coterie.runs.find import RUNS, run_at
 from coterie.runs.signs import SIGN, Accuracy, Sign, Watch
 from coterie.runs.store import Store
 from coterie.sections import section
@@ -86,7 +87,7 @@ class Run:
     @classmethod
     def create(cls, recipe: Recipe, name: str, out: str | None, console: Console, *, stop_after: int | None) -> Run:
         """A new folder: `out`, or the first free one of runs/NAME, runs/NAME-2, ..."""
-        folder = Path(out) if out else _free_folder(Path("runs"), name)
+        folder = Path(out) if out else _free_folder(RUNS, name)
         if folder.exists() and (not folder.is_dir() or any(map(_is_of_a_run, folder.iterdir()))):
             raise UserError(
                 f"--out {folder}: is in use; give another folder, or go on with what is there: coterie train --resume {folder}"
@@ -109,9 +110,7 @@ class Run:
 
         UserError where a setting but `steps`, or a file that the recipe names, has changed and is not in `allow`.
         """
-        folder = Path(name) if Path(name).exists() else Path("runs") / name
-        if not (folder / "recipe.yaml").is_file():
-            raise UserError(f"--resume {name}: no run is there: {folder / 'recipe.yaml'} does not exist")
+        folder = run_at(name, "--resume")
         recipe = load_recipe(str(folder / "recipe.yaml"), overrides)
         with _told_of(folder):
             run = cls(folder, recipe, console, stop_after=stop_after)
