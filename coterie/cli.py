@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -42,7 +43,11 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Change a setting: --set loss.clip_high=0.3. May be repeated.")
 ]
 Trust = Annotated[
-    bool, typer.Option("--trust", help="Run Python that the recipe names outside its own folder, and remember it.")
+    bool,
+    typer.Option(
+        "--trust",
+        help="Do what is refused of strangers: run Python from outside the recipe's folder, send to other machines. Remembered.",
+    ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -81,7 +86,7 @@ def train(
         )
     from coterie.recipe import load_recipe
 
-    _restrict(trust, recipe or resume)
+    _restrict(trust, recipe)
     if recipe is not None:
         load_recipe(recipe, overrides or [])  # a wrong recipe is refused before torch is imported, which takes seconds
     if profile:  # the profiler says once that it does not see memory from before it began being freed
@@ -169,7 +174,7 @@ def evaluate(
     """
     from coterie.commands import evaluate_model
 
-    _restrict(trust, task or model)
+    _restrict(trust, task)
     evaluate_model(model, task, samples, prompts, against, seed, overrides or [])
 
 
@@ -194,7 +199,7 @@ def sample(
     """
     from coterie.commands import sample_model
 
-    _restrict(trust, task or model)
+    _restrict(trust, task)
     sample_model(model, prompt, count, temperature, top_p, max_new_tokens, task, seed)
 
 
@@ -212,13 +217,18 @@ def init(
     write_starter(folder)
 
 
-def _restrict(trust: bool, source: str | None) -> None:
-    """Let only code of the recipe's own folder run, or of the run's that holds it, unless all is trusted."""
-    from coterie.runs.find import find_run
+def _restrict(trust: bool, recipe: str | None) -> None:
+    """Let only code of the recipe's own folder run, unless all is trusted. A run's folder, and a model's, bring no code."""
+    from coterie.errors import UserError
+    from coterie.recipe import find_recipe
     from coterie.trust import restrict
 
-    path = find_run(source or ".") or Path(source or ".")
-    restrict(None if trust else path if path.is_dir() else path.parent)
+    folder = None
+    with contextlib.suppress(UserError):  # a recipe that is not there is said where it is read
+        folder = find_recipe(recipe).resolve().parent if recipe is not None else None
+    if folder is not None and (folder / "run.db").exists():
+        folder = None
+    restrict(folder, trust=trust)
 
 
 def main() -> None:

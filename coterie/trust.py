@@ -1,49 +1,98 @@
-"""Whose code a recipe may run: a recipe from somebody else must not run Python from outside its own folder unasked.
+"""What a recipe may do: one from somebody else runs no Python from outside its own folder, and sends nothing away, unasked.
 
 In Python, where the caller runs code anyway, everything is trusted. The command restricts itself to the folder of the recipe
-that it is given, and to what its user has run before: the hash of each file is remembered, so that a run, whose recipe lies in
-the run folder, can be resumed, and a file that has changed since is asked about again.
+that it is given; a folder with a run or a model brings weights and figures, and no code. What its user has said yes to is
+remembered: a file by its hash, so that one that has changed is asked about again, and an address with the key that goes there.
+So a run, whose recipe lies in the run folder, can be resumed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import ipaddress
 import os
 from pathlib import Path
 
 from coterie.errors import UserError
 
 _OURS = ("coterie.rewards.steps",)  # not all of coterie: other parts write files and run code that options could name
-_folder: Path | None = None  # whose code is trusted; None trusts all
-_remembers = False
+_folder: Path | None = None  # whose code runs unasked
+_asks = False  # in the command
+_trusts_all = True
 
 
-def restrict(folder: Path | None) -> None:
-    """From here on trust code in this folder only, and what was trusted before; None trusts all, and remembers it."""
-    global _folder, _remembers
-    _folder, _remembers = folder.resolve() if folder is not None else None, True
+def restrict(folder: Path | None, *, trust: bool = False) -> None:
+    """From here on trust the code in this folder, if there is one, and what was trusted before; or all, and remember it."""
+    global _folder, _asks, _trusts_all
+    _folder, _asks, _trusts_all = folder.resolve() if folder is not None else None, True, trust
 
 
 def release() -> None:
     """Trust everything again, as in Python."""
-    global _folder, _remembers
-    _folder, _remembers = None, False
+    global _folder, _asks, _trusts_all
+    _folder, _asks, _trusts_all = None, False, True
 
 
 def check_code(home: str, setting: str) -> None:
     """UserError where the code of `home`, a file or a module's name, is not trusted. Remembers what is, in the command."""
-    if not _remembers or home in _OURS:
+    if not _asks or home in _OURS:
         return
-    entry = _entry(home)
     inside = home.endswith(".py") and _folder is not None and Path(home).resolve().is_relative_to(_folder)
-    if _folder is None or inside:
+    where = f"is not in the recipe's own folder, {_folder}," if _folder is not None else "no run or model may bring"
+    _ask(
+        _entry(home),
+        f"{setting}: would run {home}, which {where} and has not been run here before as it is now",
+        inside,
+    )
+
+
+def check_sending(what: str, url: str, host: str, variable: str, setting: str) -> None:
+    """UserError where `what` would go to another machine, or the value of an environment variable to any, and nobody agreed.
+
+    host: of the url, as the client that sends reads it. variable: whose value goes along; empty for none. An address is agreed
+    to together with the variable.
+    """
+    if not _asks or (_is_this_machine(host) and not variable):
+        return
+    key = f", with the value of {variable}," if variable else ""
+    _ask(
+        f"sends {variable or 'no key'} to {url}",
+        f"{setting}: would send {what}{key} to {url}, which has not been agreed to here before",
+    )
+
+
+def check_risk(risk: str) -> None:
+    """UserError with `risk`, a sentence about what a recipe gives up, unless all is trusted. It is never remembered."""
+    if _asks and not _trusts_all:
+        raise UserError(f"{risk}. If you mean that, add --trust, each time")
+
+
+def check_links(folder: Path) -> None:
+    """UserError where something in a run's folder is a link out of it: a run that goes on would write or delete there."""
+    if not _asks or not folder.is_dir():
+        return
+    home = folder.resolve()
+    for path in [*folder.iterdir(), *(folder / "checkpoints").glob("*")]:
+        if path.is_symlink() and not path.resolve().is_relative_to(home):
+            target = path.resolve()
+            _ask(f"link {path.absolute()} to {target}", f"{path}: is a link to {target}, where the run would write")
+
+
+def _ask(entry: str, what: str, trusted: bool = False) -> None:
+    """Remember what is trusted; UserError for what is not, and was not before."""
+    entry = entry.replace("\n", "\\n")
+    if _trusts_all or trusted:
         _remember(entry)
     elif entry not in _known():
-        raise UserError(
-            f"{setting}: would run {home}, which is not in the recipe's own folder, {_folder}, and has not been run here "
-            "before as it is now. Look at it, and if you trust it add --trust"
-        )
+        raise UserError(f"{what}. Look at it, and if you trust it add --trust")
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def _entry(home: str) -> str:

@@ -1,7 +1,11 @@
 """A recipe runs no Python from outside its own folder unasked, whatever the command."""
 
 import json
+import pickle
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
 
 import pytest
 from typer.testing import CliRunner
@@ -122,6 +126,165 @@ def test_not_all_of_coterie_is_trusted(tmp_path, name):
     assert callable(load_function("coterie.rewards.steps:right_answer", "rewards"))
 
 
+def test_a_run_or_model_folder_brings_no_code(folders, tmp_path, saved_model):
+    """A recipe beside the weights, or in a run's folder, with a reward that lies there too."""
+    theirs = tmp_path / "model"
+    (theirs / "code.py").write_text(REWARD.format(mark=str(theirs / "was_run")))
+    (theirs / "data.jsonl").write_text('{"prompt": "1"}\n{"prompt": "2"}\n')
+    recipe(theirs)
+    for arguments in (("sample", "./model", "1"), ("eval", "./model")):
+        assert "--trust" in str(run(*arguments)), arguments
+    (theirs / "run.db").touch()
+    for command in ("train", "check"):
+        assert "--trust" in str(run(command, "model/recipe.yaml"))
+    assert "--trust" in str(run("eval", "./model", "--task", "model/recipe.yaml"))
+    assert not (theirs / "was_run").exists()
+
+
+def test_a_resumed_run_brings_no_code(folders, tmp_path, monkeypatch):
+    code = tmp_path / "run" / ".code.py"
+    code.parent.mkdir()
+    code.write_text(REWARD.format(mark=str(tmp_path / "was_run")))
+    recipe(folders, f"{code}:f", steps=2)
+    assert run("train", "theirs/recipe.yaml", "--out", "run", "--stop-after", "1", "--trust") is None
+    (tmp_path / "was_run").unlink()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user's"))
+    assert "--trust" in str(run("train", "--resume", "run"))
+    assert not (tmp_path / "was_run").exists()
+    assert run("train", "--resume", "run", "--trust") is None
+
+
+def test_the_users_own_run_is_evaluated_and_sampled_unasked(folders):
+    recipe(folders)
+    assert run("train", "theirs/recipe.yaml", "--out", "run") is None
+    assert run("eval", "run", "--samples", "1") is None
+    assert run("sample", "run", "1", "-n", "1", "--max-new-tokens", "2") is None
+
+
+CODE = {"function": "code", "options": {"function": "f"}}
+JUDGE = {"function": "judge", "options": {"model": "m", "rubric": "r", "key_variable": ""}}
+
+
+def with_options(reward, **options):
+    return {**reward, "options": {**reward["options"], **options}}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"sandbox": "subprocess"}, "all of this user's rights"),
+        ({"seconds": 1e6}, "seconds"),
+        ({"memory_megabytes": 10**7}, "memory_megabytes"),
+        ({"output_bytes": 10**12}, "output_bytes"),
+        ({"workers": 10**6}, "workers"),
+    ],
+)
+def test_a_recipe_cannot_weaken_the_sandbox(folders, options, says):
+    recipe(folders, with_options(CODE, **options))
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"{says}[\s\S]*--trust"):
+            raise run("check", "theirs/recipe.yaml")
+        # agreed to once, and asked about again: the next recipe is somebody else's
+        agreed = run("check", "theirs/recipe.yaml", "--trust")
+        assert "--trust" not in str(agreed), agreed
+
+
+@pytest.fixture
+def listener():
+    """A server on this machine that keeps what it is sent."""
+    heard = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            heard.append(dict(self.headers))
+            self.send_response(500)
+            self.end_headers()
+
+        def do_POST(self):
+            self.do_GET()
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", heard
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "reward",
+    [
+        with_options(JUDGE, url="http://192.0.2.1/v1"),
+        with_options(JUDGE, url="https://api.openai.com/v1"),
+        with_options(JUDGE, url="http://localhost.example.org/v1"),
+        with_options(JUDGE, url="http://127.0.0.1.example.org/v1"),
+        with_options(JUDGE, url="{here}", key_variable="AWS_SECRET_ACCESS_KEY"),
+        with_options(JUDGE, url="{here}", key_variable="HOME"),
+        with_options(CODE, sandbox="http://192.0.2.1:8070"),
+        with_options(CODE, sandbox="{here}"),
+    ],
+)
+def test_nothing_is_sent_unasked(folders, saved_model, monkeypatch, listener, command, reward):
+    here, heard = listener
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret-of-mine")
+    monkeypatch.setenv("COTERIE_SANDBOX_TOKEN", "another-secret")
+    recipe(folders, json.loads(json.dumps(reward).replace("{here}", here)))
+    error = str(run(*COMMANDS[command]))
+    assert "would send" in error
+    assert "--trust" in error
+    assert "\n" not in error
+    assert heard == []
+
+
+def test_what_was_agreed_to_be_sent_is_remembered_with_its_address_and_key(folders, monkeypatch):
+    monkeypatch.setenv("MY_JUDGE", "a-secret-of-mine")
+    for url, variable, more, refused in (
+        ("http://192.0.2.1/v1", "", ("--trust",), False),
+        ("http://192.0.2.1/v1", "", (), False),
+        ("http://192.0.2.1/v2", "", (), True),
+        ("http://192.0.2.1/v1", "MY_JUDGE", (), True),
+        ("http://192.0.2.1/v1", "MY_JUDGE", ("--trust",), False),
+        ("http://192.0.2.1/v1", "MY_JUDGE", (), False),
+        ("http://192.0.2.2/v1", "MY_JUDGE", (), True),
+    ):
+        recipe(folders, with_options(JUDGE, url=url, key_variable=variable, attempts=1, step_seconds=0.01))
+        error = run("check", "theirs/recipe.yaml", *more)
+        assert ("--trust" in str(error)) == refused, (url, variable, more)
+
+
+def test_a_judge_on_this_machine_without_a_key_is_asked(folders, listener, monkeypatch):
+    here, heard = listener
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    recipe(folders, with_options(JUDGE, url=here, attempts=1, step_seconds=2))
+    assert "--trust" not in str(run("check", "theirs/recipe.yaml"))
+    assert heard
+    assert not any("Authorization" in headers for headers in heard)
+
+
+def test_links_out_of_a_runs_folder_are_not_followed(folders, tmp_path):
+    recipe(folders, steps=2)
+    assert run("train", "theirs/recipe.yaml", "--out", "run", "--stop-after", "1") is None
+    mine = tmp_path / "mine"
+    (mine / ".ssh").mkdir(parents=True)
+    (mine / "precious").write_text("as it was")
+    for name in (".lock", ".report.writing", ".recipe.yaml.writing", "skipped"):
+        link = tmp_path / "run" / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(mine / "precious")
+        assert "is a link to" in str(run("train", "--resume", "run"))
+        link.unlink()
+    (tmp_path / "run" / "checkpoints").rename(mine / "checkpoints")
+    (mine / "checkpoints" / ".ssh").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(mine / "checkpoints")
+    assert "is a link to" in str(run("train", "--resume", "run"))
+    assert (mine / "precious").read_text() == "as it was"
+    assert run("train", "--resume", "run", "--trust") is None
+    assert (mine / "checkpoints" / ".ssh").exists()  # and only what a save has left is cleared away
+
+
 def test_in_python_everything_is_trusted(folders):
     assert callable(load_function("subprocess:getoutput", "rewards"))
     assert callable(load_function("code.py:f", "rewards"))
@@ -149,6 +312,36 @@ def test_a_module_that_was_trusted_is_not_another_of_its_name(folders, tmp_path,
             sys.modules.pop("judged_by_me", None)
         assert (error is not None) == refused, name
     assert [(tmp_path / name / "was_run").exists() for name in names] == [True, False]
+
+
+def test_a_model_that_names_code_from_the_hub_is_refused(folders, saved_model, tmp_path):
+    config = tmp_path / "model" / "config.json"
+    settings = json.loads(config.read_text())
+    for name in ("attn_implementation", "_attn_implementation"):
+        config.write_text(json.dumps({**settings, name: "somebody/kernel"}))
+        error = run("sample", "./model", "1")
+        assert error is None or "code from the hub" in str(error)
+    config.write_text(json.dumps({**settings, "attn_implementation": "somebody/kernel"}))
+    assert "code from the hub" in str(run("sample", "./model", "1"))
+    recipe(folders, model={**MODEL, "attn_implementation": "somebody/kernel"})
+    assert run("check", "theirs/recipe.yaml") is not None
+
+
+def test_pickled_weights_and_adapters_are_refused(folders, saved_model, tmp_path):
+    model = tmp_path / "model"
+
+    class Runs:
+        def __reduce__(self):
+            return (Path(model / "was_run").touch, ())
+
+    (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "gpt2", "peft_type": "LORA"}))
+    assert "is an adapter" in str(run("sample", "./model", "1"))
+    (model / "adapter_config.json").unlink()
+    (model / "pytorch_model.bin").write_bytes(pickle.dumps(Runs()))
+    assert run("sample", "./model", "1", "-n", "1", "--max-new-tokens", "2") is None
+    (model / "model.safetensors").unlink()
+    assert "pickled weights are refused" in str(run("sample", "./model", "1"))
+    assert not (model / "was_run").exists()
 
 
 def test_code_that_a_model_brings_is_never_run_nor_asked_about(folders, monkeypatch):

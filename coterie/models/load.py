@@ -42,7 +42,7 @@ def load_config(recipe: Recipe) -> PretrainedConfig:
     if isinstance(recipe.model, ModelShape):
         return _fresh_config(recipe.model)
     check_model_folder(recipe.model)
-    return _from_hub(AutoConfig, recipe.model)
+    return _config_of(recipe.model)
 
 
 def check_model_folder(model: str) -> None:
@@ -55,6 +55,8 @@ def check_model_folder(model: str) -> None:
         raise UserError(f"model: the folder {model} does not exist{first}")
     if not (path / "config.json").is_file():
         raise UserError(f"model: {model} has no config.json, so it is no model in Hugging Face format")
+    if (path / "adapter_config.json").is_file():  # it names a model elsewhere, and modules to import
+        raise UserError(f"model: {model} is an adapter (it has adapter_config.json); merge it into its model first")
     if not list(path.glob("*.safetensors")):
         raise UserError(f"model: {model} has no weights: a *.safetensors file is needed (pickled weights are refused)")
 
@@ -98,7 +100,7 @@ def start_model(recipe: Recipe, codec: Codec, device: torch.device) -> PreTraine
 def load_model(source: str, device: torch.device, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model from a folder or the hub, from safetensors only."""
     check_model_folder(source)
-    for name in _from_hub(AutoConfig, source).architectures or ():
+    for name in _config_of(source).architectures or ():
         if name.endswith("ForSequenceClassification"):
             raise UserError(f"model: {source} gives scores ({name}) and writes no text; it is a reward model")
     return _from_hub(AutoModelForCausalLM, source, dtype=dtype, use_safetensors=True).to(device)
@@ -122,7 +124,7 @@ def check_scorer(source: str) -> str:
         if not (path / "model").is_dir():
             raise UserError(f"model: the run {path} has no model yet; it is written when the run has finished")
     check_model_folder(source)
-    config = _from_hub(AutoConfig, source)
+    config = _config_of(source)
     kinds = config.architectures or ["a model of no stated kind"]
     if not kinds[0].endswith("ForSequenceClassification"):
         raise UserError(f"model: {source} is {kinds[0]}, and a reward model is one ForSequenceClassification")
@@ -164,9 +166,28 @@ def _fresh_config(shape: ModelShape, **more: Any) -> PretrainedConfig:
             raise UserError(f"model.{name}: {shape.type} has no such setting; {nearest(name, allowed)}")
     without_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     try:
-        return AutoConfig.for_model(shape.type, **{**without_ids, **settings, **more})
+        config = AutoConfig.for_model(shape.type, **{**without_ids, **settings, **more})
     except Exception as error:  # each configuration class checks its values in its own way
         raise UserError(f"model: {shape.type} refuses these settings: {error}") from error
+    _check_brings_no_code(config, shape.type)
+    return config
+
+
+def _config_of(source: str) -> PretrainedConfig:
+    """The configuration of a model folder or hub id, which brings no code."""
+    config: PretrainedConfig = _from_hub(AutoConfig, source)
+    _check_brings_no_code(config, source)
+    return config
+
+
+def _check_brings_no_code(config: PretrainedConfig, source: str) -> None:
+    """UserError where an implementation is named that transformers would load from the hub as a kernel, which is code."""
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            _check_brings_no_code(value, source)
+        elif name.endswith("_implementation_internal") and isinstance(value, str) and "/" in value:
+            setting = name.strip("_").removesuffix("_internal")
+            raise UserError(f"model: {source}: {setting} is {value!r:.80}, code from the hub, which is not run")
 
 
 def _from_hub(kind: Any, source: str, **options: Any) -> Any:

@@ -34,6 +34,7 @@ from coterie.rewards.judge_request import (
     make_question,
 )
 from coterie.rewards.text_of import Chat, completion_text
+from coterie.trust import check_sending
 
 Value = float | RewardError | None
 Verdicts = Mapping[Question, Any]  # a RewardError where the judge said nothing of use
@@ -82,6 +83,9 @@ class Judge:
     def __post_init__(self) -> None:
         for wrong in _wrong(self):
             raise UserError(f"rewards: judge: {wrong}")
+        url = httpx.URL(self.url)
+        variable = self.key_variable if _key_in(self.key_variable) else ""
+        check_sending("prompts and completions", str(url), url.host, variable, "rewards: judge: url")
 
     def __call__(
         self, prompts: Sequence[str | Chat], completions: Sequence[str | Chat], **columns: Sequence[Any]

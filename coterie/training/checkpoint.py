@@ -26,6 +26,7 @@ from coterie.errors import UserError
 from coterie.faults import strikes
 
 MANIFEST = "manifest.json"
+_LEFT = (".writing", ".replaced", ".deleting")
 STAGES = ("cold_start", "train")
 
 
@@ -234,8 +235,9 @@ def prune_checkpoints(folder: Path, keep_last: int, best_steps: Collection[int] 
     stands on. Returns what can't be deleted, and why."""
     whole = {}
     for path in folder.iterdir():
-        if path.name.startswith("."):  # left by a save that was interrupted
-            shutil.rmtree(path, ignore_errors=True)
+        if path.name.startswith("."):
+            if path.suffix in _LEFT:  # by a save that was interrupted
+                shutil.rmtree(path, ignore_errors=True)
             continue
         with contextlib.suppress(*_UNREADABLE):  # a damaged one is kept, to be looked at
             whole[path] = _position(path)

@@ -49,6 +49,7 @@ from coterie.training.checkpoint import (
 from coterie.training.inputs import check_inputs, inputs_of
 from coterie.training.profile import Profiler
 from coterie.training.watch import HISTORY, alarms
+from coterie.trust import check_links
 from coterie.types import Scored
 
 Row = tuple[list[int], ...]  # the tokens of a prompt, and of the answers that are learned from
@@ -64,6 +65,7 @@ class Run:
 
     def __init__(self, folder: Path, recipe: Recipe, console: Console, *, stop_after: int | None = None) -> None:
         self.folder, self.recipe, self.console = folder, recipe, console
+        check_links(folder)
         self._lock = _locked(folder)
         self.store = Store(folder / "run.db")
         self._saver = Saver(folder / "checkpoints")

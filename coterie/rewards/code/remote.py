@@ -24,6 +24,7 @@ import httpx
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
 from coterie.rewards.code.sandbox import (
+    TOKEN_VARIABLE,
     Limits,
     Outcome,
     Output,
@@ -34,7 +35,6 @@ from coterie.rewards.code.sandbox import (
 )
 
 PROTOCOL = 1
-_TOKEN = "COTERIE_SANDBOX_TOKEN"  # the environment variable that holds it
 _MAX_REQUEST = 100_000_000  # bytes
 _SPARE = 4  # an answer's bytes for each byte of output: escapes
 _OVERHEAD = 1000  # its bytes for each input beside
@@ -46,7 +46,7 @@ class Remote:
 
     def __init__(self, url: str, *, num_workers: int | None = None, attempts: int = 3) -> None:
         """Raises SandboxError where nobody answers there, or not in this protocol."""
-        token = os.environ.get(_TOKEN)
+        token = os.environ.get(TOKEN_VARIABLE)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._client = httpx.Client(base_url=url, headers=headers, timeout=30.0)
         self._attempts = attempts
@@ -194,14 +194,14 @@ _UNKNOWN = (401, {"error": "a token is needed"})
 def main() -> None:
     """`python -m coterie.rewards.code.remote --port 8070`: serve this machine's sandbox."""
     parser = argparse.ArgumentParser(
-        description=f"Serve this machine's sandbox. The environment's {_TOKEN} is the token."
+        description=f"Serve this machine's sandbox. The environment's {TOKEN_VARIABLE} is the token."
     )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8070)
     parser.add_argument("--sandbox", default="auto", help="auto, bubblewrap or landlock")
     given = parser.parse_args()
     sandbox = make_sandbox(given.sandbox)
-    server = SandboxServer(sandbox, host=given.host, port=given.port, token=os.environ.get(_TOKEN))
+    server = SandboxServer(sandbox, host=given.host, port=given.port, token=os.environ.get(TOKEN_VARIABLE))
     print(f"{sandbox.report}\nlistening at {server.url}", flush=True)
     server.wait()
 

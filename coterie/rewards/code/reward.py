@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import httpx
+
 from coterie.errors import RewardError, UserError
-from coterie.rewards.code.sandbox import Limits, Outcome, Program, Sandbox, make_sandbox
+from coterie.rewards.code.sandbox import TOKEN_VARIABLE, Limits, Outcome, Program, Sandbox, make_sandbox
 from coterie.rewards.code.verdict import Policy, Test, passes, read_tests
 from coterie.rewards.text_of import Chat, completion_text
+from coterie.trust import check_risk, check_sending
 
+# What a recipe may give a program before it is asked about: far above what a test needs, far below what ends a machine
+_UNASKED = {
+    "seconds": 300,
+    "wall_seconds": 900,
+    "memory_megabytes": 16_384,
+    "output_bytes": 100_000_000,
+    "workers": 256,
+}
 _PYTHON = ("python", "python3", "py")
 _FENCE = re.compile(r"^ {0,3}```[ \t]*(\w*)[^`\n]*$")
 
@@ -58,6 +70,8 @@ class Code:
     def __post_init__(self) -> None:
         if self.score not in ("share", "all"):
             raise UserError(f"code: score is share or all, not {self.score!r}")
+        if not isinstance(self.sandbox, str):
+            raise UserError(f"code: sandbox is a name or an address, not {self.sandbox!r:.80}")
         for name in ("wall_seconds", "tolerance"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
@@ -65,6 +79,24 @@ class Code:
         if isinstance(self.workers, bool) or not isinstance(self.workers, int) or self.workers < 0:
             raise UserError(f"code: workers must be a number of processes, or 0 for one a core, not {self.workers!r}")
         _ = self._limits  # checks itself
+        self._check_trust()
+
+    def _check_trust(self) -> None:
+        """UserError for what a recipe from somebody else may not ask for: a sandbox that holds less, or one elsewhere."""
+        if self.sandbox == "subprocess":
+            check_risk("code: sandbox: subprocess would run what a model writes with all of this user's rights")
+        for name, most in _UNASKED.items():
+            if getattr(self, name) > most:
+                check_risk(
+                    f"code: {name}: {getattr(self, name)!r:.40} is more than the {most:,} that a program gets unasked"
+                )
+        if not self.uses_cores:
+            try:
+                url = httpx.URL(self.sandbox)
+            except httpx.InvalidURL as error:
+                raise UserError(f"code: sandbox: {self.sandbox!r:.80} is no address: {error}") from None
+            token = TOKEN_VARIABLE if os.environ.get(TOKEN_VARIABLE) else ""
+            check_sending("programs and their arguments", str(url), url.host, token, "rewards: code: sandbox")
 
     def __call__(
         self,

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from coterie.errors import UserError, nearest
 
 MAX_INPUTS = 500
+TOKEN_VARIABLE = "COTERIE_SANDBOX_TOKEN"  # the environment variable that holds the key to a sandbox server
 
 
 @dataclass(frozen=True)
