@@ -102,6 +102,8 @@ class Recipe(Settings):
         taken = {
             "mean",
             "std",
+            "highest",
+            "lowest",
             "num_abstained",
             "num_failed",
             "kl",

@@ -288,13 +288,18 @@ class Record(Settings):
 class Limits(Settings):
     """Figures past which a step is an event in the run, and those among them that end it."""
 
-    grad_norm_times: Positive = Field(20.0, description="the gradient's norm over the median of the last 50 steps")
+    grad_norm_times: Positive = Field(
+        20.0,
+        description="the gradient's norm over the median of the last 50 steps with a signal, or of the first 50 if larger",
+    )
     ratio: Positive = Field(100.0, description="of the policy to the one that sampled, for a single token or sequence")
     sampler_gap: Positive = Field(
         0.5, description="nats between the sampler's log-probability of a token and the trainer's"
     )
     kl: Positive | None = Field(None, description="nats a token to the reference; no limit if empty")
-    entropy: NonNegative = Field(0.005, description="nats a token, below which the policy has collapsed")
+    entropy: NonNegative = Field(
+        0.005, description="nats a token, below which a policy that does not get about the best reward has collapsed"
+    )
     stop_on: tuple[Literal["grad_norm_times", "ratio", "sampler_gap", "kl", "entropy"], ...] = Field(
         (), description="which of these end the run; the newest checkpoint stands"
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, median
 
 from coterie.runs.store import Store
 
@@ -26,6 +26,7 @@ class Limits:
     standing: a part whose rise is at most this share of its range has not risen.
     longer, shorter: mean length against that of the first window. flat: std of the rewards, as a share of the largest so far.
     best: how far from the best mean reward so far, as a share of its range. silent: share of the groups without signal.
+    solved: how far the mean reward is from the best that a completion has had, as a share of what their rewards differ by.
     """
 
     window: int = 10
@@ -40,6 +41,7 @@ class Limits:
     flat: float = 0.05
     best: float = 0.05
     silent: float = 0.8
+    solved: float = 0.05
 
 
 LIMITS = Limits()
@@ -122,6 +124,11 @@ class History:
             return None
         error = math.sqrt(sum(_square_of_error(window) for window in windows))
         return Change(fmean(windows[0]), fmean(windows[1]), error)
+
+    def is_solved(self, mean: float, limits: Limits) -> bool:
+        """Whether a mean reward is about the best that a completion has had: then equal rewards are no loss, but the aim."""
+        best, worst = self.largest.get("reward/highest", math.nan), self.smallest.get("reward/lowest", math.nan)
+        return best > worst and mean >= best - limits.solved * (best - worst)
 
     def direction(self, part: str) -> float:
         """-1 for a part that counts against a completion."""
@@ -222,9 +229,12 @@ def saturation(history: History, limits: Limits = LIMITS) -> Iterator[Sign]:
 
 
 def no_signal(history: History, limits: Limits = LIMITS) -> Iterator[Sign]:
-    """Most groups have equal rewards, from which nothing can be learned."""
+    """Most groups have equal rewards, from which nothing can be learned, and they are not the best ones."""
     size = limits.lasting
     shares = history.window("group/no_signal_share", history.step, size)
+    means = history.window("reward/mean", history.step, size)
+    if means and history.is_solved(median(means), limits):
+        return
     if len(shares) == size and fmean(shares) > limits.silent:
         text = f"in {fmean(shares):.0%} of the groups of {size} steps all completions got the same reward"
         yield Sign("no_signal", history.step, text)
@@ -247,6 +257,9 @@ def reward_against_accuracy(history: History, limits: Limits = LIMITS) -> Iterat
         yield Sign("reward_against_accuracy", history.step, text)
 
 
+_WATCHED = (
+    "reward/mean", "reward/std", "reward/highest", "reward/lowest", "completion/tokens_mean", "group/no_signal_share",
+)  # fmt: skip
 EVERY_STEP = (one_part_dominates, one_part_jumps, length_drift, saturation, no_signal)
 
 
@@ -256,7 +269,7 @@ class Watch:
     def __init__(self, weights: Mapping[str, float], limits: Limits = LIMITS) -> None:
         self._history, self._limits = History(weights), limits
         parts = [f"reward/{part}{of}" for part in weights for of in ("", "_group_std")]
-        self._names = {"reward/mean", "reward/std", "completion/tokens_mean", "group/no_signal_share", *parts}
+        self._names = {*_WATCHED, *parts}
         self._held: dict[tuple[str, str], int] = {}  # the last step at which each sign held
 
     @classmethod
@@ -280,6 +293,10 @@ class Watch:
         self._history.add(step, {name: value for name, value in metrics.items() if name in self._names})
         found = [sign for rule in EVERY_STEP for sign in rule(self._history, self._limits)]
         return self._beginning(found, step - self._limits.lasting)
+
+    def is_solved(self, metrics: Mapping[str, float]) -> bool:
+        """Whether the figures of a step are those of a policy that gets about the best reward each time."""
+        return self._history.is_solved(metrics.get("reward/mean", math.nan), self._limits)
 
     def add_accuracy(self, step: int, accuracy: Accuracy) -> list[Sign]:
         """A held-out accuracy after a step -> the signs that begin with it."""

@@ -167,6 +167,9 @@ def rollout_metrics(scored: Scored, signal: Tensor) -> Tally:
     completions = [completion for group in scored.groups for completion in group.completions]
     lengths = torch.tensor([len(completion.tokens) for completion in completions], dtype=torch.float64)
     tally.add_values("reward/mean", scored.rewards[valid])
+    if valid.any():
+        tally.add("reward/highest", scored.rewards[valid].max())
+        tally.add("reward/lowest", scored.rewards[valid].min())
     if valid.sum() > 1:
         tally.add("reward/std", scored.rewards[valid].std())
     for name, part in scored.parts.items():

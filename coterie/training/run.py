@@ -48,7 +48,7 @@ from coterie.training.checkpoint import (
 )
 from coterie.training.inputs import check_inputs, inputs_of
 from coterie.training.profile import Profiler
-from coterie.training.watch import HISTORY, alarms
+from coterie.training.watch import HISTORY, alarms, usual_norm
 from coterie.trust import check_links
 from coterie.types import Scored
 
@@ -285,9 +285,21 @@ class Run:
 
     def _limits_passed(self, stage: str, step: int, metrics: Mapping[str, float]) -> dict[str, str]:
         """The limits that a step is past, and the figures in words."""
-        query = "SELECT value FROM metrics WHERE stage = ? AND name = ? AND step < ? AND value IS NOT NULL ORDER BY step DESC LIMIT ?"
-        norms = [row["value"] for row in self.store.read(query, stage, "optimiser/grad_norm", step, HISTORY)]
-        return {alarm.limit: alarm.message for alarm in alarms(metrics, norms, self.recipe.limits)}
+        usual = usual_norm(
+            self._norms_of(stage, 1, min(HISTORY, step - 1)), self._norms_of(stage, step - HISTORY, step - 1)
+        )
+        watch = self._watching(stage)
+        found = alarms(metrics, usual, self.recipe.limits, solved=watch is not None and watch.is_solved(metrics))
+        return {alarm.limit: alarm.message for alarm in found}
+
+    def _norms_of(self, stage: str, first: int, last: int) -> list[float]:
+        """The gradient's norms in these steps, but for those in which no group had a signal."""
+        query = (
+            "SELECT norm.value FROM metrics AS norm LEFT JOIN metrics AS silent ON silent.stage = norm.stage AND silent.step = "
+            "norm.step AND silent.name = 'group/no_signal_share' WHERE norm.stage = ? AND norm.name = 'optimiser/grad_norm' "
+            "AND norm.step BETWEEN ? AND ? AND norm.value IS NOT NULL AND COALESCE(silent.value, 0) < 1"
+        )
+        return [value for (value,) in self.store.read(query, stage, first, last)]
 
     def _metrics_of(self, stage: str, step: int) -> dict[str, float]:
         rows = self.store.read(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from coterie.settings import Limits
 
-HISTORY = 50  # steps whose gradient norms a spike is compared with
+HISTORY = 50  # steps that a gradient's norm is compared with
 _ENOUGH = 10
 
 
@@ -20,11 +20,20 @@ class Alarm:
     message: str
 
 
-def alarms(metrics: Mapping[str, float], grad_norms: Sequence[float], limits: Limits) -> list[Alarm]:
-    """The limits that a step passed. grad_norms: of the steps before it, at most HISTORY."""
+def usual_norm(first: Sequence[float], last: Sequence[float]) -> float | None:
+    """What is usual for the gradient's norm, from those of the first and of the last steps that had a signal; None while unknown.
+
+    It is the larger of the two medians. Where nearly all is learned only a few completions have a gradient, and norms differ by
+    orders of magnitude from step to step; what was usual at the start is no alarm there.
+    """
+    return max((statistics.median(norms) for norms in (first, last) if len(norms) >= _ENOUGH), default=None)
+
+
+def alarms(metrics: Mapping[str, float], usual: float | None, limits: Limits, *, solved: bool = False) -> list[Alarm]:
+    """The limits that a step passed. usual: norm of the gradient. solved: whether completions get about the best reward, so that
+    a policy that always says the same has learned it, and not collapsed."""
     found = []
     norm = metrics.get("optimiser/grad_norm", 0.0)
-    usual = statistics.median(grad_norms) if len(grad_norms) >= _ENOUGH else None
     if usual and norm > limits.grad_norm_times * usual:
         found.append(
             Alarm(
@@ -36,7 +45,7 @@ def alarms(metrics: Mapping[str, float], grad_norms: Sequence[float], limits: Li
         if bound is not None and value is not None and value > bound:
             found.append(Alarm(limit, f"{what} is {value:.3g}, above {bound:g}"))
     entropy = metrics.get("policy/entropy")
-    if entropy is not None and entropy < limits.entropy:
+    if entropy is not None and entropy < limits.entropy and not solved:
         found.append(
             Alarm(
                 "entropy",

@@ -5,9 +5,11 @@ import sqlite3
 import pytest
 
 import coterie
+from coterie.recipe import load_recipe
+from coterie.runs.console import Console
 from coterie.settings import Limits
-from coterie.training.run import RunFailedError
-from coterie.training.watch import alarms
+from coterie.training.run import Run, RunFailedError
+from coterie.training.watch import alarms, usual_norm
 
 GOOD = {"optimiser/grad_norm": 1.0, "policy/ratio_max": 1.1, "policy/sampler_gap_max": 1e-6, "policy/kl": 0.1, "policy/entropy": 1.0}  # fmt: skip
 
@@ -26,16 +28,64 @@ GOOD = {"optimiser/grad_norm": 1.0, "policy/ratio_max": 1.1, "policy/sampler_gap
     ],
 )
 def test_r36_limits_that_are_passed(changed, expected):
-    found = alarms({**GOOD, **changed}, [1.0] * 20, Limits(kl=2.0))
+    found = alarms({**GOOD, **changed}, 1.0, Limits(kl=2.0))
     assert [alarm.limit for alarm in found] == expected
 
 
 def test_r36_a_gradient_is_compared_with_the_median_of_enough_steps():
-    big = {"optimiser/grad_norm": 30.0}
-    assert alarms(big, [1.0] * 9, Limits()) == []
-    (alarm,) = alarms(big, [1.0] * 9 + [1000.0], Limits())
+    assert usual_norm([1.0] * 9, [1.0] * 9) is None
+    (alarm,) = alarms({"optimiser/grad_norm": 30.0}, usual_norm([], [1.0] * 9 + [1000.0]), Limits())
     assert "30 times the usual 1" in alarm.message
-    assert alarms(big, [0.0] * 10, Limits()) == []  # nothing usual to compare with
+    assert (
+        alarms({"optimiser/grad_norm": 30.0}, usual_norm([], [0.0] * 10), Limits()) == []
+    )  # nothing usual to compare with
+
+
+def test_r36_where_most_is_learned_a_gradient_is_compared_with_what_was_usual_at_the_start():
+    start, solved = [0.5] * 50, [1e-5, 0.006, 0.2, 1e-5, 0.05] * 10
+    assert alarms({"optimiser/grad_norm": 0.7}, usual_norm(start, solved), Limits()) == []
+    (alarm,) = alarms({"optimiser/grad_norm": 12.0}, usual_norm(start, solved), Limits())
+    assert alarm.limit == "grad_norm_times"
+    (alarm,) = alarms({"optimiser/grad_norm": 12.0}, usual_norm([0.01] * 50, start), Limits())  # they may grow, too
+    assert "24 times the usual 0.5" in alarm.message
+
+
+def test_r36_a_policy_that_always_says_what_is_right_has_not_collapsed():
+    settled = {**GOOD, "policy/entropy": 0.0}
+    assert alarms(settled, 1.0, Limits(), solved=True) == []
+    assert [alarm.limit for alarm in alarms(settled, 1.0, Limits())] == ["entropy"]
+    both = alarms({**settled, "policy/ratio_max": 101.0}, 1.0, Limits(), solved=True)  # what else is wrong is said
+    assert [alarm.limit for alarm in both] == ["ratio"]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "expected"),
+    [([1.0, 1.0, 1.0, 0.98], {"sign/saturation"}), ([1.0, 1.0, 0.0, 0.0], {"limit", "sign/no_signal"})],
+)
+def test_r36_a_run_tells_a_task_that_is_solved_from_a_policy_that_has_collapsed(
+    rewards, expected, tmp_path, tiny_recipe
+):
+    """A quarter of a run in which completions differ, then one in which each prompt always gets the same reward."""
+    mean = sum(rewards) / len(rewards)
+    std = (sum((reward - mean) ** 2 for reward in rewards) / (len(rewards) - 1)) ** 0.5
+    learning = {
+        "reward/mean": 0.5, "reward/std": 0.5, "reward/highest": 1.0, "reward/lowest": 0.0, "group/no_signal_share": 0.2,
+        "policy/entropy": 1.0, "optimiser/grad_norm": 0.5,
+    }  # fmt: skip
+    settled = {
+        "reward/mean": mean, "reward/std": std, "reward/highest": max(rewards), "reward/lowest": min(rewards),
+        "group/no_signal_share": 1.0, "policy/entropy": 0.001, "optimiser/grad_norm": 1e-5,
+    }  # fmt: skip
+    run = Run.create(load_recipe("equations", tiny_recipe), "run", str(tmp_path / "run"), Console(), stop_after=None)
+    for step in range(1, 61):
+        run.record(
+            "train",
+            step,
+            learning if step <= 15 else {**settled, "optimiser/grad_norm": 0.5} if step == 60 else settled,
+        )
+    run.close()
+    with sqlite3.connect(tmp_path / "run" / "run.db") as db:
+        assert {kind for (kind,) in db.execute("SELECT kind FROM events")} == expected
 
 
 def events(folder):
