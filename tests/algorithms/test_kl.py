@@ -148,3 +148,16 @@ def test_r5_on_the_policy_the_correction_does_not_change_the_value(name):
     policy, reference = logits(3, VOCABULARY).log_softmax(0), logits(4, VOCABULARY).log_softmax(0)
     plain = kl_penalty(policy, reference, estimator=name)
     assert torch.equal(kl_penalty(policy, reference, estimator=name, sampler_logprobs=policy), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("distance", [19.0, 21.0, 30.0, 45.0])
+def test_the_corrected_k3_of_a_token_far_from_the_reference_keeps_its_value_and_gradient(distance, dtype):
+    """pi_ref = pi_old = e^-1 and pi_theta far below: (pi_theta / pi_old) (e^d - 1 - d) is 1 less what vanishes."""
+    policy = torch.tensor([-1.0 - distance], dtype=dtype, requires_grad=True)
+    reference = torch.tensor([-1.0], dtype=dtype)
+    (penalty,) = kl_penalty(policy, reference, estimator="k3", sampler_logprobs=reference)
+    penalty.backward()
+    weight = math.exp(-distance)
+    assert penalty.item() == pytest.approx(1 - weight * (1 + distance), rel=1e-5)
+    assert policy.grad.item() == pytest.approx(-weight * distance, rel=1e-4, abs=1e-7 if dtype == torch.float32 else 0)

@@ -179,6 +179,37 @@ def test_the_loss_is_the_formula_written_out(batch):
     assert metrics["loss/total"] == pytest.approx(sum(terms) / len(terms), rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["truncate", "mask"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_correction_weighs_the_trainer_s_own_ratio_by_how_far_the_sampler_was(exact_batch, kind, level):
+    """pi_old is the trainer's own, so the first ratio is 1 and no bound acts; each token's gradient is its advantage times
+    min(pi_old / pi_sampler, limit), or nothing where that is above the limit or below 1 / limit."""
+    policy, reference, scored = exact_batch
+    scored = shifted(scored)
+    limit = 1.25 if level == "token" else 1.05
+    correction = {"correction": {"kind": kind, "level": level, "limit": limit}}
+    loss = {"loss": {"aggregation": "token_mean", "clip_low": 0.01, "clip_high": 0.01, "kl_weight": 0}}
+    found, metrics, _ = gradient_of(policy, reference, scored, {**loss, **correction})
+    assert metrics["policy/ratio_max"] == 1
+    assert 0 < metrics["policy/correction_cut_share"] < 1
+    advantages = group_advantages(scored.rewards)
+    streams, totals = pack(scored, advantages, max_length=20, micro_batch_tokens=10**6, drop_silent=False)
+    policy.model.zero_grad()
+    for stream in streams:
+        logprobs = token_logprobs(policy, stream)
+        gaps = (logprobs.detach() - stream.sampler_logprobs).tolist()
+        rows = stream.row.tolist()
+        of_row = {row: sum(gap for gap, its in zip(gaps, rows, strict=True) if its == row) for row in rows}
+        ratios = [math.exp(of_row[row] if level == "sequence" else gap) for gap, row in zip(gaps, rows, strict=True)]
+        weights = [min(r, limit) if kind == "truncate" else r * (1 / limit <= r <= limit) for r in ratios]
+        weighed = torch.tensor(weights, dtype=torch.float64) * stream.advantages[stream.row]
+        (-(weighed * logprobs).sum() / totals.num_tokens).backward()
+    for name, parameter in policy.model.named_parameters():
+        torch.testing.assert_close(
+            found[name], parameter.grad, rtol=1e-7, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
 @pytest.mark.parametrize("sampling", [SAMPLING, Sampling(max_new_tokens=20, temperature=0.7, top_p=0.9)])
 def test_the_first_ratio_is_one_and_later_ones_leave_it(make_model, sampling):
     policy = Policy.of(make_model("qwen3"))
@@ -246,6 +277,22 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(batch):
             1.0,
         )
         assert tally.values()["optimiser/skipped_share"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("poisoned", [0, 1, 2])
+def test_an_infinite_loss_in_any_micro_batch_skips_the_step_though_its_gradient_is_finite(batch, poisoned):
+    policy, _, scored = batch
+    streams, _ = pack(scored, group_advantages(scored.rewards), max_length=20, micro_batch_tokens=90, drop_silent=False)
+    assert len(streams) > 2
+    optimiser = make_optimiser(policy.model, Optimiser(learning_rate=1.0))
+    before = [p.detach().clone() for p in policy.model.parameters()]
+
+    def loss_of(number, stream):
+        return token_logprobs(policy, stream).sum() + (math.inf if number == poisoned else 0.0)
+
+    tally = take_step(optimiser, streams, loss_of, policy.device, 1.0)
+    assert tally.values()["optimiser/skipped_share"] == 1
     assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
 
 
