@@ -1,5 +1,5 @@
-# `make demo` trains a model in minutes, `make test` runs the tests; `make programs` and `make dialogue` train other tasks, and `make faults`
-# breaks runs on purpose. Each sets up what it needs.
+# `make demo` trains a model in minutes; `make programs` and `make dialogue` train other tasks. `make test` runs the quick tests, `make test-all`
+# all of them, and `make faults` breaks runs on purpose. Each sets up what it needs.
 PYTHON ?= python3
 VENV ?= .venv
 SOURCES := pyproject.toml constraints.txt
@@ -7,7 +7,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
 
 REWARD_MODEL := runs/dialogue_reward_model
 
-.PHONY: demo programs dialogue test faults lint clean
+.PHONY: demo programs dialogue test test-slow test-all faults lint clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/coterie train recipes/equations.yaml
@@ -24,7 +24,12 @@ $(REWARD_MODEL)/summary.json: | $(VENV)/.installed
 	else $(VENV)/bin/coterie train recipes/dialogue_reward_model.yaml; fi
 
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest -m slow
+
+test-all: test test-slow
 
 faults: $(VENV)/.installed-dev
 	$(VENV)/bin/python benchmarks/faults.py

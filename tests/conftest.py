@@ -43,6 +43,11 @@ SHAPES = {
 }  # fmt: skip
 
 
+def some_quick(names, *quick):
+    """All of them as parameters, of which only a few belong to the quick tests."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 @pytest.fixture(autouse=True, scope="session")
 def no_home_of_the_users(tmp_path_factory):
     """Tests remember nothing in the user's home, and nothing of what was trusted there."""

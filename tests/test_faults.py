@@ -29,6 +29,7 @@ def lab(faults, tmp_path_factory):
     return faults.Lab(tmp_path_factory.mktemp("lab"), quick=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_promised_holds(faults, lab, name):
     outcome = faults.EXPERIMENTS[name](lab)
@@ -39,6 +40,7 @@ def test_every_experiment_is_a_test(faults):
     assert list(faults.EXPERIMENTS) == NAMES
 
 
+@pytest.mark.slow
 def test_an_experiment_can_fail(faults, lab, monkeypatch):
     """A run that was changed on the way is told from one that was left alone."""
     home = lab.home(seed=1)
@@ -68,6 +70,7 @@ SECRETS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [None, "before_backward:3:raise"])
 def test_keys_in_the_environment_reach_no_file_and_no_output(faults, lab, fault):
     home = lab.home()

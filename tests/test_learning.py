@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 import coterie
 from coterie.tasks.starter import write_starter
 
@@ -10,6 +12,7 @@ def summary_of(run):
     return json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_r30_the_starter_task_is_learned_from_nothing(tmp_path):
     """A fresh model that writes random bytes learns to write letters: the intervals are far apart."""
     write_starter(tmp_path / "mytask")
@@ -21,6 +24,7 @@ def test_r30_the_starter_task_is_learned_from_nothing(tmp_path):
     assert summary["after"]["reward_interval"][0] > 0.7
 
 
+@pytest.mark.slow
 def test_r27_a_policy_that_guesses_learns_to_write_the_steps(tmp_path):
     """The main job, shortened: a cold start that is right in some answers, and GRPO that makes it right in many more."""
     run = coterie.train(

@@ -6,9 +6,12 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_a_bundled_recipe_trains_from_the_wheel_in_any_folder(tmp_path, tiny_recipe):
     build = [
         sys.executable,

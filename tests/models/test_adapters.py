@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SHAPES
+from conftest import SHAPES, some_quick
 from transformers import AutoModelForCausalLM
 
 from coterie.errors import UserError
@@ -43,7 +43,7 @@ def stir(trained, scale=0.1, seed=5):
             parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
-@pytest.mark.parametrize("architecture", SHAPES)
+@pytest.mark.parametrize("architecture", some_quick(SHAPES, "qwen3", "gemma2"))
 def test_off_it_is_the_start_and_merged_it_is_the_policy(make_model, architecture):
     """To the bit, and the model's own weights stay as they are until they are merged."""
     model = make_model(architecture)

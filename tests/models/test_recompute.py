@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import SHAPES
+from conftest import SHAPES, some_quick
 from test_stream import random_groups, stream_of
 
 import coterie
@@ -36,7 +36,7 @@ def loss_and_gradients(policy):
 
 
 @pytest.mark.parametrize("with_adapter", [False, True])
-@pytest.mark.parametrize("architecture", SHAPES)
+@pytest.mark.parametrize("architecture", some_quick(SHAPES, "qwen3", "gemma2"))
 def test_loss_and_every_gradient_are_the_same_bits(make_model, architecture, with_adapter):
     policy = policy_of(make_model(architecture))
     if with_adapter:
@@ -156,6 +156,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("more", [(), ("lora",)])
 def test_the_peak_of_memory_falls(more):

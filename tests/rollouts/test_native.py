@@ -2,7 +2,11 @@
 
 import pytest
 import torch
-from conftest import SHAPES
+from conftest import SHAPES, some_quick
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from coterie.models.codec import Codec
 from coterie.models.logprobs import token_logprobs
@@ -10,9 +14,11 @@ from coterie.models.policy import Policy
 from coterie.noise import key, mix, uniform
 from coterie.rollouts import native
 from coterie.rollouts.collect import collect, make_engine
+from coterie.rollouts.engine import StopStrings
 from coterie.rollouts.native import NativeEngine
 from coterie.rollouts.pack import Row, make_stream
 from coterie.settings import Sampling
+from coterie.tasks.equations import make_tokenizer
 from coterie.types import Prompt
 
 pytestmark = pytest.mark.usefixtures("each_way")
@@ -63,7 +69,7 @@ def plain_completion(model, prompt, noise_key, sampling):
     return tokens, logprobs
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "gpt2", "mistral", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("architecture", some_quick(["qwen3", "gpt2", "mistral", "gemma2", "gpt_oss"], "qwen3"))
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 @pytest.mark.filterwarnings("ignore:.*share prompts")
 def test_equals_a_plain_loop_token_for_token(make_model, architecture, sampling):
@@ -77,7 +83,9 @@ def test_equals_a_plain_loop_token_for_token(make_model, architecture, sampling)
             assert completion.ended == ("stop" if tokens[-1] in ENDS else "length")
 
 
-@pytest.mark.parametrize("architecture", [name for name in SHAPES if name not in ("gpt_oss", "bloom")])
+@pytest.mark.parametrize(
+    "architecture", some_quick([name for name in SHAPES if name not in ("gpt_oss", "bloom")], "qwen3", "gpt2")
+)
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 def test_one_prompt_alone_and_in_a_batch_get_the_same_tokens(make_model, architecture, sampling):
     engine, prompts, keys = NativeEngine(Policy.of(make_model(architecture))), some_prompts(), some_keys(6, 4)
@@ -257,8 +265,6 @@ def test_a_stop_string_ends_a_completion_at_the_token_that_completes_it(make_mod
 
 
 def test_the_text_of_a_completion_leaves_out_what_ended_it(make_model):
-    from coterie.tasks.equations import make_tokenizer
-
     tokenizer = make_tokenizer()
     codec = Codec.of(tokenizer)
     model = make_model("qwen3", vocab_size=len(tokenizer))
@@ -277,3 +283,49 @@ def test_the_text_of_a_completion_leaves_out_what_ended_it(make_model):
             assert whole[len(completion.text)] in "1x"
         assert not set(completion.text) & {"1", "x"}
     assert ends["string"] > 3
+
+
+def test_the_text_ends_at_the_first_of_the_stop_strings_that_one_token_completed(make_model):
+    """A token may write two of them at once, in either order of the list."""
+    pieces = ["<b><a>.", *(f"{i} " for i in range(60))]
+    words = Tokenizer(WordLevel({piece: token for token, piece in enumerate(pieces)}))
+    words.decoder = Fuse()
+    codec = Codec.of(PreTrainedTokenizerFast(tokenizer_object=words, eos_token=pieces[-1]))
+    model = make_model("qwen3")
+    with torch.no_grad():
+        model.lm_head.weight[0] *= 3
+    for stop in (("<a>", "<b>"), ("<b>", "<a>")):
+        sampling = Sampling(max_new_tokens=40, stop=stop)
+        prompts = [Prompt(0, "x", [3, 4, 5], {}, "")]
+        (group,) = collect(
+            make_engine(Policy.of(model)), prompts, codec, sampling, num_completions=48, noise=(0, "test")
+        )
+        stopped = [c for c in group.completions if c.ended == "stop" and c.tokens[-1] not in codec.end_tokens]
+        assert len(stopped) > 2
+        for completion in stopped:
+            assert completion.tokens[-1] == 0
+            assert completion.text == "".join(pieces[t] for t in completion.tokens[:-1])
+
+
+@pytest.mark.parametrize("string", ["。", "答案。完", "ab"])
+def test_a_stop_string_is_found_though_every_byte_is_a_token(string):
+    text = ("x" * 9 + string).encode()
+    stops = StopStrings((string,), lambda tokens: bytes(tokens).decode(errors="replace"))
+    row, live = torch.tensor([0]), torch.tensor([True])
+    found = [stops.completed(row, live, torch.tensor([byte])).item() for byte in text]
+    assert found == [False] * (len(text) - 1) + [True]
+
+
+def test_the_rows_under_way_and_their_prompts_stay_within_the_cache_s_limit():
+    """A live row may be the last of its prompt: it is counted with a prompt of its own, and what waits waits on."""
+    prompts, token_bytes = [[1] * 90] * 10, 1000
+    sampling = Sampling(max_new_tokens=10, max_cache_megabytes=0.5)
+    queue = native._Queue.of(prompts, 2, sampling, token_bytes, False)
+    first = sum(job.count for job in queue.admit(0))
+    assert first * 10_000 + first / 2 * 90_000 <= 500_000
+    for live in range(1, first):
+        room = 500_000 - live * (10_000 + 90_000)
+        waiting = list(queue.waiting)
+        admitted = queue.admit(live)
+        assert sum(job.count * 10_000 + 90_000 for job in admitted) <= max(0, room)
+        queue.waiting = type(queue.waiting)(waiting)

@@ -326,6 +326,7 @@ def test_r29_the_longest_answer_fits_the_recipe():
 # Learning
 
 
+@pytest.mark.slow
 def test_r29_a_reward_model_of_the_pairs_teaches_a_policy_courtesy(tmp_path):
     """Both recipes, shortened: what the policy gains is counted by the rules, which the reward model never sees."""
     trained = coterie.train(

@@ -367,6 +367,7 @@ def test_r28_the_recipe_s_task_is_this_one():
 # Learning
 
 
+@pytest.mark.slow
 def test_r28_a_policy_that_repeats_the_examples_learns_to_write_the_function(tmp_path):
     """The recipe, shortened: programs run in the sandbox, on held-out functions, before and after."""
     run = coterie.train(

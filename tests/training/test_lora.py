@@ -7,6 +7,7 @@ import sqlite3
 
 import pytest
 import torch
+from conftest import some_quick
 from safetensors.torch import load_file
 from test_methods import METHODS, digests, metrics, recorded, train  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -52,7 +53,7 @@ def some_logprobs(policy):
         )
 
 
-@pytest.mark.parametrize("method", CHOSEN)
+@pytest.mark.parametrize("method", some_quick(CHOSEN, "grpo"))
 def test_every_method_trains_the_matrices_and_resumes_to_the_same_bits(train, method):  # noqa: F811
     whole = train("whole", *METHODS[method], LORA)
     weights = saved(whole, 0)
@@ -73,7 +74,7 @@ def test_every_method_trains_the_matrices_and_resumes_to_the_same_bits(train, me
     assert recorded(stopped) == recorded(whole)
 
 
-@pytest.mark.parametrize("method", ["grpo", "ppo", "dpo", "sft", "reward_model"])
+@pytest.mark.parametrize("method", some_quick(["grpo", "ppo", "dpo", "sft", "reward_model"], "grpo"))
 @pytest.mark.parametrize("lora", [(), (LORA,)])
 def test_activation_checkpointing_ends_with_the_same_bits(train, method, lora):  # noqa: F811
     plain = train("plain", *METHODS[method], *lora)

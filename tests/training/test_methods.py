@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from conftest import some_quick
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
@@ -82,7 +83,7 @@ def metrics(folder, step):
         return dict(rows.fetchall())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", some_quick(METHODS, "grpo", "ppo", "dpo"))
 def test_every_method_trains_and_resumes_to_the_same_bits(train, method):
     whole = train("whole", *METHODS[method])
     first, last = (load_file(whole / "checkpoints" / f"step_00000{n}" / "model.safetensors") for n in (0, 4))
@@ -166,6 +167,25 @@ def test_r5_weights_that_adapt_move_towards_their_target(train):
     for before, after in pairwise(weights):
         lacking = 5.0 - before["policy/entropy"]
         assert after["loss/entropy_weight"] == pytest.approx(before["loss/entropy_weight"] + 1e-3 * lacking)
+
+
+@pytest.mark.parametrize("preset", ["rloo", "ppo"])
+def test_a_weight_that_adapts_acts_in_the_reward_too(train, preset):
+    """Two runs with equal samples until the second step, whose KL is weighed by what each controller made of the first."""
+    values = {}
+    for rate in (0.1, 0.5):
+        adapts = [f"kl={{target: 100.0, adapt_rate: {rate}}}", "loss={kl_weight: 0.5}", "steps=2"]
+        folder = train(f"run_{rate}", f"preset={preset}", *adapts, "optimiser.learning_rate=0.01")
+        first, second = metrics(folder, 1), metrics(folder, 2)
+        assert first["loss/kl_weight"] == 0.5
+        assert second["loss/kl_weight"] == pytest.approx(0.5 * (1 - rate))
+        values[rate] = second
+    if preset == "rloo":
+        lower = values[0.5]["loss/kl_weight"] / values[0.1]["loss/kl_weight"]
+        assert values[0.1]["reward/kl"] != 0
+        assert values[0.5]["reward/kl"] == pytest.approx(lower * values[0.1]["reward/kl"])
+    else:
+        assert values[0.5]["value/loss"] != values[0.1]["value/loss"]
 
 
 @pytest.mark.parametrize("preset", ["grpo", "ppo"])
@@ -358,3 +378,26 @@ def test_r13_a_completions_reward_stands_at_its_last_token_and_the_kl_at_each():
     white = torch.cat(whitened([advantages[:1], advantages[1:]]))
     assert white.mean().item() == pytest.approx(0, abs=1e-6)
     assert white.std().item() == pytest.approx(1, abs=1e-6)
+
+
+def test_the_value_model_s_loss_is_held_near_what_it_said_before(make_model):
+    """A value that ran ahead of the clip towards its return pays for the distance from the clip's edge, and has no gradient."""
+    from coterie.models.heads import Scorer
+    from coterie.models.policy import Policy
+    from coterie.recipe import make_recipe
+    from coterie.rollouts.pack import Row, make_stream
+    from coterie.training.ppo import fit_values
+    from coterie.types import BatchTotals
+
+    value = Scorer.from_policy(Policy.of(make_model("qwen3")))
+    recipe = make_recipe({"preset": "ppo", "model": "m", "task": "equations", "rewards": ["m:f"],
+                          "value": {"clip": 0.25}, "optimiser": {"updates_per_batch": 1}})  # fmt: skip
+    stream = make_stream([([1, 2], [Row([4, 5, 6], torch.zeros(3))])])
+    optimiser = torch.optim.SGD((p for _, p in value.named_parameters()), lr=1.0)
+    before = value.model.score.weight.detach().clone()
+    old, returns = torch.full((3,), -1.0), torch.full((3,), 0.5)  # the head is 0: each value is 0
+    tally = fit_values(value, optimiser, [stream], BatchTotals(1, 3, 8), [old], [returns], recipe)
+    assert tally.values()["value/loss"] == pytest.approx((-1 + 0.25 - 0.5) ** 2 / 2)
+    assert torch.equal(value.model.score.weight, before)
+    fit_values(value, optimiser, [stream], BatchTotals(1, 3, 8), [old + 1.1], [returns], recipe)
+    assert not torch.equal(value.model.score.weight, before)

@@ -123,6 +123,7 @@ def test_the_sections_hold_the_step_that_the_trainer_times_itself(train):
     assert "checkpoint" not in seconds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
 def test_short_runs_are_profiled_as_far_as_they_go(train, steps):
     folder = train("run", "preset=grpo", f"steps={steps}", "cold_start.steps=1", profile=True)

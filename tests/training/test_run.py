@@ -177,6 +177,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(finished, tiny
     assert recorded(folder) == recorded(finished)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["model.safetensors", "optimiser.safetensors", "position.json", "manifest.json"])
 @pytest.mark.parametrize("harm", ["remove", "truncate", "zero"])
 def test_every_damage_is_found(finished, tmp_path, victim, harm):
@@ -205,6 +206,7 @@ def test_a_folder_in_use_is_refused(finished, tiny_recipe):
         trained(tiny_recipe, finished)
 
 
+@pytest.mark.slow
 def test_r24_a_fresh_model_trains_with_no_cold_start(tiny_recipe, tmp_path):
     folder = trained(tiny_recipe, tmp_path / "zero", "cold_start=null", "steps=2", "preset=dapo")
     assert (folder / "model" / "model.safetensors").exists()
@@ -214,6 +216,7 @@ def test_seeds_differ(finished, tiny_recipe, tmp_path):
     assert digests(trained(tiny_recipe, tmp_path / "other", "seed=1")) != digests(finished)
 
 
+@pytest.mark.slow
 def test_a_record_that_is_lost_is_no_small_matter(tiny_recipe, tmp_path):
     """run.db deleted, an older copy put back, or no database at all: refused, and gone on with where that is allowed."""
     folder = trained(tiny_recipe, tmp_path / "run", stop_after=4)
@@ -253,6 +256,7 @@ def test_a_run_that_was_killed_at_its_very_end_is_not_taken_for_finished(finishe
     assert recorded(folder) == recorded(finished)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", ["after_sample", "in_reward", "before_backward"])
 def test_a_signal_leaves_a_step_that_has_changed_nothing_yet(tiny_recipe, tmp_path, monkeypatch, point):
     """And saves what was there before it, also where that is not one of the steps that are saved anyway."""
@@ -301,6 +305,7 @@ def test_what_was_recorded_before_a_save_is_on_the_disk(tmp_path):
         assert db.execute("SELECT step FROM events").fetchall() == [(1,)]
 
 
+@pytest.mark.slow
 def test_another_writer_is_waited_for(tmp_path):
     """A backup, or a person who looks at the file, for longer than SQLite would wait by itself."""
     store, other = (
@@ -317,6 +322,7 @@ def test_another_writer_is_waited_for(tmp_path):
     other.close()
 
 
+@pytest.mark.slow
 def test_a_run_without_a_compiler_says_so_and_resumes_to_the_same_bits(
     tiny_recipe, tmp_path, without_kernels, monkeypatch, capsys
 ):
