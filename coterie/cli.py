@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import traceback
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -234,19 +235,38 @@ def _restrict(trust: bool, recipe: str | None) -> None:
 def main() -> None:
     """Run the command. A person's mistake is one paragraph and exit status 2; --debug shows the traceback too."""
     from coterie.errors import UserError
+    from coterie.runs.outlet import outliving_console
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    _hold_descriptors()
     debug = "--debug" in sys.argv
-    try:
-        app()
-    except UserError as error:
-        _fail(error, "error", 2, debug)
-    except KeyboardInterrupt:
-        print("interrupted; the newest checkpoint stands", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:  # the last line of defence: say what happened, and how to see more
-        _fail(error, f"failed: {type(error).__name__}", 1, debug)
+    with outliving_console() if sys.argv[1:2] == ["train"] else nullcontext():
+        try:
+            app()
+        except UserError as error:
+            _fail(error, "error", 2, debug)
+        except KeyboardInterrupt:
+            print("interrupted; the newest checkpoint stands", file=sys.stderr)
+            sys.exit(130)
+        except BrokenPipeError:  # `| head` has what it wanted; as a shell gives the end by SIGPIPE
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.exit(141)
+        except OSError as error:
+            if error.filename is None or debug:
+                _fail(error, f"failed: {type(error).__name__}", 1, debug)
+            _fail(UserError(f"{error.filename}: can't be used: {error.strerror}"), "error", 2, debug)
+        except Exception as error:  # the last line of defence: say what happened, and how to see more
+            _fail(error, f"failed: {type(error).__name__}", 1, debug)
+
+
+def _hold_descriptors() -> None:
+    """Where a standard stream is closed, let no file of a run take its number: what is printed in C would go into it."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
 
 
 def _fail(error: Exception, kind: str, status: int, debug: bool) -> Any:
@@ -254,7 +274,8 @@ def _fail(error: Exception, kind: str, status: int, debug: bool) -> Any:
 
     hint = "" if status == 2 else "\nRun it again with --debug to see where."
     said = "".join(traceback.format_exception(error)) if debug else f"{kind}: {error}{hint}\n"
-    print(hidden(said), end="", file=sys.stderr)
+    with suppress(OSError):
+        print(hidden(said), end="", file=sys.stderr)
     sys.exit(status)
 
 

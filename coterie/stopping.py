@@ -6,12 +6,27 @@ thrown away: a resume takes it again, the same.
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+# Ctrl-C; a service or scheduler; a terminal or a connection that is gone; a scheduler's warning (Slurm); a limit on CPU time.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+_BY_HAND = {signal.SIGINT, signal.SIGTERM}
+_ONE_EVENT = 1.0  # seconds in which others belong to the first: a closed terminal sends SIGHUP twice, a service manager two kinds
+
 
 class StepLeftError(BaseException):
     """The step under way is given up. Not an Exception, so that nothing on the way takes it for a failure."""
 
 
 _asked = _too_late = False
+_before: dict[int, Any] = {}  # the handlers that were there, while ours are
 
 
 def ask(stop: bool = True) -> None:
@@ -30,3 +45,83 @@ def may_stop() -> None:
     """Between two pieces of work: StepLeftError where a stop was asked for and nothing has changed yet."""
     if _asked and not _too_late:
         raise StepLeftError
+
+
+class Stop:
+    """number: of the signal that asked for a stop, None while none did."""
+
+    number: int | None = None
+
+
+@contextmanager
+def signals(tell: Callable[[int], None]) -> Iterator[Stop]:
+    """Within the block one of SIGNALS asks for a stop, which `tell` is called with from a thread; a second one ends the process.
+
+    The handler sets flags. It runs in the main thread, which may be blocked in a write or busy in C, so the number goes through a
+    pipe to a thread of its own too, which ends the process where there is a second. What was ignored at the start (nohup) stays ignored. A process that is forked in the
+    block has the handlers that were there before. Outside the main thread Python allows no handlers, and nothing is done.
+    """
+    stop, home = Stop(), os.getpid()
+
+    def heed(number: int, _: FrameType | None) -> None:
+        if os.getpid() != home:  # forked where Python did not see it
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif stop.number is None:
+            stop.number = number
+            ask()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    ignored = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else []
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    listener = threading.Thread(target=_listen, args=(reading, stop, tell), name="signals", daemon=True)
+    listener.start()
+    woken = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    try:
+        for number in set(SIGNALS).difference(ignored):
+            _before[number] = signal.signal(number, heed)
+        yield stop
+    finally:
+        _restore()
+        signal.set_wakeup_fd(woken)
+        os.write(writing, _END)
+        listener.join()
+        os.close(reading)
+        os.close(writing)
+
+
+_END = b"\0"  # no signal's number
+
+
+def _listen(reading: int, stop: Stop, tell: Callable[[int], None]) -> None:
+    first, since = None, 0.0
+    while (read := os.read(reading, 1)) != _END:
+        number = read[0]
+        if number not in SIGNALS:
+            continue
+        if first is None:
+            first, since = number, time.monotonic()
+            stop.number = stop.number or number
+            ask()
+            threading.Thread(target=tell, args=(number,), name="notice", daemon=True).start()  # which may block
+        elif {number, first} <= _BY_HAND or time.monotonic() - since > _ONE_EVENT:
+            os._exit(128 + number)  # an exception could be caught by a reward, or wait for a save
+
+
+def _restore() -> None:
+    ask(False)
+    while _before:
+        number, handler = _before.popitem()
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _as_in_any_process() -> None:
+    if _before:
+        signal.set_wakeup_fd(-1)
+        _restore()
+
+
+os.register_at_fork(after_in_child=_as_in_any_process)

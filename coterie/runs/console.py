@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from rich.console import Console as RichConsole
@@ -36,23 +36,24 @@ class Console:
 
     def __init__(self) -> None:
         self._rich = RichConsole(highlight=False)
-        self._live = self._rich.is_terminal and sys.stdout.isatty()
+        self._live = sys.stdout is not None and sys.stdout.isatty() and self._rich.is_terminal
         self._progress: Progress | None = None
         self._bar: TaskID | None = None
 
     def say(self, text: str = "") -> None:
-        text = printable(hidden(text))
-        if self._live:
-            self._rich.print(text, markup=False)
-        else:
-            print(text, flush=True)
+        self._print(printable(hidden(text)))
 
     def warn(self, text: str) -> None:
-        text = hidden(text)
-        if self._live:
-            self._rich.print(text, style="yellow", markup=False)
-        else:
-            print(f"warning: {text}", flush=True)
+        text = printable(hidden(text))
+        self._print(text if self._live else f"warning: {text}", style="yellow")
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        """A stream that can't be written, a notebook's or a program's own, costs nobody a run."""
+        with suppress(OSError, ValueError):
+            if self._live:
+                self._rich.print(text, style=style, markup=False)
+            else:
+                print(text, flush=True)
 
     def warning_of(self, make: Callable[[], Made]) -> Made:
         """What `make` returns, with what it warns of shown as a line each."""

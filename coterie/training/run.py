@@ -10,13 +10,11 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 
 import torch
@@ -33,6 +31,7 @@ from coterie.faults import at_step, strikes
 from coterie.recipe import Recipe, load_recipe
 from coterie.runs.console import Console
 from coterie.runs.find import RUNS, run_at
+from coterie.runs.outlet import troubles
 from coterie.runs.signs import SIGN, Accuracy, Sign, Watch
 from coterie.runs.store import Store
 from coterie.sections import section
@@ -71,10 +70,11 @@ class Run:
         self._saver = Saver(folder / "checkpoints")
         self._begins_with: tuple[Mapping[str, str], bool] | None = None  # inputs, and whether a setting was overridden
         self._changes: list[str] = []  # of a resume, that were allowed
+        self._silent: set[str] = set()  # streams that can't be written, and that an event tells of
         self._undeleted: list[str] = []  # old checkpoints that could not be deleted, to be told of
         self.profiler: Profiler | None = None  # watches some of the steps, if one is put here
         self.position: Position | None = None  # of the checkpoint that was resumed from
-        self.stop_signal: int | None = None
+        self._stop = stopping.Stop()
         self.step = 0  # the one under way
         self._stop_after = stop_after
         self._stop_requested = False
@@ -179,6 +179,11 @@ class Run:
         return self._seconds_before + time.monotonic() - self._started
 
     @property
+    def stop_signal(self) -> int | None:
+        """The signal that stopped the run, if one did."""
+        return self._stop.number
+
+    @property
     def stopped(self) -> bool:
         """Whether the run was asked to stop before its end."""
         return self._stop_requested
@@ -239,6 +244,10 @@ class Run:
                 self.store.event(stage, step, "reward_failure", f"{failure.reward}, {where}: {failure.reason}")
             self._watch_skipped(stage, step, metrics, scored, rows, pieces)
             self._watch_limits(stage, step, metrics)
+            for name, trouble in troubles().items():
+                if name not in self._silent:
+                    self.store.event(stage, step, "output_lost", f"{name}: {trouble}; the run goes on without it")
+                    self._silent.add(name)
 
     def _watch_skipped(
         self,
@@ -410,31 +419,18 @@ class Run:
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
-        """Let Ctrl-C and SIGTERM end the run, with a checkpoint: the step under way is left if nothing has changed in it yet,
-        and finished if something has. A second one ends the process at once."""
+        """Let a signal end the run, with a checkpoint: the step under way is left if nothing has changed in it yet, and finished
+        if something has. A second one ends the process at once."""
 
-        def stop(number: int, _: FrameType | None) -> None:
-            if self.stop_signal is not None:
-                sys.stdout.flush()
-                os._exit(128 + number)  # an exception could be caught by a reward, or wait for a save
-            self.stop_signal = number
-            stopping.ask()
+        def tell(number: int) -> None:
             self.console.say(f"{signal.Signals(number).name}: stopping and saving; again to end at once")
 
-        try:
-            before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread, where Python allows no handlers
-            yield
-            return
-        stopping.allow(leaving=True)
-        try:
-            yield
-        except stopping.StepLeftError:
-            self._save_before_step()
-        finally:
-            stopping.ask(False)
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with stopping.signals(tell) as self._stop:
+            stopping.allow(leaving=True)
+            try:
+                yield
+            except stopping.StepLeftError:
+                self._save_before_step()
 
     def _save_before_step(self) -> None:
         """Save where the step that was left began, unless that is saved."""

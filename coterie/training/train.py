@@ -23,6 +23,7 @@ from coterie.recipe import Recipe, find_recipe, load_recipe
 from coterie.rewards.score import Reward
 from coterie.rollouts.collect import make_engine
 from coterie.runs.console import Console
+from coterie.runs.outlet import outliving_console
 from coterie.runs.profile import profile_table
 from coterie.runs.report import write_report
 from coterie.settings import ColdStart
@@ -40,6 +41,7 @@ from coterie.training.run import Run, RunFailedError, write_whole
 from coterie.training.sft import train_sft
 
 
+@outliving_console()
 def train(
     recipe: str | Recipe | None = None,
     *,

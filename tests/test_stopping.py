@@ -1,0 +1,127 @@
+"""Signals ask for a stop, wherever they strike; a second one ends the process; forked processes know nothing of it."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+HEAD = """
+import os, signal, sys, time
+from coterie import stopping
+told = []
+"""
+
+
+def run(code, **options):
+    return subprocess.run(
+        [sys.executable, "-c", HEAD + code], capture_output=True, text=True, timeout=60, check=False, **options
+    )
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
+def test_each_asks_for_a_stop_and_is_told_of(name):
+    done = run(f"""
+with stopping.signals(told.append) as stop:
+    os.kill(os.getpid(), signal.{name})
+    time.sleep(0.2)
+    try:
+        stopping.may_stop()
+    except stopping.StepLeftError:
+        print("left", stop.number == signal.{name} == told[0])
+stopping.may_stop()
+print("handlers are back", signal.getsignal(signal.{name}) in (signal.SIG_DFL, signal.default_int_handler))
+""")
+    assert done.stdout == "left True\nhandlers are back True\n", done.stderr
+
+
+def test_a_handler_strikes_in_the_middle_of_a_print_that_blocks():
+    """The pipe is full and nobody reads it: the first signal is taken note of there, the second ends the process."""
+    code = """
+with stopping.signals(lambda number: os.write(2, b"told")):
+    print("x" * 200_000)
+"""
+    process = subprocess.Popen([sys.executable, "-c", HEAD + code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.read(1) == b"x"
+    process.send_signal(signal.SIGTERM)
+    assert process.stderr.read(4) == b"told"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 143
+    process.stdout.close()
+    process.stderr.close()
+
+
+def test_a_terminal_that_goes_sends_two_signals_and_that_is_one_event():
+    """A shell hands SIGHUP on that the kernel has sent already, and a service manager sends it right after SIGTERM."""
+    done = run("""
+for first in (signal.SIGHUP, signal.SIGTERM):
+    with stopping.signals(told.append) as stop:
+        os.kill(os.getpid(), first)
+        os.kill(os.getpid(), signal.SIGHUP)
+        print(stop.number == first, flush=True)
+with stopping.signals(told.append) as stop:
+    os.kill(os.getpid(), signal.SIGHUP)
+    time.sleep(1.2)
+    os.kill(os.getpid(), signal.SIGHUP)
+print("not reached")
+""")
+    assert (done.returncode, done.stdout.split()) == (129, ["True", "True"])
+
+
+def test_what_was_ignored_at_the_start_is_ignored():
+    done = run(
+        "with stopping.signals(told.append) as stop:\n    os.kill(os.getpid(), signal.SIGHUP); print(stop.number)",
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )
+    assert done.stdout == "None\n", done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_forked_process_ends_by_a_signal_as_any_other(number):
+    done = run(f"""
+with stopping.signals(told.append) as stop:
+    stopping.ask()
+    child = os.fork()
+    if not child:
+        stopping.may_stop()  # what its parent was asked is not asked of it
+        time.sleep(30)
+    time.sleep(0.2)
+    os.kill(child, {int(number)})
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), stop.number)
+""")
+    assert done.stdout == f"{-number} None\n", done.stderr
+
+
+def test_a_process_forked_behind_pythons_back_ends_by_a_signal_too():
+    done = run(f"""
+import ctypes
+with stopping.signals(told.append) as stop:
+    child = ctypes.CDLL(None).fork()
+    if not child:
+        for _ in range(100):
+            time.sleep(0.1)
+        os._exit(0)
+    time.sleep(0.2)
+    os.kill(child, {int(signal.SIGTERM)})
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+""")
+    assert done.stdout == f"{-signal.SIGTERM}\n", done.stderr
+
+
+@pytest.mark.parametrize("kind", ["fork", "spawn", "forkserver"])
+def test_a_pool_of_processes_works_and_ends(tmp_path, kind):
+    code = f"""
+import multiprocessing
+import helper
+def work(multiprocess):
+    with multiprocessing.get_context("{kind}").Pool(2) as pool:
+        return pool.map(helper.double, [1, 2])
+"""
+    (tmp_path / "helper.py").write_text("def double(x):\n    return 2 * x\n")
+    (tmp_path / "main.py").write_text(
+        f"{HEAD}{code}\nif __name__ == '__main__':\n    with stopping.signals(told.append):\n        print(work(None))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "main.py")], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "[2, 4]\n", done.stderr
