@@ -184,9 +184,12 @@ def sample(
     model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a hub id.")],
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many completions.")] = 4,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="0 takes the likeliest token. Default: the recipe's.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="0 keeps all. Default: the recipe's.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Default: the recipe's.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default: the recipe's.")] = None,
     task: Annotated[
         str | None, typer.Option(help="A recipe whose rewards to show. Default: the run's own, if MODEL is a run.")
     ] = None,
@@ -196,12 +199,15 @@ def sample(
 ) -> None:
     """Show completions of a prompt, with their rewards where the task knows the prompt.
 
+    They are drawn as the recipe of the run or of --task says; of a model alone with temperature 1, at most 256 tokens.
+
     Example: [bold]coterie sample runs/equations "Solve 3x - 5 = 10"[/bold]
     """
     from coterie.commands import sample_model
 
     _restrict(trust, task)
-    sample_model(model, prompt, count, temperature, top_p, max_new_tokens, task, seed)
+    chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_new_tokens": max_new_tokens}
+    sample_model(model, prompt, count, chosen, task, seed)
 
 
 @app.command()

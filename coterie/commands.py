@@ -12,6 +12,7 @@ from coterie.models.codec import Codec
 from coterie.models.heads import Scorer
 from coterie.models.load import choose_device, load_policy, start_model
 from coterie.models.policy import Policy, quiet_transformers
+from coterie.models.template import Chat
 from coterie.recipe import Recipe, load_recipe
 from coterie.rewards.load import load_rewards
 from coterie.rewards.score import Reward, score
@@ -25,7 +26,7 @@ from coterie.training.optimise import load_objective
 from coterie.training.preferences import pair_streams
 from coterie.training.sample import load_advantages
 from coterie.training.train import as_trained
-from coterie.types import Group, Prompt
+from coterie.types import Group, Messages, Prompt
 
 
 def check_recipe(name: str, overrides: Sequence[str]) -> None:
@@ -165,29 +166,35 @@ def sample_model(
     model: str,
     text: str,
     count: int,
-    temperature: float,
-    top_p: float,
-    max_new_tokens: int,
+    chosen: Mapping[str, float | None],
     task_name: str | None,
     seed: int,
 ) -> None:
-    """Print completions of one prompt, with rewards where a task is at hand that knows the prompt."""
+    """Print completions of one prompt, drawn as a run draws its own, with rewards where a task is at hand that knows the prompt.
+
+    chosen: settings of sampling that a person gave in place of the recipe's; None for those that were not given.
+    """
     console = Console()
     if not text.strip():
         raise UserError("sample: the prompt is empty")
-    if top_p == 0:
+    given = {name: value for name, value in chosen.items() if value is not None}
+    if given.get("top_p") == 0:
         raise UserError("--top-p 0: would keep no token; use more than 0, up to 1")
     source = task_name or _recipe_of(model)
     recipe = load_recipe(source) if source else None
     policy, codec = _loaded(console, model, recipe)
-    content, tokens = codec.encode_user(text)
+    task = make_task(recipe.task, codec) if recipe else None
+    content, tokens = _prompt_of(task, codec, text)
     limit = policy.context_length
     if limit and len(tokens) >= limit:
         raise UserError(f"sample: the prompt has {len(tokens)} tokens, and the model's context is {limit}")
-    room = limit - len(tokens) if limit else max_new_tokens
-    sampling = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=min(max_new_tokens, room))
-    columns, rewards = _what_is_known(recipe, codec, text)
-    prompt = Prompt(0, content, tokens, columns)
+    sampling = (recipe.sampling if recipe else Sampling()).model_copy(update=given)
+    if limit:
+        shorter = min(sampling.max_new_tokens, limit - len(tokens))
+        sampling = sampling.model_copy(update={"max_new_tokens": shorter})
+    columns = task.columns_of(text) if task else None
+    rewards = load_rewards(recipe.rewards) if recipe and columns is not None else []
+    prompt = Prompt(0, content, tokens, columns or {})
     groups = collect(make_engine(policy), [prompt], codec, sampling, num_completions=count, noise=(seed, "sample"))
     parts = score(groups, rewards).parts if rewards else {}
     for line in _lines_of(groups[0], {name: part[0].tolist() for name, part in parts.items()}):
@@ -200,13 +207,12 @@ def _recipe_of(model: str) -> str | None:
     return str(run / "recipe.yaml") if run else None
 
 
-def _what_is_known(recipe: Recipe | None, codec: Codec, text: str) -> tuple[Mapping[str, object], list[Reward]]:
-    """The columns that a recipe's task has for a prompt, and its rewards; nothing where it does not know the prompt."""
-    if recipe is None:
-        return {}, []
-    task: Task = make_task(recipe.task, codec)
-    columns = task.columns_of(text)
-    return (columns, load_rewards(recipe.rewards)) if columns is not None else ({}, [])
+def _prompt_of(task: Task | None, codec: Codec, text: str) -> tuple[str | Messages, list[int]]:
+    """A text as a prompt of the task, or of none."""
+    if task is None:
+        return codec.encode_user(text)
+    content = task.asked(text)
+    return content, codec.encode_prompt(content)
 
 
 def _loaded(console: Console, source: str, recipe: Recipe | None) -> tuple[Policy, Codec]:
@@ -218,7 +224,7 @@ def _loaded(console: Console, source: str, recipe: Recipe | None) -> tuple[Polic
         source = str(run / "model")
     device = choose_device(recipe.device if recipe else "auto")
     quiet_transformers()
-    return console.warning_of(lambda: load_policy(source, device))
+    return console.warning_of(lambda: load_policy(source, device, Chat.of(recipe)))
 
 
 def _lines_of(group: Group, parts: Mapping[str, list[float]], advantages: list[float] | None = None) -> list[str]:

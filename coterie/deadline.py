@@ -1,12 +1,16 @@
-"""The moment at which the process ends, if what it does hangs where no exception can reach it: in C, or with the lock held."""
+"""An end for what hangs: the moment at which the process ends, if it hangs where no exception can reach it, in C or with the lock
+held; and a limit on what Python code may compute."""
 
 from __future__ import annotations
 
 import faulthandler
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 _moments: list[float] = []  # of the blocks under way, monotonic
 
@@ -29,3 +33,23 @@ def _arm() -> None:
     else:
         left = max(0.001, min(_moments) - time.monotonic())
         faulthandler.dump_traceback_later(left, exit=True, file=sys.__stderr__)
+
+
+@contextmanager
+def cpu_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block once it has computed for so long. What spins in C is not reached, nor another thread than the
+    main one; time in which the process stands still does not count."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(*_: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGVTALRM, ring)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before or signal.SIG_DFL)

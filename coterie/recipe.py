@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from coterie.algorithms.presets import CHOSEN_BY_OBJECTIVE, OBJECTIVE_SETTINGS, PRESETS
 from coterie.errors import UserError, nearest
@@ -47,6 +47,11 @@ from coterie.settings import (
     Whole,
 )
 
+_NOT_FOR_TEMPLATES = (  # what rendering a chat is itself told
+    "conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding", "truncation",
+    "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "sanitize_control_tokens", "tokenizer_kwargs",
+)  # fmt: skip
+
 
 class Recipe(Settings):
     """Everything a run is. `load_recipe` is the way to make one."""
@@ -58,6 +63,12 @@ class Recipe(Settings):
     seed: Annotated[Whole, Field(ge=0, lt=2**31)] = 0
     model: str | ModelShape
     tokenizer: str | None = Field(None, description="path or hub id; default: the task's own, or the model's")
+    system_prompt: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="the system message of every chat that has none"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="what the chat template is given beside the messages, as enable_thinking: false"
+    )
     task: Literal["equations", "programs", "dialogue"] | DatasetTask
     rewards: tuple[RewardSpec, ...] = ()
     max_failed_rewards: Share = Field(0.1, description="share of a step's rewards that may fail before the run stops")
@@ -85,6 +96,14 @@ class Recipe(Settings):
     record: Record = Record()
     limits: Limits = Limits()
     made_with: dict[str, Any] | None = Field(None, description="written into a run's copy: versions and commit")
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _for_the_template(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for name in given:
+            if name in _NOT_FOR_TEMPLATES or not name.isidentifier():
+                raise ValueError(f"{name!r} is no variable of a chat template's own, such as enable_thinking")
+        return given
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Recipe:

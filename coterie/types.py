@@ -37,8 +37,11 @@ class Prompt:
 
     @property
     def text(self) -> str:
-        """The prompt as a person would read it: the last message of a chat."""
-        return self.content if isinstance(self.content, str) else self.content[-1]["content"]
+        """The prompt as a person would read it: of a chat the last message, with what the assistant is to continue after it."""
+        if isinstance(self.content, str):
+            return self.content
+        asked = [place for place, message in enumerate(self.content) if message["role"] != "assistant"]
+        return "\n".join(message["content"] for message in self.content[asked[-1] if asked else 0 :])
 
 
 @dataclass(frozen=True)

@@ -1,62 +1,206 @@
-"""Between text and tokens: prompts through the chat template, completions back to text."""
+"""Between text and tokens: what a turn is, from its prompt to the token that ends it, and completions back to text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from coterie.errors import UserError
+from coterie.models.template import Chat, ChatTemplate
 from coterie.types import Messages
+
+Answer = str | Mapping[str, Any]  # a text, or a chat message
 
 
 @dataclass(frozen=True)
 class Codec:
-    """A tokenizer, and the tokens that end a completion."""
+    """A tokenizer with its chat template, and the tokens that end a completion.
+
+    turn_end: the one of them that an answer ends with where nothing else has ended it. vocabulary_size: how many tokens the model
+    knows, where that is known.
+    """
 
     tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
     end_tokens: tuple[int, ...]
+    turn_end: int
+    vocabulary_size: int | None = None
     _pieces: dict[int, str] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, generation_config: Any = None) -> Codec:
-        """The tokenizer's end token and those that the model's generation settings add."""
-        extra = getattr(generation_config, "eos_token_id", None)
-        listed = extra if isinstance(extra, list | tuple) else [extra]
-        ends = {token for token in (tokenizer.eos_token_id, *listed) if isinstance(token, int)}
+    def of(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        *stated: int | Sequence[int] | None,
+        chat: Chat | None = None,
+        vocabulary_size: int | None = None,
+    ) -> Codec:
+        """A turn ends with any of the tokens that the tokenizer and its chat template end one with, and of those that are `stated` to by
+        a model's files. Raises UserError where there is none, or none that the model knows."""
+        template = ChatTemplate(tokenizer, chat or Chat())
+        listed = [
+            token
+            for ids in (tokenizer.eos_token_id, *stated)
+            for token in (ids if isinstance(ids, list | tuple) else [ids])
+        ]
+        known = list(dict.fromkeys(token for token in listed if isinstance(token, int) and token >= 0))
+        of_turn = _end_of_turn(tokenizer, template, known) if template.exists else None
+        ends = {*known, *([of_turn] if of_turn is not None else [])}
         if not ends:
             raise UserError(f"the tokenizer {tokenizer.name_or_path!r} has no end token, so no completion could end")
-        return cls(tokenizer, tuple(sorted(ends)))
+        if vocabulary_size is not None and min(ends) >= vocabulary_size:
+            raise UserError(
+                f"the end tokens of {tokenizer.name_or_path!r}, {sorted(ends)}, lie outside of the model's {vocabulary_size} tokens"
+            )
+        turn_end = of_turn if of_turn is not None else known[0]
+        return cls(tokenizer, template, tuple(sorted(ends)), turn_end, vocabulary_size)
 
     def encode_prompt(self, content: str | Messages) -> list[int]:
-        """Text as it is; chat messages through the tokenizer's template, ready for the answer."""
+        """Text as it is, after the tokenizer's beginning; chat messages through its template, ready for the answer.
+
+        A chat that ends in the assistant's message is continued. Raises UserError for what has no tokens, or some that the model
+        does not know.
+        """
+        ids = self._encode_text(content) if isinstance(content, str) else self._encode([self._opened(content)])[0]
+        if not ids:
+            raise UserError(f"the prompt {content!r:.60} has no tokens")
+        return ids
+
+    def encode_rows(self, content: str | Messages, *answers: Answer) -> tuple[list[int], ...]:
+        """A prompt, and each of its answers to the end of the turn, as they are learned from: prompt and answer together are what the
+        template renders, to the token. The prompt is shorter than one that is sampled from where the template opens an answer
+        otherwise than it renders one."""
         if isinstance(content, str):
-            return list(self.tokenizer(content)["input_ids"])
-        if not self.tokenizer.chat_template:
-            raise UserError("the tokenizer has no chat template, which chat messages need; give the prompt as text")
-        try:
-            return list(self.tokenizer.apply_chat_template(content, add_generation_prompt=True, return_dict=False))
-        except Exception as error:  # a template is a program that came with the tokenizer
-            raise UserError(f"the chat template refuses these messages: {error}") from None
+            prompt = self.encode_prompt(content)
+            wholes = [self._continued(content, prompt, _text_of(answer)) for answer in answers]
+        else:
+            opened, end = self._opened(content), self.tokenizer.convert_ids_to_tokens(self.turn_end)
+            closed = [self.template.closed(content, answer, end) for answer in answers]
+            prompt, *wholes = self._encode([opened, *closed])
+        shared = min(_num_shared(prompt, whole) for whole in wholes)
+        if not shared:
+            raise UserError(f"{content!r:.60} is rendered in another way with an answer than without")
+        return prompt[:shared], *(self._ended(whole[shared:], isinstance(content, str)) for whole in wholes)
+
+    def encode_demonstration(self, content: str | Messages, answer: Answer) -> tuple[list[int], list[int]]:
+        """A prompt and its answer, as `encode_rows`."""
+        prompt, learned = self.encode_rows(content, answer)
+        return prompt, learned
+
+    def encode_pair(
+        self, content: str | Messages, chosen: Answer, rejected: Answer
+    ) -> tuple[list[int], list[int], list[int]]:
+        """A prompt, the preferred answer and the other, as `encode_rows`."""
+        prompt, better, worse = self.encode_rows(content, chosen, rejected)
+        return prompt, better, worse
 
     def encode_answer(self, text: str) -> list[int]:
-        """A demonstration's answer and the end token."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        end = self.tokenizer.eos_token_id
-        return [*ids, self.end_tokens[0] if end is None else end]
+        """A text as a completion that ended: its tokens, and the end token."""
+        return self._ended(self._encode([text])[0], plain=False)
 
     def encode_user(self, text: str) -> tuple[str | Messages, list[int]]:
         """What a user typed: as a chat message where the tokenizer has a template, else as it is."""
-        content: str | Messages = [{"role": "user", "content": text}] if self.tokenizer.chat_template else text
+        content: str | Messages = [{"role": "user", "content": text}] if self.template.exists else text
         return content, self.encode_prompt(content)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        """The text as it was written, special tokens by name, without what ends a turn."""
+        written = [token for token in tokens if token not in self.end_tokens]
+        return str(self.tokenizer.decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """Each token's own text, special tokens by name, for showing them side by side."""
         for token in set(tokens) - self._pieces.keys():
             self._pieces[token] = str(self.tokenizer.decode([token]))
         return [self._pieces[token] for token in tokens]
+
+    def save(self, folder: Path, model: PreTrainedModel) -> None:
+        """The model in Hugging Face format with its tokenizer and chat template. What it generates ends where completions ended."""
+        settings = getattr(model, "generation_config", None)
+        if settings is not None:
+            ends = {"eos_token_id": list(self.end_tokens), "pad_token_id": self.tokenizer.pad_token_id}
+            ends = {name: value for name, value in ends.items() if value is not None}
+            settings.update(**ends)
+            try:
+                settings.validate(strict=True)
+            except ValueError:  # some models come with settings that transformers itself refuses to save
+                model.generation_config = GenerationConfig(bos_token_id=settings.bos_token_id, **ends)
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def _opened(self, messages: Messages) -> str:
+        if not self.template.exists:
+            raise UserError("the tokenizer has no chat template, which chat messages need; give the prompt as text")
+        return self.template.opened(messages)
+
+    def _continued(self, content: str, prompt: list[int], answer: str) -> list[int]:
+        """A text and its answer: as one text where that begins with the prompt's own tokens, else one after the other."""
+        together = self._encode_text(content + answer)
+        return together if together[: len(prompt)] == prompt else [*prompt, *self._encode([answer])[0]]
+
+    def _ended(self, answer: list[int], plain: bool) -> list[int]:
+        """With an end token, unless it has one: after plain text the tokenizer's own, where it has one."""
+        if answer and answer[-1] in self.end_tokens:
+            return answer
+        own = self.tokenizer.eos_token_id
+        return [*answer, own if plain and isinstance(own, int) else self.turn_end]
+
+    def _encode_text(self, text: str) -> list[int]:
+        """With what the tokenizer begins a text with, once, and without what it may put at the end."""
+        ids = self._encode([text])[0]
+        return ids if ids[: len(self._beginning)] == self._beginning else [*self._beginning, *ids]
+
+    @cached_property
+    def _beginning(self) -> list[int]:
+        """What the tokenizer puts before a text: the token that begins one, or several, or nothing."""
+        bare, whole = (list(self.tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (False, True))
+        places = (place for place in range(len(whole)) if bare and whole[place : place + len(bare)] == bare)
+        return whole[: next(places, 0)]
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of each text, and nothing around them."""
+        try:
+            rows = [list(row) for row in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        except BaseException as error:  # a regular expression that explodes is a panic, which is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise UserError(f"the tokenizer {self.tokenizer.name_or_path!r} fails on this text: {error}") from None
+        for unknown in (max(row, default=0) for row in rows):
+            if self.vocabulary_size is not None and unknown >= self.vocabulary_size:
+                raise UserError(
+                    f"token {unknown}, {self.pieces([unknown])[0]!r}, is none of the model's {self.vocabulary_size} tokens: the "
+                    f"tokenizer {self.tokenizer.name_or_path!r} is another model's"
+                )
+        return rows
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, known: Sequence[int]) -> int | None:
+    """The token that the template ends an answer's turn with; None where it writes none there.
+
+    It is looked for first in what stands after an answer whatever follows; then in what stands after the last one; then in
+    what begins the turn that follows, where a template writes nothing else between two turns.
+    """
+    added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
+    others = {tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
+    special = ({*added, *tokenizer.all_special_ids} - others) | set(known)
+    last, amid = (list(tokenizer(tail, add_special_tokens=False)["input_ids"]) for tail in template.tails)
+    for tail, which in ((last[: _num_shared(last, amid)], -1), (last, 0), (amid, 0)):
+        ends = [token for token in tail if token in special]
+        if ends:
+            return next((token for token in ends if token in known), ends[which])
+    return None
+
+
+def _num_shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences begin with in common."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _text_of(answer: Answer) -> str:
+    return answer if isinstance(answer, str) else str(answer["content"])

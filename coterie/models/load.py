@@ -13,8 +13,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
@@ -23,8 +25,9 @@ from coterie.models.codec import Codec
 from coterie.models.heads import Scorer
 from coterie.models.hub import hub_reason, why_unreachable
 from coterie.models.policy import Policy
+from coterie.models.template import Chat
 from coterie.noise import key
-from coterie.recipe import Recipe, is_local_path
+from coterie.recipe import Recipe, is_local_path, load_recipe
 from coterie.settings import ModelShape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -71,16 +74,39 @@ def make_byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", pad_token="<end>")
 
 
-def codec_of(source: str) -> Codec:
-    """The tokenizer of a model folder or hub id, with the end tokens of its generation settings."""
-    from transformers import GenerationConfig
+def codec_of(
+    source: str | PreTrainedTokenizerBase, model: str | ModelShape | None = None, chat: Chat | None = None
+) -> Codec:
+    """A tokenizer, or that of a folder or hub id, for a model, which without a word is the one beside it.
 
-    tokenizer = _from_hub(AutoTokenizer, source)
+    Its end tokens are the union of what the files of both say, which may be two places.
+    """
+    tokenizer = _from_hub(AutoTokenizer, source) if isinstance(source, str) else source
+    model = model or (source if isinstance(source, str) else None)
+    homes = dict.fromkeys(home for home in (source, model) if isinstance(home, str))
+    stated = [ends for home in homes for ends in _stated_ends(home)]
+    if isinstance(model, ModelShape):
+        stated.append(getattr(_fresh_config(model), "eos_token_id", None))
+    known = None
+    if isinstance(model, str):
+        known = getattr(_from_hub(AutoConfig, model).get_text_config(), "vocab_size", None)
+    return Codec.of(tokenizer, *stated, chat=chat, vocabulary_size=known)
+
+
+def _stated_ends(home: str) -> list[Any]:
+    """The end tokens that config.json and generation_config.json name, where they are there. What a class of configurations would
+    fill in is left out."""
     try:
-        generation = GenerationConfig.from_pretrained(source)
-    except OSError:  # a model need not have one
-        generation = None
-    return Codec.of(tokenizer, generation)
+        config, _ = PretrainedConfig.get_config_dict(home)
+    except OSError:  # a tokenizer alone has none
+        config = {}
+    found = [part.get("eos_token_id") for part in (config, config.get("text_config") or {})]
+    try:
+        return [*found, GenerationConfig.from_pretrained(home).eos_token_id]
+    except Exception as error:  # a model need not have one
+        if (Path(home) / "generation_config.json").is_file():
+            raise UserError(f"model: {home}/generation_config.json can't be read: {error}") from error
+    return found
 
 
 def start_model(recipe: Recipe, codec: Codec, device: torch.device) -> PreTrainedModel:
@@ -92,8 +118,6 @@ def start_model(recipe: Recipe, codec: Codec, device: torch.device) -> PreTraine
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(recipe.seed, "weights") % 2**63)
         model = AutoModelForCausalLM.from_config(config)
-    model.generation_config.eos_token_id = list(codec.end_tokens)
-    model.generation_config.pad_token_id = codec.tokenizer.pad_token_id
     return model.to(device=device, dtype=dtype)
 
 
@@ -106,10 +130,10 @@ def load_model(source: str, device: torch.device, dtype: torch.dtype = torch.flo
     return _from_hub(AutoModelForCausalLM, source, dtype=dtype, use_safetensors=True).to(device)
 
 
-def load_policy(source: str, device: torch.device) -> tuple[Policy, Codec]:
+def load_policy(source: str, device: torch.device, chat: Chat | None = None) -> tuple[Policy, Codec]:
     """A model and its tokenizer, ready to sample."""
     check_model_folder(source)
-    codec = codec_of(source)
+    codec = codec_of(source, chat=chat)
     return Policy.of(load_model(source, device)), codec
 
 
@@ -135,6 +159,8 @@ def check_scorer(source: str) -> str:
 
 def load_scorer(source: str, device: torch.device) -> tuple[Scorer, Codec]:
     """A reward model and its tokenizer, in float32 and from safetensors only, frozen. Raises UserError as `check_scorer`."""
+    recipe = Path(source) / "recipe.yaml"
+    chat = Chat.of(load_recipe(str(recipe)) if recipe.is_file() else None)  # its pairs were rendered with
     source = check_scorer(source)
     model, found = _from_hub(
         AutoModelForSequenceClassification, source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
@@ -143,7 +169,7 @@ def load_scorer(source: str, device: torch.device) -> tuple[Scorer, Codec]:
         raise UserError(f"model: {source} lacks weights: {', '.join(sorted(found['missing_keys']))}")
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         raise UserError(f"model: {type(model).__name__} has no plain head, and can't be read off the last token")
-    codec = codec_of(source)
+    codec = codec_of(source, chat=chat)
     num_known = model.get_input_embeddings().weight.shape[0]
     if len(codec.tokenizer) > num_known:
         raise UserError(f"model: {source} knows {num_known} tokens, and its tokenizer has {len(codec.tokenizer)}")

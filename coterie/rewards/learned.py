@@ -26,7 +26,7 @@ class RewardModel:
 
     model: the folder of a run of the preset reward_model, or a model with one score in Hugging Face format. device: auto is
     the GPU where there is one. batch_tokens: how many tokens it reads at a time. Prompt and completion are encoded with its own
-    tokenizer and template, as its pairs were in training: a completion is followed by the end token, whatever ended it.
+    tokenizer and template, as its pairs were in training: a completion is followed by the end of its turn, whatever ended it.
     """
 
     model: str
@@ -49,19 +49,16 @@ class RewardModel:
     def __call__(self, prompts: Sequence[str | Chat], completions: Sequence[str | Chat]) -> list[float | Exception]:
         """One score for each completion. One that is too long for the model's context is a failure."""
         scorer, codec = self._loaded
-        failed: list[RewardError | None] = []
-        groups: list[PromptRows] = []
-        for prompt, pairs in groupby(zip(prompts, completions, strict=True), key=itemgetter(0)):
-            start = _encoded(codec, prompt)
-            answers = [codec.encode_answer(completion_text(completion)) for _, completion in pairs]
-            wrong = [_unfit(start, answer, scorer.base.context_length) for answer in answers]
-            failed += wrong
-            rows = [Row.written(answer) for answer, reason in zip(answers, wrong, strict=True) if reason is None]
-            if rows:
-                assert isinstance(start, list)
-                groups.append((start, rows))
+        encoded = [
+            _encoded(codec, prompt, completion_text(completion), scorer.base.context_length)
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        fitting = (row for row in encoded if not isinstance(row, RewardError))
+        groups: list[PromptRows] = [
+            (start, [Row.written(answer) for _, answer in rows]) for start, rows in groupby(fitting, key=itemgetter(0))
+        ]
         scores = iter(self._scores(groups))
-        return [reason or next(scores) for reason in failed]
+        return [row if isinstance(row, RewardError) else next(scores) for row in encoded]
 
     @torch.no_grad()
     def _scores(self, groups: Sequence[PromptRows]) -> list[float]:
@@ -83,26 +80,23 @@ class RewardModel:
         self.__dict__.pop("_loaded", None)
 
 
-def _encoded(codec: Codec, prompt: str | Chat) -> list[int] | RewardError:
-    """The prompt's tokens. UserError where the tokenizer can take no chat at all; a single one that it refuses is a failure."""
+def _encoded(
+    codec: Codec, prompt: str | Chat, completion: str, context_length: int | None
+) -> tuple[list[int], list[int]] | RewardError:
+    """A completion after its prompt, as a pair's answer was in training, or why the model can't read it.
+
+    UserError where the tokenizer can take no chat at all.
+    """
     content = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
+    if not isinstance(content, str) and not codec.template.exists:
+        raise UserError("rewards: reward_model: its tokenizer has no chat template, which chat messages need")
     try:
-        return codec.encode_prompt(content)
+        row = codec.encode_demonstration(content, completion)
     except UserError as error:
-        if not codec.tokenizer.chat_template:
-            raise UserError(f"rewards: reward_model: {error}") from None
         return RewardError(str(error))
-
-
-def _unfit(prompt: list[int] | RewardError, answer: Sequence[int], context_length: int | None) -> RewardError | None:
-    """Why the model can't read a completion, or None where it can."""
-    if isinstance(prompt, RewardError):
-        return prompt
-    if not prompt:
-        return RewardError("the prompt is empty")
-    num_tokens = len(prompt) + len(answer)
+    num_tokens = sum(map(len, row))
     if context_length is not None and num_tokens > context_length:
         return RewardError(
             f"has {num_tokens} tokens with its prompt, more than the reward model's context of {context_length}"
         )
-    return None
+    return row

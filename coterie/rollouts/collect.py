@@ -58,5 +58,5 @@ def _with_text(completion: Completion, codec: Codec, stop: Sequence[str]) -> Com
     ends = completion.tokens[-1] in codec.end_tokens
     text = codec.decode(completion.tokens[:-1] if ends else completion.tokens)
     if completion.ended == "stop" and not ends:
-        text = text[: min(place for place in map(text.find, stop) if place >= 0)]
+        text = text[: min((place for place in map(text.find, stop) if place >= 0), default=len(text))]
     return replace(completion, text=text)

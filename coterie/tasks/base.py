@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from coterie.noise import permutation
-from coterie.types import Completion, Group, Prompt, Scored
+from coterie.types import Completion, Group, Messages, Prompt, Scored
 
 Demonstration = tuple[list[int], list[int]]  # prompt and answer tokens
 Preference = tuple[list[int], list[int], list[int]]  # prompt, the preferred answer's tokens, the other's
@@ -35,6 +35,10 @@ class Task(Protocol):
 
     def heldout_preferences(self, count: int, *, seed: int) -> list[Preference]:
         """At most `count` pairs whose prompts are held out."""
+        ...
+
+    def asked(self, text: str) -> str | Messages:
+        """What a person typed, as the content of a prompt of this task."""
         ...
 
     def columns_of(self, text: str) -> Mapping[str, Any] | None:

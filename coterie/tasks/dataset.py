@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from coterie.errors import BadRowError, UserError, nearest
-from coterie.models.codec import Codec
+from coterie.models.codec import Answer, Codec
 from coterie.models.hub import hub_reason, why_unreachable
+from coterie.models.template import TemplateEndlessError
 from coterie.noise import key, permutation
 from coterie.recipe import is_local_path
 from coterie.settings import DatasetTask
 from coterie.tasks.base import Demonstration, Preference, draw
-from coterie.types import Prompt, Scored
+from coterie.types import Messages, Prompt, Scored
 
 Row = tuple[str, Mapping[str, Any] | BadRowError]  # where it stands, and its columns or why it has none
 
@@ -81,10 +82,10 @@ class Dataset:
         seen[whole] = origin
         try:
             tokens = self._codec.encode_prompt(content)
+        except TemplateEndlessError as error:  # each of the rows that follow would take as long
+            raise UserError(f"{origin}: {error}") from None
         except UserError as error:
             raise BadRowError(origin, "not to be encoded", str(error)) from None
-        if not tokens:
-            raise BadRowError(origin, "empty", f"the prompt in column {settings.prompt!r} is empty")
         others = {name: value for name, value in row.items() if name != settings.prompt}
         return Prompt(number, content, tokens, others, origin)
 
@@ -92,7 +93,10 @@ class Dataset:
         """The rows' answers, every row once an epoch."""
         column = self._settings.answer
         assert column is not None, "recipes refuse sft on a data set without an answer column"
-        return [(p.tokens, self._answer(p, column)) for p in draw(self, count, seed=seed, step=step)]
+        return [
+            self._codec.encode_demonstration(p.content, learned_of(p.columns, p.origin, column))
+            for p in draw(self, count, seed=seed, step=step)
+        ]
 
     def preferences(self, count: int, *, seed: int, step: int) -> list[Preference]:
         """The rows' pairs, every row once an epoch."""
@@ -101,13 +105,17 @@ class Dataset:
     def heldout_preferences(self, count: int, *, seed: int) -> list[Preference]:
         return [self._pair(self.heldout[i]) for i in permutation(len(self.heldout), seed, "pairs")[:count]]
 
-    def check_answers(self, context_length: int) -> None:
-        """Raises UserError where a prompt and an answer that is learned do not fit the model's context."""
+    def check_answers(self, context_length: int | None) -> None:
+        """Raises UserError where an answer that is learned can't be encoded, or does not fit the model's context with its prompt."""
         settings = self._settings
         for column in filter(None, (settings.answer, settings.chosen, settings.rejected)):
             for prompt in (*self.train, *self.heldout):
-                length = len(prompt.tokens) + len(self._answer(prompt, column))
-                if length > context_length:
+                answer = learned_of(prompt.columns, prompt.origin, column)
+                try:
+                    length = sum(map(len, self._codec.encode_demonstration(prompt.content, answer)))
+                except UserError as error:
+                    raise UserError(f"{prompt.origin}: column {column!r}: {error}") from None
+                if context_length is not None and length > context_length:
                     raise UserError(
                         f"{prompt.origin}: the prompt and column {column!r} have {length} tokens together, more than the "
                         f"model's context of {context_length}"
@@ -117,10 +125,20 @@ class Dataset:
         chosen, rejected = self._settings.chosen, self._settings.rejected
         assert chosen is not None, "recipes refuse preferences on a data set without their columns"
         assert rejected is not None
-        return prompt.tokens, self._answer(prompt, chosen), self._answer(prompt, rejected)
+        better, worse = (learned_of(prompt.columns, prompt.origin, column) for column in (chosen, rejected))
+        return self._codec.encode_pair(prompt.content, better, worse)
 
-    def _answer(self, prompt: Prompt, column: str) -> list[int]:
-        return self._codec.encode_answer(answer_of(prompt.columns, prompt.origin, column))
+    def asked(self, text: str) -> str | Messages:
+        """The prompt that has this text, or one like the others: as text or as a chat, with what all chats begin and end with."""
+        prompts = (*self.train, *self.heldout)
+        known = next((prompt.content for prompt in prompts if prompt.text == text), None)
+        chats = [prompt.content for prompt in prompts if not isinstance(prompt.content, str)]
+        if known is not None or not chats:
+            return known or text
+        firsts, lasts = ([chat[place] for chat in chats] for place in (0, -1))
+        before = firsts[:1] if firsts[0]["role"] != "user" and all(m == firsts[0] for m in firsts) else []
+        after = lasts[:1] if lasts[0]["role"] == "assistant" and all(m == lasts[0] for m in lasts) else []
+        return [*before, {"role": "user", "content": text}, *after]
 
     def columns_of(self, text: str) -> Mapping[str, Any] | None:
         """Those of the first row with this prompt."""
@@ -233,6 +251,12 @@ def answer_of(row: Mapping[str, Any], origin: str, column: str) -> str:
             f"column {column!r} holds {row[column]!r:.60}; text, or messages that end with the assistant's, are allowed",
         )
     return answer
+
+
+def learned_of(row: Mapping[str, Any], origin: str, column: str) -> Answer:
+    """An answer to be learned: a text, or the assistant's message with whatever else it holds for the template, as its reasoning."""
+    text, given = answer_of(row, origin, column), row[column]
+    return {name: value for name, value in given[-1].items() if value is not None} if isinstance(given, list) else text
 
 
 def _check_text(text: str, origin: str, column: str) -> None:

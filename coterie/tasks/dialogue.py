@@ -116,7 +116,8 @@ class Dialogue:
 
     def _demonstration(self, of_prompt: float, of_quality: float, *chances: float) -> Demonstration:
         prompt = _pick(self.train, of_prompt)
-        return prompt.tokens, self._answer(prompt, _drawn(QUALITIES, of_quality), self._train_contents, chances)
+        answer = _answer(prompt, _drawn(QUALITIES, of_quality), self._train_contents, chances)
+        return self._codec.encode_demonstration(prompt.content, answer)
 
     def preferences(self, count: int, *, seed: int, step: int) -> list[Preference]:
         """Good answers, each beside one that is rude or curt, off topic or in the other language.
@@ -137,14 +138,11 @@ class Dialogue:
         flaw, chosen, rejected = _drawn(FLAWS, of_flaw), chances[:NUM_CHANCES], chances[NUM_CHANCES:]
         if flaw == "off_topic":
             rejected = chosen
-        good = self._answer(prompt, "good", contents, chosen)
-        return prompt.tokens, good, self._answer(prompt, flaw, contents, rejected)
+        good = _answer(prompt, "good", contents, chosen)
+        return self._codec.encode_pair(prompt.content, good, _answer(prompt, flaw, contents, rejected))
 
-    def _answer(self, prompt: Prompt, quality: str, contents: list[Content], chances: Sequence[float]) -> list[int]:
-        columns = prompt.columns
-        content = Content(columns["subject"], columns["thing"], columns["detail"])
-        text = write_answer(content, columns["language"], quality, contents, list(chances))
-        return self._codec.encode_answer(text)
+    def asked(self, text: str) -> Messages:
+        return [{"role": "user", "content": text}]
 
     def columns_of(self, text: str) -> Mapping[str, Any] | None:
         """Any text that names one thing of the grammar, with a detail or without."""
@@ -168,6 +166,12 @@ class Dialogue:
         }
         accuracy = [all(verdicts) for verdicts in zip(*judged.values(), strict=True)]
         return {"accuracy": accuracy, **judged, "well_formed": [is_well_formed(c.text) for _, c in pairs]}
+
+
+def _answer(prompt: Prompt, quality: str, contents: list[Content], chances: Sequence[float]) -> str:
+    columns = prompt.columns
+    content = Content(columns["subject"], columns["thing"], columns["detail"])
+    return write_answer(content, columns["language"], quality, contents, list(chances))
 
 
 def _drawn(shares: Mapping[str, float], chance: float) -> str:

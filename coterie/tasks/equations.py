@@ -137,7 +137,7 @@ class Equations:
         which, language = divmod(int(of_prompt * len(problems) * len(LANGUAGES)), len(LANGUAGES))
         problem, quality = problems[which], "complete" if one_step else _chosen(of_quality)
         answer = problem.solution_text(LANGUAGES[language], quality, guess=1 + int(of_guess * 9))
-        return self._codec.encode_prompt(_asked(problem, LANGUAGES[language])), self._codec.encode_answer(answer)
+        return self._codec.encode_demonstration(_asked(problem, LANGUAGES[language]), answer)
 
     def preferences(self, count: int, *, seed: int, step: int) -> list[Preference]:
         """Complete solutions, each beside a worse answer: a guess, a terse solution, or a wrong sum."""
@@ -160,7 +160,10 @@ class Equations:
             wrong = problem.factor * problem.solution + (-4, -3, -2, -1, 1, 2, 3, 4)[int(of_number * 8)]
             first, _, *rest = chosen.split("\n")
             rejected = "\n".join([first, f"{problem.factor}x = {wrong}", *rest])
-        return prompt.tokens, self._codec.encode_answer(chosen), self._codec.encode_answer(rejected)
+        return self._codec.encode_pair(prompt.content, chosen, rejected)
+
+    def asked(self, text: str) -> Messages:
+        return [{"role": "user", "content": text}]
 
     def columns_of(self, text: str) -> Mapping[str, Any] | None:
         """Any linear equation after a word or two."""

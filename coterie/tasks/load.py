@@ -11,10 +11,11 @@ from coterie.models.adapters import check_lora
 from coterie.models.codec import Codec
 from coterie.models.load import choose_device, codec_of, load_config, make_byte_tokenizer
 from coterie.models.policy import context_length_of
+from coterie.models.template import Chat
 from coterie.recipe import Recipe
 from coterie.rewards.load import load_rewards
 from coterie.rewards.score import Reward
-from coterie.settings import DatasetTask, ModelShape, Sampling
+from coterie.settings import DatasetTask, Sampling
 from coterie.tasks import dialogue, equations, programs
 from coterie.tasks.base import Task
 from coterie.tasks.dataset import Dataset
@@ -38,25 +39,29 @@ def prepare(recipe: Recipe) -> tuple[list[Reward], Codec, Task]:
         check_lora(config, recipe.lora)
     codec = load_codec(recipe)
     task = make_task(recipe.task, codec)
+    check_chat(recipe, task)
     context_length = context_length_of(config)
     if recipe.method != "reward_model":
         check_lengths(task, recipe.sampling, context_length)
-    if isinstance(task, Dataset) and context_length is not None:
+    if isinstance(task, Dataset):
         task.check_answers(context_length)
     return rewards, codec, task
 
 
 def load_codec(recipe: Recipe) -> Codec:
     """The tokenizer that the recipe names, or the model's, or the task's own for a fresh model."""
+    source: str | PreTrainedTokenizerFast
     if recipe.tokenizer == BYTES:
-        return Codec.of(make_byte_tokenizer())
-    if recipe.tokenizer is None and isinstance(recipe.model, ModelShape):
-        if isinstance(recipe.task, DatasetTask):
-            raise UserError("tokenizer: is missing; a fresh model on a data set needs one: a path, a hub id, or bytes")
-        return Codec.of(_BUNDLED[recipe.task][1]())
-    source = recipe.tokenizer or recipe.model
-    assert isinstance(source, str)
-    return codec_of(source)
+        source = make_byte_tokenizer()
+    elif recipe.tokenizer is not None:
+        source = recipe.tokenizer
+    elif isinstance(recipe.model, str):
+        source = recipe.model
+    elif isinstance(recipe.task, DatasetTask):
+        raise UserError("tokenizer: is missing; a fresh model on a data set needs one: a path, a hub id, or bytes")
+    else:
+        source = _BUNDLED[recipe.task][1]()
+    return codec_of(source, recipe.model, Chat.of(recipe))
 
 
 def make_task(task: str | DatasetTask, codec: Codec) -> Task:
@@ -64,6 +69,17 @@ def make_task(task: str | DatasetTask, codec: Codec) -> Task:
     if isinstance(task, DatasetTask):
         return Dataset(task, codec)
     return _BUNDLED[task][0](codec)
+
+
+def check_chat(recipe: Recipe, task: Task) -> None:
+    """Raises UserError for settings of chats where no prompt is one."""
+    given = (
+        ["system_prompt"]
+        if recipe.system_prompt
+        else [f"chat_template_kwargs.{n}" for n in recipe.chat_template_kwargs]
+    )
+    if given and all(isinstance(prompt.content, str) for prompt in (*task.train, *task.heldout)):
+        raise UserError(f"{given[0]}: has no effect: the prompts of the task are text, and no chats")
 
 
 def check_lengths(task: Task, sampling: Sampling, context_length: int | None) -> None:

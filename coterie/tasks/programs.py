@@ -110,17 +110,14 @@ class Programs:
         """Up to SETS_PER_FUNCTION of each function: there are only few ways to show one of numbers or lists."""
         problems = [Problem(f, key(f.expression, number)) for f in functions for number in range(SETS_PER_FUNCTION)]
         return [
-            Prompt(place, _asked(p), self._tokens(p), {**p.columns, "kind": p.function.kind})
+            Prompt(place, _asked(p), self._codec.encode_prompt(_asked(p)), {**p.columns, "kind": p.function.kind})
             for place, p in enumerate({problem.text: problem for problem in problems}.values())
         ]
-
-    def _tokens(self, problem: Problem) -> list[int]:
-        return self._codec.encode_prompt(_asked(problem))
 
     def demonstrations(self, count: int, *, seed: int, step: int) -> list[Demonstration]:
         """Programs of mixed quality: right ones, some that repeat the examples, and some that do something else."""
         drawn = _drawn(self._train_functions, BASIC_SHARE, count, seed, "demonstrations", step)
-        return [(self._tokens(p), self._codec.encode_answer(_answer(p, other, _quality(p)))) for p, other in drawn]
+        return [self._codec.encode_demonstration(_asked(p), _answer(p, other, _quality(p))) for p, other in drawn]
 
     def preferences(self, count: int, *, seed: int, step: int) -> list[Preference]:
         """Right programs, each beside one that repeats the examples or does something else."""
@@ -133,9 +130,11 @@ class Programs:
         pairs = []
         for problem, other in drawn:
             rejected = _answer(problem, other, ("hard_coded", "wrong")[key(problem.key, "rejected") % 2])
-            chosen = self._codec.encode_answer(problem.function.source)
-            pairs.append((self._tokens(problem), chosen, self._codec.encode_answer(rejected)))
+            pairs.append(self._codec.encode_pair(_asked(problem), problem.function.source, rejected))
         return pairs
+
+    def asked(self, text: str) -> Messages:
+        return [{"role": "user", "content": text}]
 
     def columns_of(self, text: str) -> Mapping[str, Any] | None:
         """Any examples that a person typed: they are the tests, for nothing else is known of the function."""

@@ -96,7 +96,7 @@ class Run:
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            stored = recipe.model_copy(update={"made_with": _versions()})
+            stored = recipe.model_copy(update={"made_with": {**(recipe.made_with or {}), **_versions()}})
             run = cls(folder, recipe, console, stop_after=stop_after)
             run.store.inputs(inputs_of(recipe))
             write_whole(folder / "recipe.yaml", stored.to_yaml())  # last: from here on it is a run to go on with

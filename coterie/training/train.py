@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def train(
     else:
         name = run_name(find_recipe(recipe)) if isinstance(recipe, str) else "run"
         loaded = load_recipe(recipe, overrides) if isinstance(recipe, str) else recipe
+        loaded = loaded.model_copy(update={"made_with": {**(loaded.made_with or {}), "day": date.today().isoformat()}})
         parts = prepare(loaded)  # what is wrong with the recipe shows before there is a folder
         run = Run.create(loaded, name, out, console, stop_after=stop_after)
     try:
@@ -272,8 +274,7 @@ def _save_model(folder: Path, model: PreTrainedModel, codec: Codec) -> None:
     """The trained model and its tokenizer, in Hugging Face format."""
     aside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    codec.tokenizer.save_pretrained(aside)
+    codec.save(aside, model)
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 
