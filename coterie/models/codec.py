@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -183,14 +184,20 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, kno
     """The token that the template ends an answer's turn with; None where it writes none there.
 
     It is looked for first in what stands after an answer whatever follows; then in what stands after the last one; then in
-    what begins the turn that follows, where a template writes nothing else between two turns.
+    what begins the turn that follows, where a template writes nothing else between two turns. A token counts that was added to the
+    vocabulary, or is written like a mark: <...> or [...].
     """
-    added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
     others = {tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
-    special = ({*added, *tokenizer.all_special_ids} - others) | set(known)
+    added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.content.strip()}
+    marks = ({*added, *tokenizer.all_special_ids} - others) | set(known)
+
+    def counts(token: int) -> bool:
+        piece = str(tokenizer.convert_ids_to_tokens(token))
+        return token in marks or (token not in others and re.fullmatch(r"<.+>|\[.+\]", piece) is not None)
+
     last, amid = (list(tokenizer(tail, add_special_tokens=False)["input_ids"]) for tail in template.tails)
     for tail, which in ((last[: _num_shared(last, amid)], -1), (last, 0), (amid, 0)):
-        ends = [token for token in tail if token in special]
+        ends = [token for token in tail if counts(token)]
         if ends:
             return next((token for token in ends if token in known), ends[which])
     return None

@@ -84,29 +84,40 @@ def codec_of(
     tokenizer = _from_hub(AutoTokenizer, source) if isinstance(source, str) else source
     model = model or (source if isinstance(source, str) else None)
     homes = dict.fromkeys(home for home in (source, model) if isinstance(home, str))
-    stated = [ends for home in homes for ends in _stated_ends(home)]
+    configs = {home: _config_file(home) for home in homes}
+    stated = [part.get("eos_token_id") for config in configs.values() for part in (config, _text_part(config))]
+    stated += [_generation_ends(home) for home in homes]
+    known = None
     if isinstance(model, ModelShape):
         stated.append(getattr(_fresh_config(model), "eos_token_id", None))
-    known = None
-    if isinstance(model, str):
-        known = getattr(_from_hub(AutoConfig, model).get_text_config(), "vocab_size", None)
+    elif model is not None:
+        known = _text_part(configs[model]).get("vocab_size", configs[model].get("vocab_size"))
     return Codec.of(tokenizer, *stated, chat=chat, vocabulary_size=known)
 
 
-def _stated_ends(home: str) -> list[Any]:
-    """The end tokens that config.json and generation_config.json name, where they are there. What a class of configurations would
-    fill in is left out."""
+def _config_file(home: str) -> dict[str, Any]:
+    """What config.json holds, without what a class would fill in; nothing where there is none, as beside a tokenizer alone."""
+    if not Path(home).exists():
+        why_unreachable()
     try:
-        config, _ = PretrainedConfig.get_config_dict(home)
-    except OSError:  # a tokenizer alone has none
-        config = {}
-    found = [part.get("eos_token_id") for part in (config, config.get("text_config") or {})]
+        return dict(PretrainedConfig.get_config_dict(home)[0])
+    except OSError:
+        return {}
+
+
+def _text_part(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a model that sees pictures too, what is said of its text."""
+    return config.get("text_config") or {}
+
+
+def _generation_ends(home: str) -> int | list[int] | None:
+    """The end tokens of generation_config.json, which a model need not have."""
     try:
-        return [*found, GenerationConfig.from_pretrained(home).eos_token_id]
-    except Exception as error:  # a model need not have one
+        return GenerationConfig.from_pretrained(home).eos_token_id
+    except Exception as error:
         if (Path(home) / "generation_config.json").is_file():
             raise UserError(f"model: {home}/generation_config.json can't be read: {error}") from error
-    return found
+    return None
 
 
 def start_model(recipe: Recipe, codec: Codec, device: torch.device) -> PreTrainedModel:
@@ -114,7 +125,8 @@ def start_model(recipe: Recipe, codec: Codec, device: torch.device) -> PreTraine
     dtype = DTYPES[recipe.dtype]
     if isinstance(recipe.model, str):
         return load_model(recipe.model, device, dtype)
-    config = _fresh_config(recipe.model, vocab_size=len(codec.tokenizer))
+    highest = max(codec.tokenizer.get_vocab().values())  # ids may have gaps
+    config = _fresh_config(recipe.model, vocab_size=max(len(codec.tokenizer), highest + 1))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(recipe.seed, "weights") % 2**63)
         model = AutoModelForCausalLM.from_config(config)

@@ -89,7 +89,7 @@ def _encoded(
     """
     content = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
     if not isinstance(content, str) and not codec.template.exists:
-        raise UserError("rewards: reward_model: its tokenizer has no chat template, which chat messages need")
+        raise UserError("rewards: reward_model: the tokenizer has no chat template, which chat messages need")
     try:
         row = codec.encode_demonstration(content, completion)
     except UserError as error:

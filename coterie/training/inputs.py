@@ -17,6 +17,7 @@ from coterie.recipe import Recipe
 from coterie.settings import DatasetTask
 
 _FREE = ("made_with", "steps")  # what may change without a word
+_NOT_SET = json.dumps(None)  # also where a run began before there was such a setting
 _PART = " > "  # stands between a setting and what the file that it names uses
 _WHOLE = 1 << 28  # bytes up to which a model's weights are hashed whole; of larger ones their size, start and end
 _MODEL_FILES = (".safetensors", ".json", ".model", ".txt")
@@ -44,7 +45,7 @@ def check_inputs(before: Mapping[str, str], now: Mapping[str, str], allowed: Col
     changed: list[tuple[str, str]] = []
     refused: list[tuple[str, str]] = []
     for name in sorted({*before, *now}):
-        if before.get(name) == now.get(name):
+        if before.get(name, _NOT_SET) == now.get(name, _NOT_SET):
             continue
         plain, _, part = name.removesuffix(" (content)").partition(_PART)
         if part and name not in before:  # begun before such parts were noted; what uses a module is compared itself

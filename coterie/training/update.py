@@ -45,7 +45,8 @@ def update(
     updates_per_batch, micro_batch_tokens and activation_checkpointing act here too, the learning rate is the optimiser's own.
     What a recipe does before the update (redraw, overlong) is the caller's, and the longest completion is the length limit.
 
-    Raises UserError for shapes that do not agree, empty prompts or completions, and rewards or settings out of range.
+    Raises UserError for shapes that do not agree, empty prompts or completions, tokens that the model does not know, and rewards or
+    settings out of range.
     """
     recipe = _recipe(preset, settings or {})
     rewards = _rewards(rewards)
@@ -65,6 +66,7 @@ def update(
     policy = policy if isinstance(policy, Policy) else Policy.of(policy)
     policy = policy.recomputing() if recipe.optimiser.activation_checkpointing else policy
     reference = Policy.of(reference) if isinstance(reference, PreTrainedModel) else reference
+    _check_tokens(policy.model.get_input_embeddings().weight.shape[0], prompts, completions)
 
     advantages = _advantages(recipe, rewards)  # [P, G]
     streams, totals = _pack(recipe, prompts, completions, sampler_logprobs, rewards, advantages)
@@ -151,6 +153,22 @@ def _check_shapes(
                 raise UserError(
                     f"update: completion {c} of prompt {p} has {len(completion)} tokens and "
                     f"{len(sampler_logprobs[p][c])} sampler log-probabilities"
+                )
+
+
+def _check_tokens(
+    num_known: int, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]
+) -> None:
+    for p, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
+        named = [
+            (f"prompt {p}", prompt),
+            *((f"completion {c} of prompt {p}", tokens) for c, tokens in enumerate(group)),
+        ]
+        for name, tokens in named:
+            wrong = next((token for token in tokens if not 0 <= token < num_known), None)
+            if wrong is not None:
+                raise UserError(
+                    f"update: {name} holds the token {wrong}, and the model knows those from 0 to {num_known - 1}"
                 )
 
 

@@ -15,6 +15,7 @@ from coterie.models.load import codec_of, make_byte_tokenizer
 from coterie.models.template import Chat
 from coterie.settings import DatasetTask
 from coterie.tasks.dataset import Dataset
+from coterie.tasks.words import make_word_tokenizer
 
 QUESTION = {"role": "user", "content": "What is 3 + 4?"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -209,6 +210,36 @@ def test_end_tokens_are_those_of_config_generation_config_and_tokenizer(tmp_path
     elsewhere = folder_of(tmp_path, plain, name="tokenizer")
     (tmp_path / "tokenizer" / "config.json").unlink()
     assert codec_of(elsewhere, both).end_tokens == tuple(sorted((eos, a, b, c)))
+
+
+@pytest.mark.parametrize("kind", ["special", "added", "word"])
+def test_a_template_alone_says_where_a_turn_ends_whatever_kind_of_token_that_is(kind):
+    tokenizer = make_word_tokenizer(map(chr, range(32, 127)), ("<|end|>",) if kind == "word" else ())
+    if kind != "word":
+        tokenizer.add_tokens(["<|end|>"], special_tokens=kind == "special")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>\n{% endfor %}"
+    end, eos = tokenizer.convert_tokens_to_ids("<|end|>"), tokenizer.eos_token_id
+    codec = Codec.of(tokenizer)
+    assert set(codec.end_tokens) == {end, eos}
+    assert codec.encode_demonstration([QUESTION], "It is 7.")[1][-1] == end
+    tokenizer.eos_token = None
+    assert codec_of(tokenizer).end_tokens == (end,)
+
+
+def test_where_a_template_ends_an_answer_with_no_token_the_tokenizers_own_ends_it():
+    tokenizer = make_byte_tokenizer()
+    for tail in ("", "\n", "\n\n"):
+        tokenizer.chat_template = (
+            "{% for m in messages %}### " + "{{ m.role }}: {{ m.content }}" + tail + "{% endfor %}"
+        )
+        prompt, learned = Codec.of(tokenizer).encode_demonstration([QUESTION], "It is 7.")
+        assert (
+            tokenizer.decode([*prompt, *learned]) == f"### user: What is 3 + 4?{tail}### assistant: It is 7.{tail}<end>"
+        )
+    tokenizer.chat_template = "{% for m in messages %}### {{ m.role }}: {{ m.content }}\n{% endfor %}### assistant: "
+    prompt, learned = Codec.of(tokenizer).encode_demonstration([QUESTION], "It is 7.")
+    assert prompt == Codec.of(tokenizer).encode_prompt([QUESTION])
+    assert tokenizer.decode(learned) == "It is 7.\n<end>"
 
 
 def test_settings_of_a_chat_reach_the_template_and_the_day_stands_still():

@@ -120,7 +120,7 @@ def test_r22_a_chat_goes_through_its_own_template(make_folder):
     folder = make_folder(template=TEMPLATE)
     chat = [{"role": "user", "content": "hi"}]
     (got,) = RewardModel(str(folder), "cpu")([chat], [[{"role": "assistant", "content": "yes"}]])
-    assert got == pytest.approx(transformers_score(folder, "[user]hi>yes"), abs=1e-5)
+    assert got == pytest.approx(transformers_score(folder, "[user]hi[assistant]yes"), abs=1e-5)
 
 
 def test_r22_a_chat_for_a_model_without_a_template_stops_with_a_word(make_folder):

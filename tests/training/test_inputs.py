@@ -128,3 +128,74 @@ def test_a_change_in_the_middle_of_a_large_file_is_seen(inputs, tmp_path):
         file.write(b"x")
     with pytest.raises(UserError, match=r"task\.data: the file"):
         check_inputs(before, inputs(), [])
+
+
+def test_a_chat_template_that_has_changed_come_or_gone_is_named(inputs, tmp_path):
+    template = tmp_path / "model" / "chat_template.jinja"
+    without = inputs()
+    template.write_text("{{ messages }}")
+    first = inputs()
+    template.write_text("{{ messages[0] }}")
+    for before, now in ((first, inputs()), (without, first), (first, without)):
+        with pytest.raises(UserError, match=r"model: chat_template\.jinja, which it uses, is not what it was") as error:
+            check_inputs(before, now, [])
+        assert "--allow model\n" in f"{error.value}\n"
+        assert len(check_inputs(before, now, ["model"])) == 1
+
+
+@pytest.fixture
+def own_package(tmp_path, monkeypatch):
+    """A package on the path, with a module that uses two others, and a file beside a reward's file."""
+    monkeypatch.syspath_prepend(str(tmp_path / "lib"))
+    for name, text in {
+        "lib/scoring_of_mine/__init__.py": "",
+        "lib/scoring_of_mine/rewards.py": "import json, numpy\nfrom .words import WORDS\ndef f(**_): ...",
+        "lib/scoring_of_mine/words.py": "def late():\n    from scoring_of_mine.deep import table\n",
+        "lib/scoring_of_mine/deep/__init__.py": "",
+        "lib/scoring_of_mine/deep/table.py": "A = 1",
+        "lib/scoring_of_mine/unused.py": "",
+        "helpers.py": "B = 2",
+        "mine.py": "import helpers\nimport scoring_of_mine.words\nimport missing_module\nimport coterie\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+USED = {
+    "module": ("scoring_of_mine.rewards:f", ("rewards.py", "words.py", "deep/table.py")),
+    "file": ("mine.py:f", ("../../helpers.py", "words.py", "deep/table.py")),
+}
+
+
+@pytest.mark.parametrize("kind", USED)
+def test_a_module_that_a_reward_imports_is_named_when_it_has_changed(inputs, own_package, kind):
+    function, used = USED[kind]
+    function = f"{own_package}/{function}" if kind == "file" else function
+    rewards = [{"function": function, "name": "own"}]
+    before = inputs(rewards=rewards)
+    package = own_package / "lib" / "scoring_of_mine"
+    (package / "unused.py").write_text("C = 3")
+    assert check_inputs(before, inputs(rewards=rewards), []) == []
+    for name in used:
+        text = (package / name).read_text()
+        (package / name).write_text(text + "\n")
+        with pytest.raises(UserError, match=r"rewards\.own\.function: .*, which it uses, is not what it was") as error:
+            check_inputs(before, inputs(rewards=rewards), [])
+        assert Path(name).stem in str(error.value)
+        assert "--allow rewards.own.function" in str(error.value)
+        (package / name).write_text(text)
+    assert check_inputs(before, inputs(rewards=rewards), []) == []
+
+
+def test_what_is_installed_and_what_is_ours_is_told_of_by_versions(inputs, own_package):
+    for function in (f"{own_package}/mine.py:f", "coterie.rewards.steps:right_answer"):
+        names = inputs(rewards=[{"function": function, "name": "own"}])
+        assert not [name for name in names if any(part in name for part in ("numpy", "json", "coterie"))]
+
+
+def test_a_run_that_began_before_modules_were_noted_goes_on(inputs, own_package):
+    now = inputs(rewards=[{"function": f"{own_package}/mine.py:f", "name": "own"}])
+    before = {name: value for name, value in now.items() if " > " not in name}
+    assert len(before) < len(now)
+    assert check_inputs(before, now, []) == []
