@@ -146,6 +146,17 @@ class Stream:
         """[B]: how many tokens the policy wrote in each row."""
         return torch.tensor([n for _, lengths in self.segments for n in lengths], device=self.row.device)
 
+    def rows(self) -> list[tuple[int, Tensor]]:
+        """Each completion behind a copy of its prompt: the length of the prompt, and the tokens of both."""
+        found, at = [], 0
+        for prompt_length, lengths in self.segments:
+            prompt = self.tokens[at : at + prompt_length]
+            at += prompt_length
+            for length in lengths:
+                found.append((prompt_length, torch.cat([prompt, self.tokens[at : at + length]])))
+                at += length
+        return found
+
     def to(self, device: torch.device) -> Stream:
         """The same stream on another device."""
         moved = {

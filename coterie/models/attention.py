@@ -1,22 +1,27 @@
 """How a model's attention is handed to us: through transformers' attention interface, with the model itself unchanged.
 
-A model's linear layers run on the stream [1, T, D]; only its attention asks a `Layout` which tokens attend to which.
+A model's linear layers run on the stream [1, T, D]; only its attention asks a `Layout` which tokens attend to which. What each
+layer sees is read off the masks that the model asks transformers for, in one forward pass of a few tokens (`observed`): they are
+what its plain self obeys. On the stream no mask is made.
 
 Legend: T tokens of the stream, H heads, K key-value heads, E width of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 NAME = "coterie_stream"
+_OBSERVED = "coterie_observed"  # the same, with masks that say what they are
 
 
 class Layout(Protocol):
@@ -27,29 +32,81 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class AttentionSettings:
-    """What a model calls a layer's attention with. window: how many tokens back it sees. softcap: a limit on its scores."""
+    """What a model calls a layer's attention with. window: how many tokens back it sees. softcap: a limit on its scores.
+    sinks: [H], a score of each head that takes part in the softmax and stands for no token."""
 
     scaling: float
     window: int | None
     softcap: float | None
+    sinks: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether scores are products and nothing else."""
+        return self.softcap is None and self.sinks is None
+
+
+Windows = Mapping[int, int | None]  # by layer
 
 
 class UnservedModelError(RuntimeError):
     """The model's attention does something that a layout can't reproduce."""
 
 
+_acting: ContextVar[tuple[Layout, Windows | None]] = ContextVar("acting")
+
+
 @contextmanager
-def stream_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let the model's attention read the `layout=` it is called with. Outside of this the model is its plain self."""
+def stream_attention(
+    model: PreTrainedModel, layout: Layout, windows: Windows | None, name: str = NAME
+) -> Iterator[None]:
+    """Let a layout attend for the model. Outside of this the model is its plain self.
+
+    windows: what `observed` found; without them what each layer's call says is believed.
+    """
     configs = (model.config, model.config.get_text_config())  # the same one, unless the model sees pictures too
     before = [(config, config._attn_implementation) for config in configs]
+    token = _acting.set((layout, windows))
     try:
         for config, _ in before:
-            config._attn_implementation = NAME
+            config._attn_implementation = name
         yield
     finally:
-        for config, name in before:
-            config._attn_implementation = name
+        _acting.reset(token)
+        for config, implementation in before:
+            config._attn_implementation = implementation
+
+
+@torch.no_grad()
+def observed(model: PreTrainedModel) -> dict[int, AttentionSettings]:
+    """What each layer's attention is called with. Raises UnservedModelError where one does what no layout knows."""
+    observer = _Observer()
+    with stream_attention(model, observer, None, _OBSERVED):
+        model.base_model(input_ids=torch.arange(4, device=model.device)[None], use_cache=False)
+    if not observer.settings:
+        raise UnservedModelError("its attention is its own, not one of transformers' interface")
+    return observer.settings
+
+
+@dataclass(frozen=True)
+class _Observer:
+    """One sequence that attends to itself, and what each layer is called with."""
+
+    settings: dict[int, AttentionSettings] = field(default_factory=dict)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
+        if layer in self.settings:
+            raise UnservedModelError(f"layer {layer} attends more than once")
+        self.settings[layer] = settings
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class _CausalMask:
+    """In place of a mask: each token sees those before it, as far back as the window."""
+
+    window: int | None
 
 
 def _attention(
@@ -57,32 +114,65 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | _CausalMask | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    layout: Layout | None = None,
+    s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer."""
     name = type(module).__name__
-    if layout is None:
-        raise UnservedModelError(f"{name} was not handed the stream's layout by its model")
-    for unserved in ("s_aux", "sinks", "position_bias", "head_mask"):
+    layout, windows = _acting.get()
+    for unserved in ("sinks", "position_bias", "head_mask"):
         if others.get(unserved) is not None:
             raise UnservedModelError(f"{name} asks for {unserved}")
+    if query.shape[2] != key.shape[2] or not getattr(module, "is_causal", True):
+        raise UnservedModelError(f"{name} does not attend to the tokens before")
     layer = int(module.layer_idx)
-    kinds = getattr(getattr(module, "config", None), "layer_types", None)
-    kind = kinds[layer] if kinds else None
-    if kind not in (None, "full_attention", "sliding_attention"):
-        raise UnservedModelError(f"{name} is of the kind {kind}")
-    if kind == "sliding_attention" and sliding_window is None:
-        raise UnservedModelError(f"{name} has a sliding window and does not say how wide it is")
-    if kind == "full_attention":
-        sliding_window = None
+    if isinstance(attention_mask, _CausalMask):
+        window = attention_mask.window
+    elif attention_mask is not None:
+        raise UnservedModelError(f"{name} has a mask of its own")
+    elif isinstance(layout, _Observer):
+        raise UnservedModelError(f"{name} is given no mask")
+    else:
+        window = windows[layer] if windows is not None else _stated_window(module, layer, sliding_window)
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    return layout.attend(layer, query, key, value, AttentionSettings(scaling, sliding_window, softcap)), None
+    return layout.attend(layer, query, key, value, AttentionSettings(scaling, window, softcap, s_aux)), None
+
+
+def _stated_window(module: Any, layer: int, sliding_window: int | None) -> int | None:
+    kinds = getattr(getattr(module, "config", None), "layer_types", None)
+    return None if kinds and kinds[layer] == "full_attention" else sliding_window
+
+
+def _mask(
+    *, mask_function: Callable[..., Any], local_size: int | None = None, use_vmap: bool = False, **others: Any
+) -> _CausalMask:
+    """What transformers calls to make a mask. `mask_function(batch, head, query, key)` says whether a token sees another."""
+    if use_vmap or not _is_causal(mask_function, local_size):
+        what = f"a limit of {local_size} that is no sliding window" if local_size else "more than the order of tokens"
+        raise UnservedModelError(f"its mask depends on {what}")
+    return _CausalMask(local_size)
+
+
+def _is_causal(mask_function: Callable[..., Any], window: int | None) -> bool:
+    """Whether a mask function is that of a sliding window, or of none, tried around its edges."""
+    size = window or 8
+    queries = torch.tensor([0, 1, size - 1, size, size + 1, 2 * size - 1, 2 * size, 3 * size + 1])
+    back = torch.tensor([-1, 0, 1, size - 1, size, size + 1, 2 * size])
+    query, key = (x.flatten() for x in (queries[:, None].expand(-1, len(back)), queries[:, None] - back))
+    query, key = query[key >= 0], key[key >= 0]
+    expected = (key <= query) & (query - key < window if window else True)
+    zero = torch.zeros((), dtype=torch.long)
+    try:
+        return torch.equal(mask_function(zero, zero, query, key).expand_as(expected), expected)
+    except (IndexError, RuntimeError, TypeError, AttributeError):
+        return False
 
 
 AttentionInterface.register(NAME, _attention)
+AttentionInterface.register(_OBSERVED, _attention)
+AttentionMaskInterface.register(_OBSERVED, _mask)

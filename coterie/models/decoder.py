@@ -134,8 +134,8 @@ class Decoder:
         dtype = policy.plain_head.weight.dtype
         plain = all(type(module) is nn.Linear for layer in model.layers for module in _projections(layer))
         plain &= type(model.embed_tokens) is nn.Embedding and model.rotary_emb.rope_type in _FIXED_ROTARY
-        capped = any(settings.softcap is not None for settings in policy.body.settings.values())
-        if not plain or capped or library(dtype) is None or matrix_product(dtype) is None:
+        plain &= all(settings.plain for settings in policy.body.settings.values())
+        if not plain or library(dtype) is None or matrix_product(dtype) is None:
             return None
         return cls(policy, longest)
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from coterie.errors import UserError
 from coterie.models.adapters import Adapter
-from coterie.models.policy import Policy, padded_outputs
+from coterie.models.policy import Policy
 from coterie.types import Stream
 
 
@@ -79,7 +79,7 @@ class Scorer:
         """What the model expects before each completion token is written: [N]."""
         if self.base.served == "padded":
             return self._scored(torch.cat([row[prompt - 1 : -1] for prompt, row in self._padded(stream)]))
-        return self._scored(self.base.stream_states(stream, stream.predictors))
+        return self._scored(self.base.stream_states(stream, stream.predictors, stream.row))
 
     def scores(self, stream: Stream) -> Tensor:
         """What the model makes of each whole completion, read off its last token: [B]."""
@@ -91,11 +91,10 @@ class Scorer:
             for length in lengths:
                 at += length
                 ends.append(at - 1)
-        return self._scored(self.base.stream_states(stream, torch.tensor(ends)))
+        return self._scored(self.base.stream_states(stream, torch.tensor(ends), torch.arange(len(ends))))
 
     def _padded(self, stream: Stream) -> list[tuple[int, Tensor]]:
-        with self.base.acting(on_stream=False):
-            return padded_outputs(lambda **inputs: self.base.model(**inputs).last_hidden_state, stream)
+        return self.base.padded_outputs(lambda **inputs: self.base.model(**inputs).last_hidden_state, stream)
 
     def _scored(self, states: Tensor) -> Tensor:
         """[..., D] -> [...], in float32."""

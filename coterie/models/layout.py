@@ -1,7 +1,7 @@
 """Attention over the packed stream: a completion's tokens attend to their prompt and to themselves.
 
 `StreamLayout` chooses: on a CPU compiled loops, or where there is no compiler the cascade, neither of which copies a prompt or
-masks anything; on a GPU FlexAttention; where none of them serves, for soft caps on a CPU say, dense blocks. A block is a set of
+masks anything; on a GPU FlexAttention; where none of them serves, for sinks, or soft caps on a CPU, dense blocks. A block is a set of
 sequences of similar length. A "trunk" attends to itself: a prompt, or a prompt with its only completion. A "branch" is a
 completion whose keys are preceded by those of its trunk, which were computed once for the whole group.
 
@@ -36,9 +36,10 @@ class StreamLayout:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
         unlimited = settings.window is None or settings.window >= self._longest
-        if self._device.type != "cpu" and flex_serves(q, k, v, settings.softcap, DenseLayout):
+        on_gpu = self._device.type != "cpu" and settings.sinks is None
+        if on_gpu and flex_serves(q, k, v, settings.softcap, DenseLayout):
             return self._flex.attend(layer, q, k, v, settings)
-        on_cpu = self._device.type == "cpu" and settings.softcap is None and q.shape[3] == v.shape[3]
+        on_cpu = self._device.type == "cpu" and settings.plain and q.shape[3] == v.shape[3]
         compiled = on_cpu and served(q, k, v)
         if not compiled and not (on_cpu and unlimited):
             return self._dense.attend(layer, q, k, v, settings)
@@ -82,7 +83,7 @@ class _Block:
 
 
 class DenseLayout:
-    """Dense blocks with masks: any device, window, soft cap."""
+    """Dense blocks with masks: any device, window, soft cap, sinks."""
 
     def __init__(self, segments: Sequence[tuple[int, Sequence[int]]], device: torch.device | str = "cpu") -> None:
         self._blocks: list[_Block] = []
@@ -174,13 +175,22 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, settings: Att
     """Masked attention on dense blocks: q [R, L, H, E], k and v [R, keys, K, E], additive mask -> [R, L, H, E]."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
-    scaling, softcap = settings.scaling, settings.softcap
-    if softcap is None:
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scaling, enable_gqa=grouped).transpose(1, 2)
+    if settings.plain:
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=settings.scaling, enable_gqa=grouped).transpose(1, 2)
     if grouped:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    scores = torch.tanh(q @ k.transpose(2, 3) * (scaling / softcap)) * softcap + mask
-    return (scores.float().softmax(-1).to(q.dtype) @ v).transpose(1, 2)
+    scores, cap = q @ k.transpose(2, 3), settings.softcap
+    scores = torch.tanh(scores * (settings.scaling / cap)) * cap if cap is not None else scores * settings.scaling
+    return (attention_weights(scores + mask, settings.sinks).to(q.dtype) @ v).transpose(1, 2)
+
+
+def attention_weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """The softmax of masked scores [R, H, L, keys], in float32, beside the sinks [H] where there are any."""
+    scores = scores.float()
+    if sinks is None:
+        return scores.softmax(-1)
+    beside = sinks.float().view(-1, 1, 1).expand(len(scores), -1, scores.shape[2], 1)
+    return torch.cat([scores, beside], -1).softmax(-1)[..., :-1]
 
 
 def _flat(x: Tensor) -> Tensor:

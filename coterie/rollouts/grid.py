@@ -21,7 +21,7 @@ from torch import Tensor
 
 from coterie.models.attention import AttentionSettings
 from coterie.models.decoder import CachedRows
-from coterie.models.layout import StreamLayout
+from coterie.models.layout import StreamLayout, attention_weights
 
 KeysValues = dict[
     int, tuple[Tensor, Tensor]
@@ -278,7 +278,8 @@ class DecodeLayout:
         mask = self._masks[settings.window]
         if mask is not None:
             scores += mask
-        weights = scores.float().softmax(3).to(v.dtype)
+        by_head = scores.reshape(num_slots, -1, 1, scores.shape[3])  # [R, H, 1, keys]
+        weights = attention_weights(by_head, settings.sinks).view_as(scores).to(v.dtype)
         if not grid.prompt_kv:
             attended = weights @ values
         else:
