@@ -103,10 +103,11 @@ class _Observer:
 
 
 @dataclass(frozen=True)
-class _CausalMask:
-    """In place of a mask: each token sees those before it, as far back as the window."""
+class _Seen:
+    """In place of a mask: each token sees those before it, as far back as the window; or why that is not so."""
 
     window: int | None
+    why_not: str = ""
 
 
 def _attention(
@@ -114,7 +115,7 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | _CausalMask | None,
+    attention_mask: Tensor | _Seen | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -130,7 +131,9 @@ def _attention(
     if query.shape[2] != key.shape[2] or not getattr(module, "is_causal", True):
         raise UnservedModelError(f"{name} does not attend to the tokens before")
     layer = int(module.layer_idx)
-    if isinstance(attention_mask, _CausalMask):
+    if isinstance(attention_mask, _Seen):
+        if attention_mask.why_not:
+            raise UnservedModelError(f"{name} has a mask that depends on {attention_mask.why_not}")
         window = attention_mask.window
     elif attention_mask is not None:
         raise UnservedModelError(f"{name} has a mask of its own")
@@ -150,12 +153,11 @@ def _stated_window(module: Any, layer: int, sliding_window: int | None) -> int |
 
 def _mask(
     *, mask_function: Callable[..., Any], local_size: int | None = None, use_vmap: bool = False, **others: Any
-) -> _CausalMask:
+) -> _Seen:
     """What transformers calls to make a mask. `mask_function(batch, head, query, key)` says whether a token sees another."""
-    if use_vmap or not _is_causal(mask_function, local_size):
-        what = f"a limit of {local_size} that is no sliding window" if local_size else "more than the order of tokens"
-        raise UnservedModelError(f"its mask depends on {what}")
-    return _CausalMask(local_size)
+    if not use_vmap and _is_causal(mask_function, local_size):
+        return _Seen(local_size)
+    return _Seen(None, f"a limit of {local_size} that is no sliding window" if local_size else "more than order")
 
 
 def _is_causal(mask_function: Callable[..., Any], window: int | None) -> bool:

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from coterie.errors import UserError
 from coterie.models.attention import UnservedModelError, observed
@@ -46,7 +46,7 @@ def serve(model: PreTrainedModel) -> Policy:
             try:
                 return _on_stream(model, specimen)
             except Exception as error:  # a model's code may raise anything where it meets what it was not made for
-                why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                why = _in_a_line(error)
             alone = _differs_beside_others(specimen)
     warnings.warn(
         f"{type(model).__name__} can't share prompts ({why}); it is sampled and trained padded, which is slower",
@@ -62,18 +62,27 @@ def _on_stream(model: PreTrainedModel, specimen: PreTrainedModel) -> Policy:
     trial = Policy(specimen, "stream", windows, lengths=Lengths.of(specimen))
     _check_isolated(trial)
     sample = _Sample.of(specimen)
-    allowed = _allowed(specimen, sample)
-    for shift in (0, *_shifts(specimen)):
+    allowed = _ALLOWED
+    for shift in (0, *_shifts(specimen.config)):
         difference = _largest_difference(trial, sample, shift)
         if not difference <= allowed:
             raise UnservedModelError(f"outputs differ by {difference:.2g}" + (f" from position {shift} on" if shift else ""))
     ours = Policy(model, "stream", windows, lengths=Lengths.of(model))
     body = Body.of(specimen.base_model, settings)
     if body is not None and all(
-        _largest_difference(replace(trial, body=body), sample, shift) <= allowed for shift in (0, *_shifts(specimen))
+        _largest_difference(replace(trial, body=body), sample, shift) <= allowed for shift in (0, *_shifts(specimen.config))
     ):
         return replace(ours, body=Body.of(model.base_model, observed(model)))
     return ours
+
+
+def _in_a_line(error: Exception) -> str:
+    """What went wrong in a model's code, in words for a person."""
+    if isinstance(error, UnservedModelError):
+        return str(error)
+    if isinstance(error, AttributeError | TypeError) and "_Seen" in str(error):
+        return "it computes with its masks by itself"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 @contextmanager
@@ -124,9 +133,11 @@ class _Sample:
     @property
     def positions(self) -> Tensor:
         """[T]"""
-        parts = [torch.arange(p) for p, _ in self.segments[:0]]
-        for prompt, of_prompt in self.segments:
-            parts += [torch.arange(prompt), *(torch.arange(prompt, prompt + length) for length in of_prompt)]
+        parts = [
+            torch.arange(start, start + length)
+            for prompt, of_prompt in self.segments
+            for start, length in ((0, prompt), *((prompt, length) for length in of_prompt))
+        ]
         return torch.cat(parts)
 
     @property
@@ -141,7 +152,7 @@ class _Sample:
 
 def _output(model: PreTrainedModel, **inputs: Any) -> Tensor:
     """Logits, or of a model without a head its last hidden states."""
-    output = model(**inputs, use_cache=False)
+    output = model(**{"use_cache": False, **inputs})
     return (output.logits if model.get_output_embeddings() is not None else output.last_hidden_state).float()
 
 
@@ -155,8 +166,9 @@ def _check_causal(model: PreTrainedModel, name: str) -> None:
         other = torch.cat([row[:kept], row[kept:].flip(0).roll(1)])
         before, after = (_output(model, input_ids=tokens[None])[0, :kept] for tokens in (row, other))
     except Exception as error:  # each architecture asks for what it needs in its own way
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"model: {name} can't be run on tokens alone, as a language model is: {why}") from error
+        raise UserError(
+            f"model: {name} can't be run on tokens alone, as a language model is: {_in_a_line(error)}"
+        ) from error
     moved = (before - after).abs().max().item()
     if not moved <= _ALLOWED * before.abs().max().clamp(min=1).item():
         decoder = "; its is_decoder is false" if getattr(model.config, "is_decoder", None) is False else ""
@@ -216,15 +228,32 @@ def _check_isolated(policy: Policy) -> None:
             raise UnservedModelError("what stands in one sequence reaches another one")
 
 
-def _shifts(model: PreTrainedModel) -> list[int]:
-    """Positions past each limit that the configuration names, after which a model may turn or scale otherwise."""
-    return []
+def _shifts(config: PretrainedConfig) -> list[int]:
+    """Positions past each limit that the configuration names, beyond which a model may turn or scale otherwise."""
+    found: set[int] = set()
+
+    def look(settings: Mapping[str, Any]) -> None:
+        for name, value in settings.items():
+            if isinstance(value, Mapping):
+                look(value)
+            elif isinstance(value, int | float) and name in ("original_max_position_embeddings", "floor_scale"):
+                found.add(int(value))
+
+    look(config.get_text_config().to_dict())
+    return sorted(found)
 
 
-def _allowed(model: PreTrainedModel, sample: _Sample) -> float:
-    return _ALLOWED
-
-
+@torch.no_grad()
 def _differs_beside_others(model: PreTrainedModel) -> bool:
     """Whether rows that are run side by side, padded, give something else than each alone."""
+    policy, rows = Policy(model, "padded", lengths=Lengths.of(model)), [row for _, row in _Sample.of(model).rows]
+    try:
+        outputs = policy.padded(lambda **inputs: _output(model, **inputs), rows)
+    except Exception:  # a model that takes no mask, say
+        return True
+    for row, beside in zip(rows, outputs, strict=True):
+        with policy.lengths.fresh():
+            alone = _output(model, input_ids=row[None])[0]
+        if not (beside - alone).abs().max() <= _ALLOWED * alone.abs().max().clamp(min=1):
+            return True
     return False

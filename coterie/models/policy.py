@@ -107,18 +107,22 @@ class Policy:
         return self.run(part.tokens, part.positions, layout, places).index_select(0, which)
 
     def padded_outputs(self, run: Callable[..., Tensor], stream: Stream) -> list[tuple[int, Tensor]]:
-        """The slow, obvious way: every completion with its own copy of the prompt, padded on the right.
-
-        `run(input_ids=, attention_mask=, use_cache=)` gives [B, longest, ...]. Returns for each row the length of its prompt, and
-        what was computed for its tokens, prompt included.
-        """
+        """The slow, obvious way, for every completion with its own copy of the prompt: the length of its prompt, and what was
+        computed for its tokens, prompt included."""
         rows = stream.rows()
-        found: dict[int, tuple[int, Tensor]] = {}
+        return [(prompt, output) for (prompt, _), output in zip(rows, self.padded(run, [row for _, row in rows]), strict=True)]
+
+    def padded(self, run: Callable[..., Tensor], rows: Sequence[Tensor]) -> list[Tensor]:
+        """What `run(input_ids=, attention_mask=, use_cache=)`, [B, longest, ...], gives for each of B rows, padded on the right.
+
+        Rows that may not be run together are not, and a row alone is not padded.
+        """
+        found: dict[int, Tensor] = {}
         with self.acting():
-            for chosen in self.lengths.alike([len(tokens) for _, tokens in rows]):
+            for chosen in self.lengths.alike([len(row) for row in rows]):
                 with self.lengths.fresh():
-                    outputs = run(**_padded([rows[b][1] for b in chosen]), use_cache=False)
-                found |= {b: (rows[b][0], outputs[i, : len(rows[b][1])]) for i, b in enumerate(chosen)}
+                    outputs = run(**_padded([rows[b] for b in chosen]), use_cache=False)
+                found |= {b: output[: len(rows[b])] for b, output in zip(chosen, outputs, strict=True)}
         return [found[b] for b in range(len(rows))]
 
     def run(self, tokens: Tensor, positions: Tensor, layout: Layout, places: Tensor | None = None) -> Tensor:
@@ -194,5 +198,7 @@ def context_length_of(config: PretrainedConfig) -> int | None:
 
 def _padded(rows: Sequence[Tensor]) -> dict[str, Tensor]:
     """Rows side by side, with zeros behind the shorter ones, and which tokens are theirs: [B, longest] each."""
+    if len(rows) == 1:
+        return {"input_ids": rows[0][None]}
     pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     return {"input_ids": pad(rows), "attention_mask": pad([torch.ones_like(row) for row in rows])}

@@ -1,0 +1,96 @@
+"""Every architecture that transformers has a causal language model for, built tiny: a few layers, one of each kind, with small windows."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+VOCABULARY = 61
+MOST_PARAMETERS = 20_000_000
+
+_WIDTH, _INNER, _LAYERS, _HEADS = 32, 48, 2, 4
+# Whatever of these an architecture has
+_SMALL = {
+    "vocab_size": VOCABULARY,
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "word_embed_proj_dim"), _WIDTH),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "n_inner", "ffn_hidden_size", "decoder_ffn_dim"), _INNER),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "encoder_layers"), _LAYERS),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), _HEADS),
+    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads"), _HEADS),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 128),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size"), 16),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
+    **dict.fromkeys(("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), None),
+    **dict.fromkeys(("n_shared_experts", "n_group", "topk_group"), 1),
+    "num_key_value_heads": 2,
+    "sliding_window": 5,
+    "attention_chunk_size": 6,
+}  # fmt: skip
+_ALL_HEADS = {"num_key_value_heads": _HEADS}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+_DECODER = {"is_decoder": True, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+_OWN: dict[str, dict[str, object]] = {
+    **dict.fromkeys(("axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32"), _ALL_HEADS),
+    **dict.fromkeys(("glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "minicpm3", "sarvam_mla", "youtu"), _ALL_HEADS),
+    **dict.fromkeys(("dots3_note_text", "kimi_linear"), _ALL_HEADS),
+    **dict.fromkeys(("bamba", "granitemoehybrid"), _MAMBA),
+    **dict.fromkeys(("bert", "big_bird", "electra", "ernie", "megatron-bert", "rembert", "roc_bert", "roformer"), _DECODER),
+    **dict.fromkeys(("camembert", "data2vec-text", "roberta", "roberta-prelayernorm"), _DECODER),
+    **dict.fromkeys(("xlm-roberta", "xlm-roberta-xl", "xmod", "bert-generation"), _DECODER),
+    **dict.fromkeys(("codegen", "gptj"), {"rotary_dim": 4}),
+    "cwm": {"bos_token_id": 0, "eos_token_id": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 5},
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "mamba_d_state": 8, "mamba_dt_rank": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1},
+    "modernbert-decoder": {"pad_token_id": 0, "local_attention": 10},
+    "prophetnet": {"pad_token_id": 0, "num_decoder_layers": 2, "num_decoder_attention_heads": 4, "decoder_ffn_dim": 48},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "attention_window_size": 5, "lru_width": 32},
+    "rwkv": {"attention_hidden_size": 32, "context_length": 128},
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
+
+
+def tiny_config(architecture: str, **settings: object) -> PretrainedConfig:
+    """A small configuration; `settings` go before what is chosen here."""
+    kind = CONFIG_MAPPING[architecture]
+    default = kind()
+    stated = default.to_dict()
+    known = {*stated, *default.attribute_map}
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    chosen = {name: value for name, value in _SMALL.items() if name in known or name in ids}
+    if stated.get("sliding_window") is None and not stated.get("layer_types"):
+        chosen.pop("sliding_window", None)
+    if kinds := stated.get("layer_types"):
+        kinds = list(dict.fromkeys(kinds))
+        chosen["layer_types"] = kinds if len(kinds) > 1 else kinds * _LAYERS
+    chosen |= _OWN.get(architecture, {}) | settings
+    if "layer_types" in chosen and "layer_types" in known:
+        count = len(chosen["layer_types"])
+        chosen |= {name: count for name in ("num_hidden_layers", "num_layers", "n_layer") if name in chosen}
+    return kind(**chosen)
+
+
+def tiny_model(architecture: str, *, grown: bool = False, **settings: object) -> PreTrainedModel:
+    """A model with fresh weights, the same each time, or with weights so large that everything in it matters."""
+    config = tiny_config(architecture, **settings)
+    with torch.device("meta"), torch.random.fork_rng():
+        size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    if size > MOST_PARAMETERS:
+        raise ValueError(f"{architecture} is not tiny: {size:,} parameters")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_config(config).float()
+        if grown:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    scale = 0.5 * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.2
+                    parameter.add_(torch.randn_like(parameter) * scale)
+    return model.eval()
