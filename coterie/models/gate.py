@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from coterie.errors import UserError
 from coterie.models.attention import UnservedModelError, observed
@@ -63,14 +63,16 @@ def _on_stream(model: PreTrainedModel, specimen: PreTrainedModel) -> Policy:
     _check_isolated(trial)
     sample = _Sample.of(specimen)
     allowed = _ALLOWED
-    for shift in (0, *_shifts(specimen.config)):
+    for shift in (0, *_shifts(specimen)):
         difference = _largest_difference(trial, sample, shift)
         if not difference <= allowed:
-            raise UnservedModelError(f"outputs differ by {difference:.2g}" + (f" from position {shift} on" if shift else ""))
+            raise UnservedModelError(
+                f"outputs differ by {difference:.2g}" + (f" from position {shift} on" if shift else "")
+            )
     ours = Policy(model, "stream", windows, lengths=Lengths.of(model))
     body = Body.of(specimen.base_model, settings)
     if body is not None and all(
-        _largest_difference(replace(trial, body=body), sample, shift) <= allowed for shift in (0, *_shifts(specimen.config))
+        _largest_difference(replace(trial, body=body), sample, shift) <= allowed for shift in (0, *_shifts(specimen))
     ):
         return replace(ours, body=Body.of(model.base_model, observed(model)))
     return ours
@@ -113,7 +115,8 @@ def _specimen(model: PreTrainedModel) -> PreTrainedModel:
 
 @dataclass(frozen=True)
 class _Sample:
-    """Groups of random tokens: segments as in a stream, and the tokens of each prompt and completion in order."""
+    """Groups of random tokens, whose rows get the same kind of positions: segments as in a stream, and the tokens of each prompt and
+    completion in order."""
 
     segments: list[tuple[int, list[int]]]
     tokens: list[Tensor]
@@ -121,7 +124,8 @@ class _Sample:
     @classmethod
     def of(cls, model: PreTrainedModel) -> _Sample:
         small = sum(parameter.numel() for parameter in model.parameters()) <= _SMALL
-        longest = min(context_length_of(model.config) or 48, 48 if small else 12)
+        apart = Lengths.of(model)
+        longest = min(48 if small else 12, context_length_of(model.config) or 48, *apart.switches, *apart.stretches)
         prompt = max(1, longest // 3)
         segments = [(prompt, [longest - prompt, max(1, longest // 4)]), (max(1, prompt - 2), [longest // 2, 1])]
         vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -145,7 +149,9 @@ class _Sample:
         """Of each completion: which of the tokens it is, and the tokens of its prompt and itself."""
         found, at = [], 0
         for _, of_prompt in self.segments:
-            found += [(at + 1 + i, torch.cat([self.tokens[at], self.tokens[at + 1 + i]])) for i in range(len(of_prompt))]
+            found += [
+                (at + 1 + i, torch.cat([self.tokens[at], self.tokens[at + 1 + i]])) for i in range(len(of_prompt))
+            ]
             at += 1 + len(of_prompt)
         return found
 
@@ -212,23 +218,22 @@ def _check_isolated(policy: Policy) -> None:
         with torch.enable_grad():
             layout = StreamLayout(sample.segments, model.device)
             states = policy.run(torch.cat(sample.tokens), sample.positions.to(model.device), layout)
+            generator = torch.Generator().manual_seed(_SEED)
+            projected = (states * torch.randn(states.shape, generator=generator).to(states)).sum(1)  # [T]
     finally:
         hook.remove()
     (leaf,) = leaves
-    generator = torch.Generator().manual_seed(_SEED)
-    direction = torch.randn(states.shape, generator=generator).to(states)
     owner = torch.arange(len(sample.tokens)).repeat_interleave(torch.tensor([len(part) for part in sample.tokens]))
     seen = {0: (0,), 1: (0, 1), 2: (0, 2), 4: (3, 4)}  # of two groups of a prompt and two completions each
     for sequence, allowed in seen.items():
-        (gradient,) = torch.autograd.grad(
-            (states * direction)[owner.to(states.device) == sequence].sum(), leaf, retain_graph=True
-        )
+        wanted = (owner == sequence).to(projected)
+        (gradient,) = torch.autograd.grad(projected, leaf, wanted, retain_graph=True)
         touched = set(owner[(gradient.view(len(owner), -1) != 0).any(1).cpu()].tolist())
         if not touched <= set(allowed):
             raise UnservedModelError("what stands in one sequence reaches another one")
 
 
-def _shifts(config: PretrainedConfig) -> list[int]:
+def _shifts(model: PreTrainedModel) -> list[int]:
     """Positions past each limit that the configuration names, beyond which a model may turn or scale otherwise."""
     found: set[int] = set()
 
@@ -239,8 +244,8 @@ def _shifts(config: PretrainedConfig) -> list[int]:
             elif isinstance(value, int | float) and name in ("original_max_position_embeddings", "floor_scale"):
                 found.add(int(value))
 
-    look(config.get_text_config().to_dict())
-    return sorted(found)
+    look(model.config.get_text_config().to_dict())
+    return sorted(found) if not Lengths.of(model).stretches else []
 
 
 @torch.no_grad()

@@ -110,7 +110,10 @@ class Policy:
         """The slow, obvious way, for every completion with its own copy of the prompt: the length of its prompt, and what was
         computed for its tokens, prompt included."""
         rows = stream.rows()
-        return [(prompt, output) for (prompt, _), output in zip(rows, self.padded(run, [row for _, row in rows]), strict=True)]
+        return [
+            (prompt, output)
+            for (prompt, _), output in zip(rows, self.padded(run, [row for _, row in rows]), strict=True)
+        ]
 
     def padded(self, run: Callable[..., Tensor], rows: Sequence[Tensor]) -> list[Tensor]:
         """What `run(input_ids=, attention_mask=, use_cache=)`, [B, longest, ...], gives for each of B rows, padded on the right.
@@ -133,9 +136,7 @@ class Policy:
                     recompute = recomputed(self._setting) if self._recomputes_now else None
                     return self.body.run(tokens, positions, layout, places, recompute)
             with self.acting(layout):
-                output = self.model.base_model(
-                    input_ids=tokens[None], position_ids=positions[None], use_cache=False
-                )
+                output = self.model.base_model(input_ids=tokens[None], position_ids=positions[None], use_cache=False)
         states = output.last_hidden_state[0]
         return states if places is None else states.index_select(0, places)
 

@@ -52,7 +52,30 @@ class NativeEngine:
         decode: Callable[[Sequence[int]], str] | None = None,
         done: Done | None = None,
     ) -> list[list[Completion]]:
-        """Sample G completions of each prompt: keys [P, G] -> P lists of G. See `Engine`."""
+        """Sample G completions of each prompt: keys [P, G] -> P lists of G. See `Engine`.
+
+        Raises UserError where a sequence's positions could change while it is sampled."""
+        lengths = self.policy.lengths
+        for prompt in prompts:
+            lengths.check(len(prompt), sampling.max_new_tokens)
+        made: dict[int, list[Completion]] = {}
+        for chosen in lengths.alike([len(prompt) for prompt in prompts]):
+            finish = (lambda i, of, chosen=chosen: done(chosen[i], of)) if done is not None else None
+            of_part = [prompts[i] for i in chosen]
+            found = self._generate(of_part, keys[chosen], sampling, end_tokens, decode, finish)
+            made |= dict(zip(chosen, found, strict=True))
+        return [made[number] for number in range(len(prompts))]
+
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        keys: Tensor,
+        sampling: Sampling,
+        end_tokens: Sequence[int],
+        decode: Callable[[Sequence[int]], str] | None,
+        done: Done | None,
+    ) -> list[list[Completion]]:
+        """Prompts that may be run together."""
         num_completions, device = keys.shape[1], self.policy.device
         keys = keys.to(device).flatten()
         ends = torch.tensor(list(end_tokens), device=device)

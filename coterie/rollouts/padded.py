@@ -43,6 +43,8 @@ class PaddedEngine:
         keys, ends = keys.to(device), torch.tensor(list(end_tokens), device=device)
         stops = StopStrings.of(sampling, decode)
         made = []
+        for prompt in prompts:
+            self.policy.lengths.check(len(prompt), sampling.max_new_tokens)
         for number, prompt in enumerate(prompts):
             history = History()
             inputs = torch.tensor([list(prompt)] * num_completions, device=device)  # [G, S]
@@ -50,7 +52,11 @@ class PaddedEngine:
             rows = torch.arange(num_completions, device=device)
             for position in range(sampling.max_new_tokens):
                 may_stop()
-                with section("sample/decode" if position else "sample/prefill"):
+                with (
+                    section("sample/decode" if position else "sample/prefill"),
+                    self.policy.acting(),
+                    self.policy.lengths.fresh(),
+                ):
                     output = model(input_ids=inputs, past_key_values=cache, use_cache=True)
                 cache = getattr(output, "past_key_values", None)
                 sampled = sample_tokens(output.logits[:, -1], keys[number], torch.full_like(rows, position), sampling)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from architectures import MOST_PARAMETERS, TYPES, VOCABULARY, tiny_model
+from architectures import VOCABULARY, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -81,11 +81,15 @@ def compare(model: PreTrainedModel) -> Found:
     theirs = gradients_of(model, plain)
     largest = max(gradient.abs().max().item() for gradient in theirs.values())
     errors = [
-        ((ours.get(name, torch.zeros(())) - gradient).abs().max() / max(gradient.abs().max().item(), 1e-2 * largest)).item()
+        (
+            (ours.get(name, torch.zeros(())) - gradient).abs().max() / max(gradient.abs().max().item(), 1e-2 * largest)
+        ).item()
         for name, gradient in theirs.items()
     ]
     with torch.no_grad():
-        again = plain_logprobs(model, [(p, [one.tokens for one in of]) for (p, _), of in zip(groups, sampled, strict=True)])
+        again = plain_logprobs(
+            model, [(p, [one.tokens for one in of]) for (p, _), of in zip(groups, sampled, strict=True)]
+        )
     recorded = torch.cat([one.logprobs for of in sampled for one in of])
     return Found(
         policy.served,
@@ -94,3 +98,18 @@ def compare(model: PreTrainedModel) -> Found:
         max(errors),
         (recorded - again).abs().max().item(),
     )
+
+
+# One of each way of being served, and of what is special to the ways
+QUICK = ("bert", "doge", "gemma2", "gpt2", "gpt_oss", "lfm2", "mixtral", "nemotron", "qwen3", "smollm3", "stablelm")
+
+
+def check(found: Found) -> None:
+    assert found.logprobs <= LOGPROBS
+    assert found.gradients <= GRADIENTS
+    assert found.sampler <= LOGPROBS
+
+
+@pytest.mark.parametrize("architecture", QUICK)
+def test_it_gives_what_each_sequence_gives_alone(architecture: str) -> None:
+    check(compare(tiny_model(architecture, grown=True)))
