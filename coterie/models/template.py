@@ -69,6 +69,8 @@ class ChatTemplate:
 
     def opened(self, messages: Messages) -> str:
         """What is read before an answer is written. A last message of the assistant's is left open, and the answer continues it."""
+        if not self._speaks:
+            raise UserError(f"{self._name} leaves out what messages say, where they are texts")
         continues = messages[-1]["role"] == "assistant"
         return self._render(
             self._with_system(messages), add_generation_prompt=not continues, continue_final_message=continues
@@ -89,6 +91,19 @@ class ChatTemplate:
             place = text.find(end, after) if end else -1
             return text[: place + len(end or "")] if place >= 0 else text
         return text[: len(text) - len(last)] + _of_turn(last, amid, end)
+
+    def keeps(self, messages: Messages, answer: str | Mapping[str, Any]) -> bool:
+        """Whether all of an answer's text is in the rendered chat, white space aside. Some templates leave thoughts out."""
+        text = answer if isinstance(answer, str) else answer["content"]
+        return "".join(text.split()) in "".join(self.closed(messages, answer, None).split())
+
+    @cached_property
+    def _speaks(self) -> bool:
+        """Whether the template writes what messages say. Those for pictures may take a message's parts, and nothing else."""
+        try:
+            return _QUESTION["content"] in self._render([_QUESTION])
+        except TemplateRefusedError:
+            return True  # not to be told from this chat
 
     @cached_property
     def tails(self) -> tuple[str, str]:

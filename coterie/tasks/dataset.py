@@ -29,6 +29,7 @@ class Dataset:
     def __init__(self, settings: DatasetTask, codec: Codec) -> None:
         self._settings, self._codec = settings, codec
         self.left_out: Counter[str] = Counter()  # rows by the reason they can't be used for
+        self.shortened: list[str] = []  # rows of whose answer the chat template leaves something out
         prompts = list(self._prompts())
         places = [key("heldout", json.dumps(prompt.content, sort_keys=True)) for prompt in prompts]
         ordered = sorted(set(places))
@@ -120,6 +121,8 @@ class Dataset:
                         f"{prompt.origin}: the prompt and column {column!r} have {length} tokens together, more than the "
                         f"model's context of {context_length}"
                     )
+                if not isinstance(prompt.content, str) and not self._codec.template.keeps(prompt.content, answer):
+                    self.shortened.append(prompt.origin)
 
     def _pair(self, prompt: Prompt) -> Preference:
         chosen, rejected = self._settings.chosen, self._settings.rejected

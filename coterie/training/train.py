@@ -143,6 +143,12 @@ def _train(run: Run, rewards: list[Reward], codec: Codec, task: Task) -> None:
     for reason, count in task.left_out.items() if isinstance(task, Dataset) else ():
         console.warn(f"task.data: {count} rows are left out: {reason}")
         run.store.event(STAGES[0], 0, "rows_left_out", f"{count} {reason}")
+    if isinstance(task, Dataset) and task.shortened:
+        console.warn(
+            f"task.data: the chat template leaves out a part of {len(task.shortened)} answers, the first at {task.shortened[0]}; they "
+            "are learned as it renders them"
+        )
+        run.store.event(STAGES[0], 0, "answers_shortened", f"{len(task.shortened)}, the first at {task.shortened[0]}")
     for report in filter(None, (reward.sandbox_report for reward in rewards)):
         console.say(f"sandbox {report}")
         run.store.event(STAGES[0], 0, "sandbox", report)

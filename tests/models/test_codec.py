@@ -212,6 +212,17 @@ def test_end_tokens_are_those_of_config_generation_config_and_tokenizer(tmp_path
     assert codec_of(elsewhere, both).end_tokens == tuple(sorted((eos, a, b, c)))
 
 
+def test_rows_are_counted_of_whose_answer_the_template_leaves_something_out(tmp_path):
+    rows = [{"prompt": [QUESTION], "answer": answer} for answer in ANSWERS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, expected in (("deepseek_r1", [f"{tmp_path}/rows.jsonl:2"]), ("qwen3", []), ("gemma", [])):
+        task = Dataset(
+            DatasetTask(data=f"{tmp_path}/rows.jsonl", answer="answer", heldout=0), codec_for(FAMILIES[name])
+        )
+        task.check_answers(None)
+        assert task.shortened == expected
+
+
 @pytest.mark.parametrize("kind", ["special", "added", "word"])
 def test_a_template_alone_says_where_a_turn_ends_whatever_kind_of_token_that_is(kind):
     tokenizer = make_word_tokenizer(map(chr, range(32, 127)), ("<|end|>",) if kind == "word" else ())
@@ -270,6 +281,8 @@ def test_settings_of_a_chat_without_effect_are_refused_by_name():
 def test_a_template_that_fails_is_named_in_a_paragraph():
     raising = Family("{{ raise_exception('roles must alternate') }}")
     assert "refuses these messages: roles must alternate" in refused(raising)
+    parts = "{% for m in messages %}<{{ m.role }}>{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    assert "leaves out what messages say" in refused(Family(parts))
     assert "renders nothing" in refused(Family("{% for m in messages %}{% endfor %}"))
     assert "refuses these messages" in refused(Family("{% for m in %}"))
     assert "no chat template" in refused(FAMILIES["none"])
