@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from coterie.algorithms.advantages import has_signal
 from coterie.errors import UserError
 from coterie.evals.evaluate import Evaluation, evaluate, heldout_prompts
-from coterie.evals.statistics import mean_interval, pass_at_k
 from coterie.models.codec import Codec
 from coterie.models.heads import Scorer
 from coterie.models.load import choose_device, load_policy, start_model
@@ -134,31 +133,18 @@ def evaluate_model(
 
 
 def _pass_rows(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
-    """pass@k for powers of two, averaged over prompts, with the interval of that mean."""
-    rows = []
-    size = evaluation.num_samples
-    outcomes = evaluation.judged.get("accuracy", [])
-    right = [sum(outcomes[i : i + size]) for i in range(0, len(outcomes), size)]
-    k = 1
-    while right and k <= size:
-        e = mean_interval([pass_at_k(n, size, k) for n in right])
-        rows.append((f"pass@{k}", f"{e.value:.4f}", f"[{e.low:.4f}, {e.high:.4f}]", str(e.count)))
-        k *= 2
-    return rows
+    return [
+        (f"pass@{k}", f"{e.value:.4f}", f"[{e.low:.4f}, {e.high:.4f}]", str(e.count))
+        for k, e in evaluation.pass_estimates().items()
+    ]
 
 
 def _print_difference(console: Console, model: str, against: str, evaluations: Sequence[Evaluation]) -> None:
     """Paired over prompts: each prompt's share of right samples, one model minus the other."""
-    size = evaluations[0].num_samples
-    shares = [
-        [sum(e.judged["accuracy"][i : i + size]) / size for i in range(0, len(e.judged["accuracy"]), size)]
-        for e in evaluations
-        if "accuracy" in e.judged
-    ]
-    if len(shares) < 2:
+    e = evaluations[0].accuracy_above(evaluations[1])
+    if e is None:
         console.say("the task does not say what counts as correct (task.correct_above), so nothing is compared")
         return
-    e = mean_interval([a - b for a, b in zip(*shares, strict=True)])
     console.say(f"accuracy, {model} minus {against}, paired by prompt: {e.value:+.4f}  [{e.low:+.4f}, {e.high:+.4f}]")
 
 

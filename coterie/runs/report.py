@@ -68,7 +68,7 @@ def _results(folder: Path, preset: str) -> str:
     table = (
         "<table><thead><tr><th>held out</th><th>before</th><th>after</th></tr></thead><tbody>"
         + "".join(rows)
-        + "</tbody></table><p class='note'>with 95 % intervals; Wilson's for shares</p>"
+        + "</tbody></table><p class='note'>with 95 % intervals, over prompts</p>"
         if rows
         else "<p class='note'>no prompts were held out</p>"
     )

@@ -14,7 +14,7 @@ from coterie.algorithms.preferences import bradley_terry_loss, dpo_loss
 from coterie.algorithms.ratios import row_sum
 from coterie.distributed.reduce import sum_numbers
 from coterie.evals.evaluate import Evaluation
-from coterie.evals.statistics import wilson
+from coterie.evals.statistics import grouped, share_interval
 from coterie.models.codec import Codec
 from coterie.models.heads import Scorer
 from coterie.models.logprobs import token_logprobs
@@ -132,7 +132,8 @@ def evaluate_pairs(scorer: Scorer, task: Task, recipe: Recipe) -> Evaluation:
     for stream in pair_streams(pairs, recipe.optimiser.micro_batch_tokens):
         chosen, rejected = scorer.scores(stream.to(scorer.device)).view(-1, 2).unbind(1)
         right += (chosen > rejected).tolist()
-    return Evaluation({"pairs": {"accuracy": wilson(sum(right), len(right))}} if right else {}, {"accuracy": right}, 1)
+    by_prompt = grouped((tuple(prompt) for prompt, _, _ in pairs), map(float, right))
+    return Evaluation({"pairs": {"accuracy": share_interval(by_prompt)}} if right else {}, {"accuracy": right}, 1)
 
 
 def pair_streams(pairs: Sequence[Preference], micro_batch_tokens: int) -> list[Stream]:
