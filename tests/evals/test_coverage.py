@@ -50,9 +50,7 @@ def test_an_accuracy_is_held_however_alike_the_samples_of_a_prompt_are(num_promp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("num_prompts", "num_samples", "mean", "between"), grid((30, 100), (2, 8), (0.3, 0.5, 0.8))
-)
+@pytest.mark.parametrize(("num_prompts", "num_samples", "mean", "between"), grid((30, 100), (2, 8), (0.3, 0.5, 0.8)))
 def test_an_accuracy_of_more_prompts_is_held_nearly_as_often_as_is_said(num_prompts, num_samples, mean, between):
     drawn = samples(mean, between, num_prompts, num_samples)
     assert 0.93 <= held(map(share_interval, drawn.tolist()), mean) <= 0.97

@@ -17,7 +17,6 @@ from coterie.evals.statistics import (
     wilson,
 )
 
-
 Z95 = 1.959963984540054
 
 
