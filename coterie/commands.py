@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from coterie.algorithms.advantages import has_signal
@@ -13,8 +14,8 @@ from coterie.models.load import choose_device, load_policy, start_model
 from coterie.models.policy import Policy, quiet_transformers
 from coterie.models.template import Chat
 from coterie.recipe import Recipe, load_recipe
-from coterie.rewards.load import load_rewards
-from coterie.rewards.score import Reward, score
+from coterie.rewards.load import closing_all, load_rewards
+from coterie.rewards.score import Reward, check_fits, score
 from coterie.rollouts.collect import collect, make_engine
 from coterie.runs.console import Console
 from coterie.runs.find import find_run
@@ -25,7 +26,7 @@ from coterie.training.optimise import load_objective
 from coterie.training.preferences import pair_streams
 from coterie.training.sample import load_advantages
 from coterie.training.train import as_trained
-from coterie.types import Group, Messages, Prompt
+from coterie.types import Messages, Prompt, RewardFailure, Scored
 
 
 def check_recipe(name: str, overrides: Sequence[str]) -> None:
@@ -49,7 +50,8 @@ def check_recipe(name: str, overrides: Sequence[str]) -> None:
         prompt, answer = task.demonstrations(1, seed=recipe.seed, step=1)[0]
         shown = [f"--- a demonstration\n{codec.decode(prompt)}{codec.decode(answer)}"]
     else:
-        shown = _check_group(recipe, rewards, codec, task, policy)
+        with closing_all(rewards):
+            shown = _check_group(recipe, rewards, codec, task, policy)
     for text in (recipe.to_yaml(), *shown):
         console.say(text)
     console.say("everything that can be checked without training works")
@@ -67,11 +69,26 @@ def _check_group(recipe: Recipe, rewards: list[Reward], codec: Codec, task: Task
         advantages = load_advantages(recipe, rewards)(scored)[0].tolist()
     else:
         Scorer.from_policy(policy)
-    shown = _lines_of(groups[0], {name: part[0].tolist() for name, part in scored.parts.items()}, advantages)
-    if recipe.group_size > 1 and not has_signal(scored.rewards).any():
+    return [*_lines_of(scored, advantages), *_what_teaches_nothing(scored)]
+
+
+def _what_teaches_nothing(scored: Scored) -> list[str]:
+    """What is to be said of a group whose rewards abstain, or tell nothing apart."""
+    size, num_given = scored.rewards.shape[1], int(scored.valid.sum())
+    silent = [name for name, part in scored.parts.items() if part.isnan().all()]
+    shown = [f"reward {name}: has no value for any of the {size} completions" for name in silent]
+    for failure in scored.failures[:3]:
+        shown.append(f"reward {failure.reward} failed for completion {failure.completion + 1}: {failure.reason}")
+    if not num_given:
         shown.append(
-            "all rewards of this group are equal: it would teach nothing. More such groups, and nothing is learned"
+            f"all {size} completions of this group abstain, since no reward has a value for them: it would teach nothing. A run "
+            "in which that goes on is ended"
         )
+    elif num_given < min(size, 2):
+        shown.append(f"only {num_given} of {size} completions of this group has a reward: there is nothing to compare")
+    elif size > 1 and not has_signal(scored.rewards).any():
+        of = "all rewards" if num_given == size else f"the rewards of the {num_given} that have one"
+        shown.append(f"{of} in this group are equal: it would teach nothing. More such groups, and nothing is learned")
     return shown
 
 
@@ -102,34 +119,51 @@ def evaluate_model(
     recipe = load_recipe(source, overrides)
     rewards = load_rewards(recipe.rewards)
     evaluations: list[Evaluation] = []
-    for measured in (model, *([against] if against else [])):
-        policy, codec = _loaded(console, measured, recipe)
-        task = make_task(recipe.task, codec)
-        check_lengths(task, recipe.sampling, policy.context_length)
-        prompts = heldout_prompts(task, num_prompts, seed=seed)
-        if not prompts:
-            raise UserError(f"{source}: holds out no prompts; set task.heldout above 0")
-        evaluations.append(
-            evaluate(
-                make_engine(policy), task, prompts, rewards, codec, recipe.sampling, num_samples=samples, seed=seed
+    with closing_all(rewards):
+        for measured in (model, *([against] if against else [])):
+            policy, codec = _loaded(console, measured, recipe)
+            task = make_task(recipe.task, codec)
+            check_lengths(task, recipe.sampling, policy.context_length)
+            prompts = heldout_prompts(task, num_prompts, seed=seed)
+            if not prompts:
+                raise UserError(f"{source}: holds out no prompts; set task.heldout above 0")
+            check_fits(rewards, prompts)
+            engine = make_engine(policy)
+            evaluations.append(
+                evaluate(engine, task, prompts, rewards, codec, recipe.sampling, num_samples=samples, seed=seed)
             )
-        )
-        rows = [
-            (
-                name if mode == "sampled" else f"{mode} {name}",
-                f"{e.value:.4f}",
-                f"[{e.low:.4f}, {e.high:.4f}]",
-                str(e.count),
+            _print_evaluation(
+                console, measured, evaluations[-1], f"{len(prompts)} held-out prompts, {samples} samples each"
             )
-            for mode, estimates in evaluations[-1].estimates.items()
-            for name, e in estimates.items()
-        ]
-        rows += _pass_rows(evaluations[-1])
-        console.table(
-            f"{measured}: {len(prompts)} held-out prompts, {samples} samples each", ("", "", "95 %", "of"), rows
-        )
     if against:
         _print_difference(console, model, against, evaluations)
+
+
+def _print_evaluation(console: Console, model: str, evaluation: Evaluation, of: str) -> None:
+    rows = [
+        (
+            name if mode == "sampled" else f"{mode} {name}",
+            f"{e.value:.4f}",
+            f"[{e.low:.4f}, {e.high:.4f}]",
+            str(e.count),
+        )
+        for mode, estimates in evaluation.estimates.items()
+        for name, e in estimates.items()
+    ]
+    rows += _pass_rows(evaluation)
+    console.table(f"{model}: {of}", ("", "", "95 %", "of"), rows)
+    _say_failures(console, evaluation.failures, evaluation.num_completions)
+    for name in evaluation.silent:
+        console.warn(f"reward {name}: has no value for any completion")
+
+
+def _say_failures(console: Console, failures: Sequence[RewardFailure], num_completions: int) -> None:
+    if failures:
+        first = failures[0]
+        console.warn(
+            f"rewards failed {len(failures)} times for {num_completions} completions, which have none then; the first: "
+            f"{first.reward}: {first.reason}"
+        )
 
 
 def _pass_rows(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
@@ -182,9 +216,11 @@ def sample_model(
     rewards = load_rewards(recipe.rewards) if recipe and columns is not None else []
     prompt = Prompt(0, content, tokens, columns or {})
     groups = collect(make_engine(policy), [prompt], codec, sampling, num_completions=count, noise=(seed, "sample"))
-    parts = score(groups, rewards).parts if rewards else {}
-    for line in _lines_of(groups[0], {name: part[0].tolist() for name, part in parts.items()}):
+    with closing_all(rewards):
+        scored = score(groups, rewards)
+    for line in _lines_of(scored):
         console.say(line)
+    _say_failures(console, scored.failures, count)
 
 
 def _recipe_of(model: str) -> str | None:
@@ -213,11 +249,16 @@ def _loaded(console: Console, source: str, recipe: Recipe | None) -> tuple[Polic
     return console.warning_of(lambda: load_policy(source, device, Chat.of(recipe)))
 
 
-def _lines_of(group: Group, parts: Mapping[str, list[float]], advantages: list[float] | None = None) -> list[str]:
-    """Each completion with its figures."""
+def _lines_of(scored: Scored, advantages: list[float] | None = None) -> list[str]:
+    """Each completion of the first group with its figures."""
     lines = []
-    for number, completion in enumerate(group.completions):
-        figures = [f"{name} {values[number]:.2f}" for name, values in parts.items()]
+    failed = {(failure.reward, failure.completion) for failure in scored.failures if failure.group == 0}
+    for number, completion in enumerate(scored.groups[0].completions):
+        figures = []
+        for name, part in scored.parts.items():
+            silent = "failed" if (name, number) in failed else "abstains"
+            value = part[0, number].item()
+            figures.append(f"{name} {silent}" if math.isnan(value) else f"{name} {value:.2f}")
         if advantages:
             figures.append(f"advantage {advantages[number]:+.2f}")
         ended = "" if completion.ended == "stop" else "  (cut at the length limit)"

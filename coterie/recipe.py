@@ -430,7 +430,7 @@ def _plain_rewards(values: dict[str, Any], folder: Path) -> None:
         if isinstance(spec, dict) and isinstance(spec.get("function"), str):
             home, colon, function = spec["function"].rpartition(":")
             if home.endswith(".py"):
-                home = _resolved(home, folder)
+                home = _resolved_code(home, folder)
             spec = {**spec, "function": f"{home}{colon}{function}", "name": spec.get("name") or function}
             options = spec.get("options") or {}
             if isinstance(options, dict):
@@ -463,7 +463,7 @@ def _absolute_paths(values: dict[str, Any], folder: Path) -> None:
         given = values.get(section)
         if isinstance(given, dict) and isinstance(given.get(name), str) and ":" in given[name]:
             home, _, function = given[name].rpartition(":")
-            values[section] = {**given, name: f"{_resolved(home, folder)}:{function}"}
+            values[section] = {**given, name: f"{_resolved_code(home, folder)}:{function}"}
     task = values.get("task")
     if isinstance(task, dict) and isinstance(task.get("data"), str):
         values["task"] = {**task, "data": _resolved(task["data"], folder)}
@@ -478,6 +478,12 @@ def _resolved(name: str, folder: Path) -> str:
         if candidate.exists():
             return str(candidate.resolve())
     return name
+
+
+def _resolved_code(home: str, folder: Path) -> str:
+    """The file or module before a function's name. A file that is nowhere is looked for beside the recipe, and named as there."""
+    found = _resolved(home, folder)
+    return str(folder / Path(found).expanduser()) if found.endswith(".py") and not Path(found).is_file() else found
 
 
 def is_local_path(name: str) -> bool:

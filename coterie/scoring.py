@@ -11,7 +11,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from torch import Tensor
 from coterie.algorithms.advantages import group_std, has_signal
 from coterie.errors import BadRowError, UserError
 from coterie.recipe import Recipe, load_recipe
-from coterie.rewards.load import load_rewards
-from coterie.rewards.score import Reward, score
+from coterie.rewards.load import closing_all, load_rewards
+from coterie.rewards.score import Reward, check_fits, score
 from coterie.runs.console import Console
 from coterie.runs.store import Store
 from coterie.settings import DatasetTask
@@ -76,10 +76,9 @@ def score_completions(recipe_name: str, source: str, overrides: Sequence[str], o
     if not recipe.rewards:
         raise UserError(f"score: {recipe_name} has no rewards")
     rewards = load_rewards(recipe.rewards)
-    with ExitStack() as stack:
-        for reward in rewards:
-            stack.callback(reward.close)
+    with closing_all(rewards):
         rows = _rows_of_run(recipe, Path(source)) if Path(source).is_dir() else _rows_of_file(recipe, Path(source))
+        check_fits(rewards, [row.prompt for row in rows])
         scores = score_rows(
             _with_tokens(console, rows, recipe, rewards), rewards, groups_per_call=recipe.prompts_per_step
         )

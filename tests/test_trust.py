@@ -118,8 +118,10 @@ def test_a_run_whose_code_has_changed_is_asked_about_again(folders):
 
 
 @pytest.mark.parametrize("name", ["coterie.runs.store:Store", "coterie.rewards.own:load_function", "coterie_other:f"])
-def test_not_all_of_coterie_is_trusted(tmp_path, name):
+def test_not_all_of_coterie_is_trusted(tmp_path, name, monkeypatch):
     """Some of it writes files or runs code that a recipe's options could name."""
+    (tmp_path / "coterie_other.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
     trust.restrict(tmp_path)
     with pytest.raises(UserError, match="--trust"):
         load_function(name, "rewards")

@@ -25,7 +25,7 @@ from coterie.rollouts.engine import Engine
 from coterie.sections import section
 from coterie.settings import Sampling
 from coterie.tasks.base import Task
-from coterie.types import Prompt, Scored
+from coterie.types import Prompt, RewardFailure, Scored
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,16 @@ class Evaluation:
     """Estimates by mode ("sampled", "greedy") and name ("accuracy", "reward", ...).
 
     judged: what the sampled ones rest on, by name, for each completion in turn. prompts: what each group's prompt is known by.
+    failures: of rewards, among `num_completions` in all modes. silent: the rewards that had no value for any of them.
     """
 
     estimates: Mapping[str, Mapping[str, Estimate]]
     judged: Mapping[str, list[bool]]
     num_samples: int
     prompts: Sequence[str] = ()
+    failures: Sequence[RewardFailure] = ()
+    num_completions: int = 0
+    silent: Sequence[str] = ()
 
     def num_right(self) -> list[int]:
         """How many of each group's samples are right; nothing where the task does not say what right is."""
@@ -81,16 +85,21 @@ def evaluate(
     estimates = {}
     judged: Mapping[str, list[bool]] = {}
     names: list[str] = []
+    failures: list[RewardFailure] = []
+    silent = {reward.name for reward in rewards}
     modes = {"sampled": sampling, **({"greedy": sampling.model_copy(update={"temperature": 0.0})} if greedy else {})}
     for mode, settings in modes.items():
         count = num_samples if mode == "sampled" else 1
         groups = collect(engine, prompts, codec, settings, num_completions=count, noise=(seed, "evaluate", mode))
         scored = score(groups, rewards)
+        failures += scored.failures
+        silent -= {name for name, part in scored.parts.items() if not part.isnan().all()}
         outcomes = task.judge(scored)
         estimates[mode] = estimates_of(scored, outcomes, rewards, sampling.max_new_tokens)
         if mode == "sampled":
             judged, names = outcomes, _names(scored)
-    return Evaluation(estimates, judged, num_samples, names)
+    num_completions = len(prompts) * (num_samples + (1 if greedy else 0))
+    return Evaluation(estimates, judged, num_samples, names, failures, num_completions, sorted(silent))
 
 
 def answer_examples(

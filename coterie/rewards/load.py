@@ -1,6 +1,7 @@
 """The rewards that a recipe names: built-in ones, and a user's functions, in processes of their own where it asks for them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 from coterie.errors import UserError
 from coterie.rewards.builtin import make_builtin
@@ -15,6 +16,15 @@ OWN_TIMEOUT = 30.0  # seconds that a call of a user's function may take
 def load_rewards(specs: Sequence[RewardSpec]) -> list[Reward]:
     """The functions that a recipe names. Raises UserError where a module, file or function is missing or fails to load."""
     return [_load(spec) for spec in specs]
+
+
+@contextmanager
+def closing_all(rewards: Sequence[Reward]) -> Iterator[None]:
+    """End the processes and connections of the rewards with the block, all of them whatever one of them raises."""
+    with ExitStack() as stack:
+        for reward in rewards:
+            stack.callback(reward.close)
+        yield
 
 
 def _load(spec: RewardSpec) -> Reward:

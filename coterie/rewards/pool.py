@@ -182,7 +182,9 @@ def _value(message: dict[str, Any]) -> Any:
     if "value" in message:
         return message["value"]
     if "raised" in message:
-        return RewardError(f"raised {message['raised']}")
+        error = RewardError(f"raised {message['raised']}")
+        error.add_note(f"In the worker:\n{message.get('traceback', '')}")  # which a traceback shows
+        return error
     return RewardError(str(message.get("unsendable", "the worker's answer can't be read")))
 
 

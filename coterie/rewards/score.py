@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import warnings
 from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from contextlib import chdir, suppress
 from dataclasses import dataclass, field
@@ -17,9 +18,11 @@ import torch
 
 from coterie.errors import RewardError, UserError
 from coterie.faults import strikes
+from coterie.rewards.arguments import Copies, Entry, Signature, columns_of, entries_of, own_options
 from coterie.rewards.limits import TookTooLong, time_limit
+from coterie.rewards.own import described, in_place
 from coterie.sections import section
-from coterie.types import Group, RewardFailure, Scored
+from coterie.types import Group, Prompt, RewardFailure, Scored
 
 
 class _CountError(UserError):
@@ -38,7 +41,7 @@ RewardFunction = Callable[..., Sequence[float | None]]
 class Reward:
     """A reward function `fn(prompts, completions, **columns) -> list[float | None]`, the signature TRL's users have.
 
-    It gets one entry per completion in each argument. None abstains: that reward says nothing of that completion; an
+    It gets one entry per completion in each argument, all of them its own to change. None abstains: that reward says nothing of that completion; an
     exception in the list is a failure. An async function is awaited. options: keyword arguments beside the columns.
     where: only completions whose prompt's columns hold these values, or one of a list of values. timeout: seconds of a call.
     """
@@ -65,7 +68,13 @@ class Reward:
         begin = getattr(self.function, "begin", None)
         if begin is not None and self.applies_to(group.prompt.columns):
             with suppress(Exception):
-                begin(**_accepted(self, _arguments([group])), **self.options)
+                signature = self.signature()
+                if not signature.lacking(group.prompt):
+                    names = signature.accepted(columns_of([group.prompt]))
+                    begin(**Copies().arguments(entries_of([group]), names), **own_options(self.options))
+
+    def signature(self) -> Signature:
+        return Signature(self.function, self.options, self.name)
 
     @property
     def sandbox_report(self) -> str:
@@ -89,15 +98,19 @@ def score(groups: list[Group], rewards: Sequence[Reward], *, max_failed_share: f
     shape = (len(groups), len(groups[0].completions))
     total, spoke = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.bool)
     parts, failures = {}, []
+    first_error: Exception | None = None
+    copies = Copies()
     for reward in rewards:
-        values, failed = _call(reward, groups, max_failed_share)
-        part = torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64).view(shape)
-        parts[reward.name] = part
+        answers = _answers(reward, entries_of(groups), copies, max_failed_share)
+        read = [_number(answer) for answer in answers]
+        part = torch.tensor([math.nan if value is None else value for value, _ in read], dtype=torch.float64)
+        parts[reward.name] = part = part.view(shape)
         spoke |= ~part.isnan()
         total += reward.weight * part.nan_to_num(nan=0.0)
-        failures += [
-            RewardFailure(reward.name, index // shape[1], index % shape[1], reason) for index, reason in failed.items()
-        ]
+        for index, ((_, reason), answer) in enumerate(zip(read, answers, strict=True)):
+            if reason:
+                failures.append(RewardFailure(reward.name, index // shape[1], index % shape[1], reason))
+                first_error = first_error or (answer if isinstance(answer, Exception) else None)
     if total.isinf().any():
         raise UserError("rewards: a reward times its weight is infinite; lower the weight")
     for failure in failures:
@@ -108,76 +121,97 @@ def score(groups: list[Group], rewards: Sequence[Reward], *, max_failed_share: f
         raise UserError(
             f"rewards failed for {num_failed} of {shape[0] * shape[1]} completions, more than max_failed_rewards allows "
             f"({max_failed_share:g}); the first: {first.reward}: {first.reason}"
-        )
+        ) from first_error  # whose traceback --debug shows
     return Scored(groups, total.masked_fill(~spoke, math.nan), parts, failures)
 
 
-def _arguments(groups: list[Group]) -> dict[str, list[Any]]:
-    """What a reward function is called with: each a list [B]."""
-    arguments: dict[str, list[Any]] = {"prompts": [], "completions": [], "completion_ids": []}
-    columns = sorted(set().union(*(group.prompt.columns for group in groups)) - set(arguments))
-    arguments |= {column: [] for column in columns}
-    for group in groups:
-        content = group.prompt.content
-        chat = not isinstance(content, str)
-        for completion in group.completions:
-            text = completion.text
-            arguments["prompts"].append(content if isinstance(content, str) else [dict(m) for m in content])
-            arguments["completions"].append([{"role": "assistant", "content": text}] if chat else text)
-            arguments["completion_ids"].append(list(completion.tokens))
-            for column in columns:
-                arguments[column].append(group.prompt.columns.get(column))
-    return arguments
+def check_fits(rewards: Sequence[Reward], prompts: Sequence[Prompt]) -> None:
+    """Whether the data have what the rewards need, before anything else is loaded. Warns of what only looks like a mistake.
 
-
-def _call(reward: Reward, groups: list[Group], max_failed_share: float) -> tuple[list[float | None], dict[int, str]]:
-    """The reward's values [B], None where it abstains, and the reasons of those that failed."""
-    num_completions = sum(len(group.completions) for group in groups)
-    concerned = [
-        i for i, g in enumerate(g for g in groups for _ in g.completions) if reward.applies_to(g.prompt.columns)
-    ]
-    values: list[float | None] = [None] * num_completions
-    failed = {}
-    if concerned:
-        accepted = _accepted(reward, _arguments(groups))  # lists of its own, which a function may change
-        accepted = {name: [column[i] for i in concerned] for name, column in accepted.items()}
-        answers = _answers(reward, accepted, len(concerned), max_failed_share * num_completions)
-        for index, answer in zip(concerned, answers, strict=True):
-            values[index], reason = _number(answer)
-            if reason:
-                failed[index] = reason
-    return values, failed
-
-
-def _answers(reward: Reward, columns: Mapping[str, list[Any]], count: int, max_late: float) -> list[Any]:
-    """What the function says of each completion.
-
-    What it raises, leaves out, or that it takes too long, is found out one by one. Raises UserError where it gives too few or
-    too many values for all, and one for each alone: then nobody can tell whose is missing.
+    Raises UserError for a parameter that is no column, a row that lacks a column which a reward needs, and a `where` that no row meets.
     """
-    try:
-        return _run(reward, _copied(columns), count)
-    except _CountError:
-        answers = _one_by_one(reward, columns, count, max_late)
-        if not any(isinstance(answer, Exception) for answer in answers):
-            raise
+    for reward in rewards:
+        signature = reward.signature()
+        for words in signature.misspelt_options():
+            warnings.warn(words, stacklevel=2)
+        concerned = [prompt for prompt in prompts if reward.applies_to(prompt.columns)]
+        if prompts and not concerned:
+            raise UserError(
+                f"reward {reward.name}: where: {dict(reward.where)} is met by none of the {len(prompts)} rows, so it would never "
+                f"speak; their columns are: {', '.join(columns_of(prompts))}"
+            )
+        signature.check_columns(columns_of(concerned))
+        lacking = [(prompt, words) for prompt in concerned if (words := signature.lacking(prompt))]
+        if lacking:
+            first, words = lacking[0]
+            raise UserError(
+                f"{_origin(first)}: {words}: reward {reward.name}; so it is with {len(lacking)} of {len(concerned)} rows. Give each the "
+                "column, or the parameter a default, or name with `where` the rows that the reward is for"
+            )
+        for name in signature.needs:
+            empty = [prompt for prompt in concerned if prompt.columns[name] is None]
+            if empty:
+                warnings.warn(
+                    f"reward {reward.name}: the column {name!r} is empty in {len(empty)} of {len(concerned)} rows, the first "
+                    f"{_origin(empty[0])}; the function gets None there",
+                    stacklevel=2,
+                )
+
+
+def _origin(prompt: Prompt) -> str:
+    return prompt.origin or f"the prompt {prompt.text!r:.60}"
+
+
+def _answers(reward: Reward, entries: Sequence[Entry], copies: Copies, max_failed_share: float) -> list[Any]:
+    """What the reward says of each completion [B]: an exception where it failed, None where it says nothing.
+
+    What the function raises, leaves out, or that it takes too long, is found out one by one. Raises UserError where it gives
+    too few or too many values for all, and one for each alone: then nobody can tell whose is missing.
+    """
+    answers: list[Any] = [None] * len(entries)
+    concerned = [i for i, (prompt, _) in enumerate(entries) if reward.applies_to(prompt.columns)]
+    if not concerned:
         return answers
+    signature = reward.signature()
+    columns = columns_of(entries[i][0] for i in concerned)
+    signature.check_columns(columns)
+    names = signature.accepted(columns)
+    for i in concerned:
+        words = signature.lacking(entries[i][0])
+        answers[i] = RewardError(f"{_origin(entries[i][0])}: {words}") if words else None
+    whole = [i for i in concerned if answers[i] is None]
+
+    def call(some: Sequence[int]) -> list[Any]:
+        return _run(reward, copies.arguments([entries[i] for i in some], names), len(some))
+
+    try:
+        found = call(whole)
+    except _CountError:
+        found = _one_by_one(reward, call, whole, max_failed_share * len(entries))
+        if not any(isinstance(answer, Exception) for answer in found):
+            raise
     except UserError:
         raise
     except (Exception, SystemExit, TookTooLong):  # a user's function may raise anything: find out for which completions
-        return _one_by_one(reward, columns, count, max_late)
+        found = _one_by_one(reward, call, whole, max_failed_share * len(entries))
+    for i, answer in zip(whole, found, strict=True):
+        answers[i] = answer
+    return answers
 
 
-def _one_by_one(reward: Reward, columns: Mapping[str, list[Any]], count: int, max_late: float) -> list[Any]:
+def _one_by_one(
+    reward: Reward, call: Callable[[Sequence[int]], list[Any]], whole: Sequence[int], max_late: float
+) -> list[Any]:
     """What it says of each completion alone; an exception where it says nothing."""
     answers: list[Any] = []
     num_late = 0
-    for index in range(count):
+    for index in whole:
         if num_late > max_late:  # the step is lost, and each of the others may take as long
-            answers += [RewardError("not tried, too many had taken too long")] * (count - index)
+            late = RewardError("not tried, too many had taken too long")
+            answers += [late] * (len(whole) - len(answers))
             break
         try:
-            answers += _run(reward, {name: [values[index]] for name, values in columns.items()}, 1)
+            answers += call([index])
         except _CountError as error:
             answers.append(RewardError(error.reason))
         except UserError:
@@ -185,9 +219,9 @@ def _one_by_one(reward: Reward, columns: Mapping[str, list[Any]], count: int, ma
         except Exception as error:
             answers.append(error)
         except SystemExit as error:
-            answers.append(RewardError(f"called sys.exit({error.code})"))
-        except TookTooLong:
-            answers.append(RewardError(f"took longer than {reward.timeout:g} s"))
+            answers.append(RewardError(f"called sys.exit({error.code}){in_place(error)}"))
+        except TookTooLong as error:
+            answers.append(RewardError(f"took longer than {reward.timeout:g} s{in_place(error)}"))
             num_late += 1
     return answers
 
@@ -196,7 +230,7 @@ def _run(reward: Reward, columns: dict[str, list[Any]], count: int) -> list[Any]
     """One call, awaited if it is async, within the time limit. Raises what the function raises, and TookTooLong."""
     with chdir("."), time_limit(reward.timeout):  # where it leaves the run's folder is found again
         strikes("in_reward")
-        answer = reward.function(**columns, **reward.options)
+        answer = reward.function(**columns, **own_options(reward.options))
         if inspect.isawaitable(answer):
             answer = asyncio.run(_awaited(answer))
         return _checked_length(reward, answer, count)
@@ -204,32 +238,6 @@ def _run(reward: Reward, columns: dict[str, list[Any]], count: int) -> list[Any]
 
 async def _awaited(answer: Awaitable[Any]) -> Any:
     return await answer
-
-
-def _accepted(reward: Reward, arguments: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    """Only what the function takes, unless it takes everything."""
-    parameters = inspect.signature(reward.function).parameters.values()
-    clash = sorted(set(reward.options) & set(arguments))
-    if clash:
-        raise UserError(f"reward {reward.name}: the option {clash[0]} is a column of the data too; rename one of them")
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return dict(arguments)
-    unknown = sorted(set(reward.options) - {parameter.name for parameter in parameters})
-    if unknown:
-        raise UserError(f"reward {reward.name}: the function takes no {unknown[0]}, which is among its options")
-    given = {*arguments, *reward.options}
-    missing = [p.name for p in parameters if p.default is p.empty and p.name not in given]
-    if missing:
-        raise UserError(
-            f"reward {reward.name}: the function needs {', '.join(missing)}, which is no column of the data; "
-            f"there are: {', '.join(arguments)}"
-        )
-    names = {parameter.name for parameter in parameters}
-    return {name: values for name, values in arguments.items() if name in names}
-
-
-def _copied(arguments: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    return {name: list(values) for name, values in arguments.items()}
 
 
 def _checked_length(reward: Reward, answer: Any, num_completions: int) -> list[Any]:
@@ -248,7 +256,7 @@ def _number(answer: Any) -> tuple[float | None, str]:
     if answer is None:
         return None, ""
     if isinstance(answer, Exception):
-        return None, str(answer) if isinstance(answer, RewardError) else f"raised {type(answer).__name__}: {answer}"
+        return None, str(answer) if isinstance(answer, RewardError) else f"raised {described(answer)}"
     if isinstance(answer, str | bytes):
         return None, f"returned the text {answer!r:.60}, not a number"
     try:

@@ -17,11 +17,12 @@ import resource
 import signal
 import struct
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from coterie.errors import UserError
-from coterie.rewards.own import load_function
+from coterie.rewards.own import described, load_function
 
 LENGTH = struct.Struct(">I")
 FAILURE = "__reward_failure__"  # the key of a dict that stands for an exception
@@ -39,7 +40,7 @@ def main(target: str, megabytes: str, parent: str) -> None:
     except UserError as error:
         return _send(answers, json.dumps({"refused": str(error)}))
     except BaseException as error:  # a module may even exit when it is imported
-        return _send(answers, json.dumps({"refused": f"{target} can't be imported: {_described(error)}"}))
+        return _send(answers, json.dumps({"refused": f"{target} can't be imported: {described(error)}"}))
     _send(answers, json.dumps({"ready": True}))
     while header := calls.read(LENGTH.size):
         arguments = pickle.loads(calls.read(*LENGTH.unpack(header)))
@@ -76,7 +77,7 @@ def _answer(function: Callable[..., Any], arguments: dict[str, Any]) -> str:
         if inspect.isawaitable(value):
             value = asyncio.run(_awaited(value))
     except Exception as error:
-        return json.dumps({"raised": _described(error)})
+        return json.dumps({"raised": described(error), "traceback": "".join(traceback.format_exception(error))})
     try:
         return json.dumps({"value": value}, default=_plain)
     except (TypeError, ValueError, RecursionError) as error:
@@ -87,14 +88,10 @@ async def _awaited(value: Any) -> Any:
     return await value
 
 
-def _described(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
 def _plain(value: Any) -> Any:
     """What JSON has no word for: an exception in a list, and numbers and arrays of numpy or torch, known by their methods."""
     if isinstance(value, Exception):
-        return {FAILURE: f"raised {_described(value)}" if type(value).__name__ != "RewardError" else str(value)}
+        return {FAILURE: f"raised {described(value)}" if type(value).__name__ != "RewardError" else str(value)}
     if hasattr(value, "tolist"):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} can't be sent")

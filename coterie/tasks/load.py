@@ -14,12 +14,12 @@ from coterie.models.policy import context_length_of
 from coterie.models.template import Chat
 from coterie.recipe import Recipe
 from coterie.rewards.load import load_rewards
-from coterie.rewards.score import Reward
+from coterie.rewards.own import check_home
+from coterie.rewards.score import Reward, check_fits
 from coterie.settings import DatasetTask, Sampling
 from coterie.tasks import dialogue, equations, programs
 from coterie.tasks.base import Task
 from coterie.tasks.dataset import Dataset
-from coterie.trust import check_code
 
 BYTES = "bytes"  # the name of the built-in tokenizer
 
@@ -32,7 +32,7 @@ def prepare(recipe: Recipe) -> tuple[list[Reward], Codec, Task]:
         ("advantage.function", recipe.advantage.function),
     ):
         if function and ":" in function:
-            check_code(function.rpartition(":")[0], setting)
+            check_home(function.rpartition(":")[0], setting)
     rewards = load_rewards(recipe.rewards)
     config = load_config(recipe)
     if recipe.lora is not None:
@@ -40,6 +40,7 @@ def prepare(recipe: Recipe) -> tuple[list[Reward], Codec, Task]:
     codec = load_codec(recipe)
     task = make_task(recipe.task, codec)
     check_chat(recipe, task)
+    check_fits(rewards, [*task.train, *task.heldout])
     context_length = context_length_of(config)
     if recipe.method != "reward_model":
         check_lengths(task, recipe.sampling, context_length)

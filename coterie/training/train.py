@@ -21,6 +21,7 @@ from coterie.models.heads import Scorer
 from coterie.models.load import choose_device, start_model
 from coterie.models.policy import Policy, quiet_transformers
 from coterie.recipe import Recipe, find_recipe, load_recipe
+from coterie.rewards.load import closing_all
 from coterie.rewards.score import Reward
 from coterie.rollouts.collect import make_engine
 from coterie.runs.console import Console
@@ -86,16 +87,6 @@ def train(
     finally:
         run.close()
     return run
-
-
-@contextmanager
-def closing_all(rewards: Sequence[Reward]) -> Iterator[None]:
-    """End the processes and connections of the rewards with the block."""
-    try:
-        yield
-    finally:
-        for reward in rewards:
-            reward.close()
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 import inspect
 import math
+import re
 import time
+import traceback
 
 import pytest
 import torch
@@ -71,7 +73,7 @@ def test_r33_whatever_one_completion_of_64_does_the_others_get_their_reward(load
     bad = {
         5: ("sleep", "took longer than 1 s"),
         6: ("spin", "took longer than 1 s"),
-        12: ("raise", "raised KeyError: 'lost'"),
+        12: ("raise", "raised KeyError: 'lost' (PLACE)"),
         20: ("die", "the worker died: exit status 9"),
         30: ("nan", "returned nan"),
         31: ("inf", "returned inf"),
@@ -85,9 +87,16 @@ def test_r33_whatever_one_completion_of_64_does_the_others_get_their_reward(load
     began = time.monotonic()
     result = score(groups(*texts, letter="b"), [load("mixed", timeout=1.0, options={"bonus": 0.5})])
     assert time.monotonic() - began < 20
-    assert {f.completion: f.reason for f in result.failures} == {i: reason for i, (_, reason) in bad.items()}
+    reasons = {f.completion: re.sub(r"\(.*own\.py, line \d+, in mixed\)", "(PLACE)", f.reason) for f in result.failures}
+    assert reasons == {i: reason for i, (_, reason) in bad.items()}
     wanted = [math.nan if i in bad or i == 62 else i + 1.5 for i in range(64)]
     torch.testing.assert_close(result.rewards, torch.tensor([wanted], dtype=torch.float64), equal_nan=True)
+
+
+def test_what_a_worker_raises_ends_the_run_with_the_worker_s_traceback(load):
+    with pytest.raises(UserError, match=r"KeyError: 'lost' \(.*own\.py, line \d+, in mixed\)") as error:
+        score(groups("raise", letter="b"), [load("mixed", options={"bonus": 0.5})], max_failed_share=0.0)
+    assert "in mixed\n" in "".join(traceback.format_exception(error.value))
 
 
 def test_r33_an_async_function_is_awaited_and_options_go_whole_into_each_call(load):

@@ -1,18 +1,22 @@
 """Rewards over groups (R18, R23, R30, R33): the user's function, its failures, abstentions, weights and columns."""
 
 import asyncio
+import copy
+import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
+import traceback
 
 import numpy as np
 import pytest
 import torch
 
 from coterie.errors import RewardError, UserError
-from coterie.rewards.score import Reward, score
+from coterie.rewards.score import Reward, check_fits, score
 from coterie.rewards.text_of import completion_text
 from coterie.types import Completion, Group, Prompt
 
@@ -88,8 +92,9 @@ def raises_for_bb(completions):
 def test_r33_a_reward_that_raises_for_one_completion_fails_for_that_one_only():
     result = scored(raises_for_bb)
     same(result.rewards, [[1, NAN], [1, 1]])
-    assert reasons(result) == {(0, 1): "raised ValueError: no bb please"}
-    assert result.failures[0].reward == "mine"
+    (reason,) = reasons(result).values()
+    assert re.fullmatch(r"raised ValueError: no bb please \(.*test_score\.py, line \d+, in raises_for_bb\)", reason)
+    assert [(f.reward, f.group, f.completion) for f in result.failures] == [("mine", 0, 1)]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +145,25 @@ def test_r33_a_reward_that_always_raises_makes_everything_abstain():
 
     result = scored(broken)
     assert result.rewards.isnan().all()
-    assert set(reasons(result).values()) == {"raised KeyError: 'answer'"}
+    (reason,) = set(reasons(result).values())
+    assert re.fullmatch(r"raised KeyError: 'answer' \(.*test_score\.py, line \d+, in broken\)", reason)
+
+
+def test_where_a_library_raises_the_functions_own_line_is_named():
+    def reads(completions):
+        return [json.loads(text)["score"] for text in completions]
+
+    line = reads.__code__.co_firstlineno + 1
+    (reason,) = set(reasons(scored(reads)).values())
+    assert f"test_score.py, line {line}, in " in reason
+    assert "JSONDecodeError" in reason
+
+
+def test_what_ends_the_run_holds_the_traceback_of_what_was_raised():
+    with pytest.raises(UserError, match="no bb please") as error:
+        scored(raises_for_bb, max_failed_share=0.1)
+    shown = "".join(traceback.format_exception(error.value))
+    assert 'raise ValueError("no bb please")' in shown
 
 
 @pytest.mark.parametrize(
@@ -243,16 +266,91 @@ def test_r30_a_function_that_takes_everything_gets_what_trl_gives():
     }
 
 
-def test_r30_a_column_that_a_row_lacks_is_none_there():
+def test_a_row_that_lacks_what_a_function_needs_fails_by_name_and_the_others_do_not():
     groups = [group("p", "a", "b", answer=7), group("q", "c", "d")]
     seen = []
 
     def look(completions, answer):
         seen.extend(answer)
+        return [1.0] * len(completions)
+
+    result = scored(look, groups)
+    assert seen == [7, 7]
+    same(result.rewards, [[1, 1], [NAN, NAN]])
+    assert set(reasons(result).values()) == {"the prompt 'q': has no column 'answer', which the function needs"}
+    assert list(reasons(result)) == [(1, 0), (1, 1)]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_column_that_a_function_can_do_without_is_none_where_a_row_lacks_it(named):
+    groups = [group("p", "a", "b", answer=7), group("q", "c", "d")]
+    seen = []
+
+    def with_default(completions, answer=None):
+        seen.extend(answer)
         return [0.0] * 4
 
-    scored(look, groups)
+    def with_columns(completions, **columns):
+        seen.extend(columns["answer"])
+        return [0.0] * 4
+
+    scored(with_default if named else with_columns, groups)
     assert seen == [7, 7, None, None]
+
+
+ROWS = [Prompt(0, "p", [1], {"answer": 7}, "data.jsonl:1"), Prompt(1, "q", [1], {"kind": "x"}, "data.jsonl:2")]
+
+
+def needs_answer(completions, answer, **columns):
+    return [1.0] * len(completions)
+
+
+def test_data_that_lack_a_column_are_refused_by_row_before_anything_is_scored():
+    with pytest.raises(UserError, match=r"data\.jsonl:2: has no column 'answer'.*reward mine.*1 of 2 rows"):
+        check_fits([Reward("mine", needs_answer)], ROWS)
+    check_fits([Reward("mine", needs_answer, where={"answer": 7})], ROWS)
+    check_fits([Reward("mine", lambda completions, answer=None: [])], ROWS)
+    check_fits([Reward("mine", needs_answer, options={"answer": 1})], ROWS[1:])
+
+
+def test_a_misspelt_parameter_is_refused_by_its_name_also_beside_all_columns():
+    def misspelt(completions, anwser, **columns):
+        return [1.0] * len(completions)
+
+    with pytest.raises(UserError, match=r"needs anwser.*did you mean 'answer'"):
+        check_fits([Reward("mine", misspelt)], ROWS)
+    with pytest.raises(UserError, match=r"needs anwser.*did you mean 'answer'"):
+        scored(misspelt, [group("p", "a", answer=1)])
+
+
+def test_a_where_that_no_row_meets_is_refused():
+    with pytest.raises(UserError, match=r"where: \{'kind': 'y'\} is met by none of the 2 rows"):
+        check_fits([Reward("mine", length, where={"kind": "y"})], ROWS)
+
+
+def test_what_looks_like_a_mistake_is_said():
+    def limited(completions, limit=40, **columns):
+        return [1.0] * len(completions)
+
+    with pytest.warns(UserWarning, match=r"'limti'; did you mean 'limit'"):
+        check_fits([Reward("mine", limited, options={"limti": 3})], ROWS)
+    empty = [Prompt(0, "p", [1], {"answer": None}, "data.jsonl:1")]
+    with pytest.warns(UserWarning, match=r"'answer' is empty in 1 of 1 rows, the first data\.jsonl:1"):
+        check_fits([Reward("mine", needs_answer)], empty)
+
+
+def test_a_function_that_is_not_written_in_python_is_called():
+    class Counts:
+        """Its signature can't be read."""
+
+        __signature__ = "none"
+
+        def __call__(self, completions, **columns):
+            return length(completions)
+
+    same(scored(Counts()).rewards, [[1, 2], [3, 0]])
+    with pytest.raises(UserError, match="takes no name"):
+        scored(lambda completions, /: [0.0])
 
 
 def test_r30_a_default_stands_in_for_a_column_that_the_data_lacks():
@@ -291,12 +389,78 @@ def test_r30_a_reward_may_be_an_object_that_can_be_called():
     same(scored(Counts()).rewards, [[1, 0], [3, 0]])
 
 
-def test_r33_a_reward_that_changes_its_arguments_does_not_change_what_the_next_one_sees():
-    def reverses(completions, **columns):
-        completions.reverse()
-        return [0.0] * len(completions)
+NESTED = {"tests": [{"args": [[1, 2]], "expected": {"a": [3]}}], "tags": {"x"}, "pair": ([1], 2), "array": np.zeros(2)}
 
-    same(score(GROUPS, [Reward("reverses", reverses), Reward("length", length)]).rewards, [[1, 2], [3, 0]])
+
+def spoils(prompts, completions, completion_ids, tests, tags, pair, array, **columns):
+    """Changes all that it can reach, and says how much of it was left by others."""
+    seen = []
+    for i in range(len(completions)):
+        seen.append(
+            len(tests[i]) + len(tags[i]) + len(pair[i][0]) + int(array[i].sum() == 0) + len(prompts[i][0]["content"])
+        )
+        tests[i][0]["args"][0].append(9)
+        tests[i][0]["expected"]["a"].clear()
+        tests[i].pop()
+        tags[i].add(len(tags[i]))
+        pair[i][0].pop()
+        array[i] += 1
+        prompts[i][0]["content"] += "!"
+        prompts[i].append({"role": "user", "content": "more"})
+        completions[i][0]["content"] = ""
+        completion_ids[i].clear()
+    for values in (prompts, completions, completion_ids, tests):
+        values.reverse()
+        values.pop()
+    return seen
+
+
+def test_a_reward_that_changes_what_it_is_given_changes_it_for_nobody_else():
+    """Not for later completions of the prompt, other rewards, a later step, or a call that is repeated one by one."""
+    before = copy.deepcopy(NESTED)
+    groups = [group([{"role": "user", "content": "ab"}], "x", "y", "z", **NESTED)]
+
+    def raises_late(**columns):
+        spoils(**columns)
+        raise ValueError("after it all")
+
+    for _ in range(2):
+        result = score(groups, [Reward("one", spoils), Reward("late", raises_late), Reward("two", spoils)])
+        for name in ("one", "two"):
+            same(result.parts[name], [[6, 6, 6]])
+    assert repr(NESTED) == repr(before)
+    assert groups[0].prompt.content == [{"role": "user", "content": "ab"}]
+    assert groups[0].completions[0].tokens == [1, 0]
+
+
+def test_a_reward_that_changes_its_options_or_begins_by_changing_what_it_is_given_changes_nothing():
+    class Pops:
+        def begin(self, tests, words):
+            tests[0].pop()
+            words.pop()
+
+        def __call__(self, tests, words):
+            return [tests_of.pop() + len(words) + int(bool(words.pop())) for tests_of in tests]
+
+    reward = Reward("pops", Pops(), options={"words": ["a", "b", "c"]})
+    groups = [group("p", "x", "y", tests=[1, 2])]
+    for _ in range(2):
+        reward.begin(groups[0])
+        same(score(groups, [reward]).rewards, [[6, 5]])
+
+
+def test_big_columns_are_copied_no_more_than_they_can_be_changed():
+    """A text of 100 MB for each of 64 completions, and a list of a million numbers."""
+    text, numbers = "x" * 100_000_000, list(range(1_000_000))
+    big = [group("p", *map(str, range(64)), page={"text": text}, numbers=numbers)]
+
+    def looks(page, numbers):
+        assert len({id(one) for one in numbers}) == 64
+        return [float(one["text"] is text) for one in page]
+
+    began = time.monotonic()
+    assert score(big, [Reward("looks", looks)]).rewards.min() == 1
+    assert time.monotonic() - began < 20
 
 
 def test_r33_the_same_groups_are_scored_the_same_twice():
@@ -318,7 +482,8 @@ def test_a_reward_that_sleeps_is_stopped_and_only_that_completion_abstains():
     result = score(GROUPS, [Reward("sleepy", sleeps_for_bb, timeout=0.3)])
     assert time.monotonic() - began < 5
     same(result.rewards, [[1, NAN], [3, 0]])
-    assert reasons(result) == {(0, 1): "took longer than 0.3 s"}
+    (reason,) = reasons(result).values()
+    assert re.fullmatch(r"took longer than 0\.3 s \(.*test_score\.py, line \d+, in sleeps_for_bb\)", reason)
 
 
 def test_when_too_many_take_too_long_the_others_are_not_tried():
