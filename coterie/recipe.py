@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from coterie.algorithms.presets import CHOSEN_BY_OBJECTIVE, OBJECTIVE_SETTINGS, PRESETS
 from coterie.errors import UserError, nearest
 from coterie.keys import keys_in
+from coterie.older import of_older
 from coterie.settings import (
     KL,
     Advantage,
@@ -350,6 +351,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path}: is nested too deeply for a recipe") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of settings, not {type(values).__name__}")
+    if "made_with" in values:  # a run's own
+        values = of_older(values)
     for override in overrides:
         _override(values, override)
     return make_recipe(values, source=str(path), folder=path.resolve().parent)

@@ -9,52 +9,97 @@ import json
 import math
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from coterie.errors import UserError
 from coterie.keys import hidden
 from coterie.noise import permutation
 from coterie.types import Completion, Scored
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS metrics (
-    stage TEXT, step INTEGER, name TEXT, value REAL, PRIMARY KEY (stage, step, name)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS completions (
-    stage TEXT, step INTEGER, prompt_number INTEGER, completion_number INTEGER, prompt TEXT, text TEXT,
-    tokens TEXT, pieces TEXT, sampler_logprobs TEXT, advantage REAL, reward REAL, reward_parts TEXT, ended TEXT, failure TEXT,
-    PRIMARY KEY (stage, step, prompt_number, completion_number)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS evaluations (
-    stage TEXT, step INTEGER, mode TEXT, name TEXT, value REAL, low REAL, high REAL, count INTEGER,
-    PRIMARY KEY (stage, step, mode, name)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS examples (
-    stage TEXT, step INTEGER, number INTEGER, prompt TEXT, text TEXT, PRIMARY KEY (stage, step, number)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS inputs (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS events (time REAL, stage TEXT, step INTEGER, kind TEXT, message TEXT);
-"""
-_PATIENCE = 30.0  # seconds for which another writer may hold the file: a person who looks at it, or a backup
-_TABLES = ("metrics", "completions", "evaluations", "examples", "events")
+_MIGRATIONS: tuple[
+    tuple[str, ...], ...
+] = (  # number n brings a database from schema n to n + 1; 0 is empty, or older than numbers
+    (
+        """CREATE TABLE IF NOT EXISTS metrics (
+            stage TEXT, step INTEGER, name TEXT, value REAL, PRIMARY KEY (stage, step, name)
+        ) WITHOUT ROWID""",
+        """CREATE TABLE IF NOT EXISTS completions (
+            stage TEXT, step INTEGER, prompt_number INTEGER, completion_number INTEGER, prompt TEXT, text TEXT,
+            tokens TEXT, pieces TEXT, sampler_logprobs TEXT, advantage REAL, reward REAL, reward_parts TEXT, ended TEXT,
+            failure TEXT, PRIMARY KEY (stage, step, prompt_number, completion_number)
+        ) WITHOUT ROWID""",
+        """CREATE TABLE IF NOT EXISTS evaluations (
+            stage TEXT, step INTEGER, mode TEXT, name TEXT, value REAL, low REAL, high REAL, count INTEGER,
+            PRIMARY KEY (stage, step, mode, name)
+        ) WITHOUT ROWID""",
+        """CREATE TABLE IF NOT EXISTS examples (
+            stage TEXT, step INTEGER, number INTEGER, prompt TEXT, text TEXT, PRIMARY KEY (stage, step, number)
+        ) WITHOUT ROWID""",
+        "CREATE TABLE IF NOT EXISTS inputs (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID",
+        "CREATE TABLE IF NOT EXISTS events (time REAL, stage TEXT, step INTEGER, kind TEXT, message TEXT)",
+    ),
+    ("CREATE TABLE surroundings (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID",),
+)
+_COLUMNS = {  # what is written as a run goes on; a table may hold more than this version knows
+    "metrics": "stage, step, name, value",
+    "completions": "stage, step, prompt_number, completion_number, prompt, text, tokens, pieces, sampler_logprobs, advantage, "
+    "reward, reward_parts, ended, failure",
+    "evaluations": "stage, step, mode, name, value, low, high, count",
+    "examples": "stage, step, number, prompt, text",
+    "events": "time, stage, step, kind, message",
+}
+_PATIENCE = 5.0  # seconds for which another program may hold the file before what is written is kept in memory
+_RETRY = 0.5  # seconds between two tries from then on
+_HELD_SECONDS, _HELD_BYTES = 900.0, 1 << 28  # how long, and how much is kept so
 
 
 class Store:
-    """A connection to a run's database."""
+    """A connection to a run's database.
+
+    Where another program holds the file (a person who looks at it, a backup) what is written is kept in memory, read from there
+    too, and brought into the file once that is free. `tell` is called with a sentence when that begins and ends.
+    UserError for a database that a newer version has written.
+    """
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self.path = path
+        self.tell: Callable[[str], None] = lambda _: None
+        self._held_since: float | None = None
+        self._tried = 0.0
+        self._into = "main"
         if read_only:
-            self._db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+            self._db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None)
+            self._version()
         else:
-            self._db = sqlite3.connect(path, timeout=_PATIENCE)
+            self._db = sqlite3.connect(path, isolation_level=None)
+            self._db.execute(f"PRAGMA busy_timeout={_PATIENCE * 1000:.0f}")
+            version = self._version()
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.executescript(_SCHEMA)
+            self._migrate(version)
         self._db.row_factory = sqlite3.Row
+
+    def _version(self) -> int:
+        version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
+        if version > len(_MIGRATIONS):
+            self._db.close()
+            raise UserError(
+                f"{self.path}: was written by a newer version of coterie (its schema is {version}, and this version knows up to "
+                f"{len(_MIGRATIONS)}); go on with that version"
+            )
+        return version
+
+    def _migrate(self, version: int) -> None:
+        if version < len(_MIGRATIONS):
+            with self.transaction(keep=False):
+                for statement in (line for lines in _MIGRATIONS[version:] for line in lines):
+                    self._db.execute(statement)
+                self._db.execute(f"PRAGMA user_version={len(_MIGRATIONS)}")
 
     def close(self) -> None:
         self._db.close()
@@ -63,15 +108,103 @@ class Store:
         """Bring what was written to the disk, so that a checkpoint that outlives a power cut has its steps here."""
         self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
+    @property
+    def held(self) -> bool:
+        """Whether something is kept in memory, since another program holds the file."""
+        return self._held_since is not None
+
+    def settle(self, seconds: float = _HELD_SECONDS) -> None:
+        """Wait until nothing is kept in memory. sqlite3.OperationalError where that takes longer."""
+        end = time.monotonic() + seconds
+        while self.held:
+            with self.transaction():
+                pass
+            if self.held and time.monotonic() > end:
+                raise sqlite3.OperationalError(_HELD)
+            time.sleep(0.05 if self.held else 0)
+
     @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All or nothing of what is written inside."""
-        with self._db:
+    def transaction(self, *, keep: bool = True) -> Iterator[None]:
+        """All or nothing of what is written inside. Without `keep` it goes into the file, however long that takes."""
+        if self._db.in_transaction:
             yield
+            return
+        self._begin(keep)
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    def _begin(self, keep: bool) -> None:
+        while not self._begun():
+            self._hold()
+            if keep:
+                self._db.execute("BEGIN")
+                return
+            time.sleep(_RETRY)
+        if self._held_since is not None:
+            self._bring()
+
+    def _begun(self) -> bool:
+        """Whether the file can be written now: then a transaction has begun."""
+        if self.held and time.monotonic() - self._tried < _RETRY:
+            return False
+        try:
+            self._db.execute(f"PRAGMA busy_timeout={0 if self.held else _PATIENCE * 1000:.0f}")
+            self._db.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                raise
+            self._tried = time.monotonic()
+            return False
+        finally:
+            self._db.execute(f"PRAGMA busy_timeout={_PATIENCE * 1000:.0f}")
+        return True
+
+    def _hold(self) -> None:
+        """Keep what is written from here on in tables in memory, behind views by which it is read with what the file has."""
+        if self._held_since is not None:
+            (pages,), (size,) = (
+                self._db.execute(f"PRAGMA held.{name}").fetchone() for name in ("page_count", "page_size")
+            )
+            if time.monotonic() - self._held_since > _HELD_SECONDS or pages * size > _HELD_BYTES:
+                raise sqlite3.OperationalError(_HELD)
+            return
+        self.tell(f"{self.path} is held by another program; what is recorded is kept in memory until it lets go")
+        self._held_since, self._into = time.monotonic() - _PATIENCE, "held"
+        if not any(name == "held" for _, name, _ in self._db.execute("PRAGMA database_list")):
+            self._db.execute("ATTACH ':memory:' AS held")
+        for table, columns in _COLUMNS.items() if self._tables() else ():
+            self._db.execute(f"CREATE TABLE IF NOT EXISTS held.{table} AS SELECT {columns} FROM main.{table} WHERE 0")
+            both = f"SELECT {columns} FROM main.{table} UNION ALL SELECT {columns} FROM held.{table}"
+            self._db.execute(f"CREATE TEMP VIEW {table} AS {both}")
+
+    def _tables(self) -> bool:
+        return bool(self._db.execute("SELECT 1 FROM main.sqlite_master WHERE name = 'metrics'").fetchall())
+
+    def _bring(self) -> None:
+        """Into the file with what was kept, in the transaction that has begun."""
+        assert self._held_since is not None
+        for table, columns in _COLUMNS.items() if self._tables() else ():
+            self._db.execute(f"DROP VIEW temp.{table}")
+            self._db.execute(f"INSERT OR REPLACE INTO main.{table} ({columns}) SELECT {columns} FROM held.{table}")
+            self._db.execute(f"DELETE FROM held.{table}")
+        seconds = time.monotonic() - self._held_since
+        self._held_since, self._into = None, "main"
+        self.tell(f"{self.path} is free again after {seconds:.0f} s, and nothing is missing")
+
+    def _insert(self, table: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        columns = _COLUMNS[table]
+        marks = ", ".join("?" * len(columns.split(",")))
+        insert = "INSERT OR REPLACE" if table in ("evaluations", "examples") else "INSERT"
+        self._db.executemany(f"{insert} INTO {self._into}.{table} ({columns}) VALUES ({marks})", rows)
 
     def metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         rows = [(stage, step, name, value if math.isfinite(value) else None) for name, value in values.items()]
-        self._db.executemany("INSERT INTO metrics VALUES (?, ?, ?, ?)", rows)
+        with self.transaction():
+            self._insert("metrics", rows)
 
     def completions(
         self, stage: str, step: int, scored: Scored, advantages: Tensor, pieces: Any, *, max_bytes: float
@@ -101,42 +234,44 @@ class Store:
                 left_out += 1
                 continue
             size += group_size
-            self._db.executemany(f"INSERT INTO completions VALUES ({', '.join('?' * 14)})", rows)
+            with self.transaction():
+                self._insert("completions", rows)
         return left_out
 
     def evaluation(
         self, stage: str, step: int, mode: str, name: str, value: float, low: float, high: float, count: int
     ) -> None:
-        self._db.execute(
-            "INSERT OR REPLACE INTO evaluations VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (stage, step, mode, name, value, low, high, count),
-        )
+        with self.transaction():
+            self._insert("evaluations", [(stage, step, mode, name, value, low, high, count)])
 
     def example(self, stage: str, step: int, number: int, prompt: str, text: str) -> None:
-        self._db.execute("INSERT OR REPLACE INTO examples VALUES (?, ?, ?, ?, ?)", (stage, step, number, prompt, text))
+        with self.transaction():
+            self._insert("examples", [(stage, step, number, prompt, text)])
 
     def event(self, stage: str, step: int, kind: str, message: str) -> None:
-        with self._db:
-            self._db.execute(
-                "INSERT INTO events VALUES (?, ?, ?, ?, ?)", (time.time(), stage, step, kind, hidden(message))
-            )
+        with self.transaction():
+            self._insert("events", [(time.time(), stage, step, kind, hidden(message))])
 
-    def inputs(self, values: Mapping[str, str]) -> None:
-        """Replace what is known of what the run depends on."""
-        with self._db:
-            self._db.execute("DELETE FROM inputs")
-            self._db.executemany("INSERT INTO inputs VALUES (?, ?)", list(values.items()))
+    def inputs(self, values: Mapping[str, str], surroundings: Mapping[str, str]) -> None:
+        """Replace what is known of what the run depends on, and of where it runs."""
+        with self.transaction(keep=False):
+            for table, found in (("inputs", values), ("surroundings", surroundings)):
+                self._db.execute(f"DELETE FROM main.{table}")
+                self._db.executemany(f"INSERT INTO main.{table} (name, value) VALUES (?, ?)", list(found.items()))
 
     def truncate(self, stage: str, step: int, later_stages: tuple[str, ...]) -> None:
         """Remove what came after a step, in one transaction: a resume will write it again."""
-        with self._db:
-            for table in _TABLES:
-                self._db.execute(f"DELETE FROM {table} WHERE stage = ? AND step > ?", (stage, step))
+        with self.transaction(keep=False):
+            for table in _COLUMNS:
+                self._db.execute(f"DELETE FROM main.{table} WHERE stage = ? AND step > ?", (stage, step))
                 for later in later_stages:
-                    self._db.execute(f"DELETE FROM {table} WHERE stage = ?", (later,))
+                    self._db.execute(f"DELETE FROM main.{table} WHERE stage = ?", (later,))
 
     def read(self, query: str, *values: Any) -> list[sqlite3.Row]:
         return self._db.execute(query, values).fetchall()
+
+
+_HELD = "run.db has been held by another program for too long: end what reads or copies it"
 
 
 def _token_columns(completion: Completion, pieces: list[str]) -> tuple[str, str, str]:

@@ -179,9 +179,12 @@ def _space(folder: Path, snapshot: Snapshot) -> str:
     return f"this save needs {snapshot.num_bytes / 1e6:,.1f} MB, and {free}{kept}"
 
 
-def load_checkpoint(path: Path, state: TrainState) -> None:
-    """Put what a checkpoint holds in place: all that `state` names. UserError where it is damaged or lacks something."""
-    wrong = _damage(path)
+def load_checkpoint(path: Path, state: TrainState, *, checked: bool = False) -> None:
+    """Put what a checkpoint holds in place: all that `state` names. UserError where it is damaged or lacks something.
+
+    checked: it was compared with its manifest already, as `find_checkpoint` does.
+    """
+    wrong = None if checked else _damage(path)
     for name in (*state.models, *state.optimisers):
         if wrong is None and not (path / f"{name}.safetensors").is_file():
             wrong = f"{name}.safetensors is missing"

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import itertools
 import json
+import os
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel
 
 import coterie
 from coterie.errors import UserError
-from coterie.recipe import Recipe
-from coterie.settings import DatasetTask
+from coterie.recipe import Recipe, make_recipe
+from coterie.settings import DatasetTask, RewardSpec
 
 _FREE = ("made_with", "steps")  # what may change without a word
 _NOT_SET = json.dumps(None)  # also where a run began before there was such a setting
 _PART = " > "  # stands between a setting and what the file that it names uses
 _WHOLE = 1 << 28  # bytes up to which a model's weights are hashed whole; of larger ones their size, start and end
+_CONTENT = " (content)"  # after the name of a setting: the hash of what it names
+_NEAR = 3  # folders above a run's in which its project is looked for
 _MODEL_FILES = (".safetensors", ".json", ".model", ".txt")
 _INSTALLED = ("site-packages", "dist-packages")  # what versions say enough of
 
@@ -29,32 +36,46 @@ def inputs_of(recipe: Recipe) -> dict[str, str]:
     found = dict(_flat(recipe.model_dump(mode="json")))
     for name, path in _files(recipe):
         if path.exists():
-            found[f"{name} (content)"] = _hash(path)
+            found[f"{name}{_CONTENT}"] = _hash(path)
         if path.is_dir():
             for part in _templates(path):
                 content = _hash(path / part) if (path / part).is_file() else "none"
-                found[f"{name}{_PART}{part} (content)"] = content
+                found[f"{name}{_PART}{part}{_CONTENT}"] = content
     for name, home in _homes(recipe):
         for module, path in modules_of(home).items():
-            found[f"{name}{_PART}{module} (content)"] = _hash(path)
+            found[f"{name}{_PART}{module}{_CONTENT}"] = _hash(path)
     return {name: value for name, value in found.items() if name.partition(".")[0] not in _FREE}
 
 
 def check_inputs(before: Mapping[str, str], now: Mapping[str, str], allowed: Collection[str]) -> list[str]:
-    """What has changed and is allowed to, in words. UserError with every change that is not allowed by its name."""
+    """What has changed and is allowed to, in words. UserError with every change that is not allowed by its name.
+
+    A file that lies elsewhere is no change while its content is the same; nor is a setting that is new since the start, at its default.
+    """
     changed: list[tuple[str, str]] = []
     refused: list[tuple[str, str]] = []
+    lost = []
     for name in sorted({*before, *now}):
-        if before.get(name, _NOT_SET) == now.get(name, _NOT_SET):
+        if before.get(name, _NOT_SET) == now.get(name, _NOT_SET) or _only_moved(name, before, now):
             continue
-        plain, _, part = name.removesuffix(" (content)").partition(_PART)
+        if name not in before and now[name] == _default_of(name):
+            continue
+        plain, _, part = name.removesuffix(_CONTENT).partition(_PART)
         if part and name not in before:  # begun before such parts were noted; what uses a module is compared itself
             continue
-        if not name.endswith(" (content)"):
+        if not name.endswith(_CONTENT):
             text = f"{name}: was {before.get(name, 'not there')}, is {now.get(name, 'not there')}"
+        elif not part and name not in now and plain in now and plain not in allowed:
+            place = _home_of(now[plain])
+            lost.append(
+                f"{plain}: {place} is not there. If it was moved or renamed, say where it is: --set {plain}=PATH"
+            )
+            continue
         else:
             text = f"{plain}: {f'{part}, which it uses,' if part else 'the file'} is not what it was when the run began"
         (changed if plain in allowed else refused).append((plain, text))
+    if lost:
+        raise UserError("\n".join(["a run goes on with the files that it began with:", *lost]))
     if refused:
         names = " ".join(f"--allow {name}" for name in dict.fromkeys(name for name, _ in refused))
         raise UserError(
@@ -65,6 +86,111 @@ def check_inputs(before: Mapping[str, str], now: Mapping[str, str], allowed: Col
     if unknown:
         raise UserError(f"--allow {unknown[0]}: that has not changed, or there is no such setting")
     return [text for _, text in changed]
+
+
+def _only_moved(name: str, before: Mapping[str, str], now: Mapping[str, str]) -> bool:
+    """Whether the setting names a file that lies elsewhere, with the same content, and the same function in it."""
+    content = f"{name}{_CONTENT}"
+    if content not in before or before[content] != now.get(content) or name not in before or name not in now:
+        return False
+    return _function_of(before[name]) == _function_of(now[name])
+
+
+def _function_of(value: str) -> str:
+    """The function's name where a setting, as JSON, names a file and a function in it."""
+    home, _, function = str(json.loads(value)).rpartition(":")
+    return function if home.endswith(".py") else ""
+
+
+def _home_of(value: str) -> str:
+    text = str(json.loads(value))
+    home, _, _ = text.rpartition(":")
+    return home if home.endswith(".py") else text
+
+
+def _default_of(name: str) -> str | None:
+    """The default of a setting by its dotted name, as JSON."""
+    first, *rest = name.split(".")
+    owner: type[BaseModel] | None = Recipe
+    if first == "rewards" and len(rest) > 1:
+        owner, first, rest = RewardSpec, rest[1], rest[2:]
+    elif rest and first in Recipe.model_fields:
+        kinds = [Recipe.model_fields[first].annotation, *get_args(Recipe.model_fields[first].annotation)]
+        sections = (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
+        owner, first, rest = next(sections, None), rest[0], rest[1:]
+    field = owner.model_fields.get(first) if owner is not None and not rest else None
+    if field is None or field.is_required():
+        return None
+    value = field.get_default(call_default_factory=True, validated_data={})
+    return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False, default=str)
+
+
+def portable(recipe: Recipe, folder: Path) -> str:
+    """The recipe as a run keeps it: files of the project that it was begun in by their place from the run's folder.
+
+    So a project that is moved or copied as a whole goes on with its own files. The project is the folder that the run is begun in,
+    if it lies there, and what is up to two folders above the run.
+    """
+    text = recipe.to_yaml()
+    folder, cwd = folder.resolve(), Path.cwd().resolve()
+    homes = [*([cwd] if folder.is_relative_to(cwd) else []), *list(folder.parents)[: _NEAR - 1]]
+    homes = [home for home in homes if home != home.parent]
+
+    def shorter(value: str) -> str:
+        path, colon, function = value.rpartition(":") if ".py:" in value else (value, "", "")
+        if not path.startswith("/") or not any(map(Path(path).is_relative_to, homes)) or not Path(path).exists():
+            return value
+        relative = os.path.relpath(path, folder)
+        return f"{relative if relative.startswith('..') else f'./{relative}'}{colon}{function}"
+
+    values = yaml.safe_load(text)
+    moved = _replaced(values, shorter)
+    same = make_recipe(moved, folder=folder).model_dump() == make_recipe(values, folder=folder).model_dump()
+    return yaml.safe_dump(moved, sort_keys=False, allow_unicode=True) if same else text
+
+
+def at_home(
+    recipe: Recipe, folder: Path, before: Mapping[str, str], chosen: Collection[str]
+) -> tuple[Recipe, list[str]]:
+    """The recipe with the files of the run's own project, and where they are instead, in words.
+
+    An older run names its files by whole paths; a copy of its project must not go on with the original's, and one that was renamed
+    finds its own again. UserError where the project's own file is another one. chosen: settings that are left as they are.
+    """
+    around = list(folder.resolve().parents)[:_NEAR]
+    found: dict[str, str] = {}
+    for name, path in _files(recipe):
+        known = before.get(f"{name}{_CONTENT}")
+        if known is None or name in chosen:
+            continue
+        ends = [Path(*path.parts[-length:]) for length in range(min(_NEAR, len(path.parts) - 1), 0, -1)]
+        nearer = itertools.takewhile(lambda parent, path=path: not path.is_relative_to(parent), around)
+        own = next((parent / end for parent in nearer for end in ends if (parent / end).exists()), None)
+        if own is not None and own.resolve() != path.resolve():
+            if _hash(own) != known and path.exists():
+                raise UserError(
+                    f"{name}: the run began with {path}, and this project has a file of that name with another content, {own}. "
+                    f"Say which: --set {name}={path}, or --set {name}={own} --allow {name}"
+                )
+            found[str(path)] = str(own)
+    if not found:
+        return recipe, []
+
+    def own_of(value: str) -> str:
+        path, colon, function = value.rpartition(":") if ".py:" in value else (value, "", "")
+        return f"{found[path]}{colon}{function}" if path in found else value
+
+    lines = [f"{own} instead of {path}: the project was moved or copied" for path, own in found.items()]
+    return Recipe.model_validate(_replaced(recipe.model_dump(), own_of)), lines
+
+
+def _replaced(value: Any, change: Callable[[str], str]) -> Any:
+    """Every text in nested values, changed."""
+    if isinstance(value, dict):
+        return {key: _replaced(inner, change) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_replaced(inner, change) for inner in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:

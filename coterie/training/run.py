@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import errno
-import fcntl
-import json
-import os
-import shutil
 import signal
 import sqlite3
-import subprocess
 import time
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-import torch
-import transformers
-from safetensors import SafetensorError
 from torch import Tensor
 
-import coterie
 from coterie import stopping
 from coterie.deadline import hard_deadline
 from coterie.errors import UserError
@@ -45,18 +36,39 @@ from coterie.training.checkpoint import (
     load_checkpoint,
     prune_checkpoints,
 )
-from coterie.training.inputs import check_inputs, inputs_of
+from coterie.training.folder import (
+    Row,
+    RunFailedError,
+    how_to_go_on,
+    is_of_a_run,
+    locked,
+    new_folder,
+    told_of,
+    versions,
+    write_rows,
+    write_whole,
+)
+from coterie.training.inputs import at_home, check_inputs, inputs_of, portable
 from coterie.training.profile import Profiler
+from coterie.training.surroundings import surroundings, what_differs
 from coterie.training.watch import HISTORY, alarms, usual_norm
 from coterie.trust import check_links
 from coterie.types import Scored
 
-Row = tuple[list[int], ...]  # the tokens of a prompt, and of the answers that are learned from
+_HELD_AT_STOP = 10.0  # seconds for which a run that was told to stop waits for run.db, if another program holds it
 _SKIPPED = ("optimiser/skipped_share", "value/skipped_share")  # the metrics that say a step's loss was not finite
 
 
-class RunFailedError(RuntimeError):
-    """The run can't go on, through no mistake in what the user gave."""
+@dataclass(frozen=True)
+class Beginning:
+    """What a resume begins with: inputs and surroundings by name; which files lie elsewhere than before, and what of the
+    surroundings differs, in words; whether a setting was overridden."""
+
+    inputs: Mapping[str, str]
+    surroundings: Mapping[str, str]
+    moved: list[str]
+    differs: list[str]
+    overridden: bool
 
 
 class Run:
@@ -65,11 +77,13 @@ class Run:
     def __init__(self, folder: Path, recipe: Recipe, console: Console, *, stop_after: int | None = None) -> None:
         self.folder, self.recipe, self.console = folder, recipe, console
         check_links(folder)
-        self._lock = _locked(folder)
+        self._lock = locked(folder)
         self.store = Store(folder / "run.db")
+        self.store.tell = console.warn
         self._saver = Saver(folder / "checkpoints")
-        self._begins_with: tuple[Mapping[str, str], bool] | None = None  # inputs, and whether a setting was overridden
+        self._begins_with: Beginning | None = None  # of a resume
         self._changes: list[str] = []  # of a resume, that were allowed
+        self._due = False  # a checkpoint
         self._silent: set[str] = set()  # streams that can't be written, and that an event tells of
         self._undeleted: list[str] = []  # old checkpoints that could not be deleted, to be told of
         self.profiler: Profiler | None = None  # watches some of the steps, if one is put here
@@ -89,17 +103,21 @@ class Run:
     @classmethod
     def create(cls, recipe: Recipe, name: str, out: str | None, console: Console, *, stop_after: int | None) -> Run:
         """A new folder: `out`, or the first free one of runs/NAME, runs/NAME-2, ..."""
-        folder = Path(out) if out else _free_folder(RUNS, name)
-        if folder.exists() and (not folder.is_dir() or any(map(_is_of_a_run, folder.iterdir()))):
+        try:
+            folder = Path(out) if out else new_folder(RUNS, name)
+        except OSError as error:
+            raise UserError(f"{RUNS}: can't be written: {error}") from None
+        if folder.exists() and (not folder.is_dir() or any(map(is_of_a_run, folder.iterdir()))):
             raise UserError(
                 f"--out {folder}: is in use; give another folder, or go on with what is there: coterie train --resume {folder}"
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            stored = recipe.model_copy(update={"made_with": {**(recipe.made_with or {}), **_versions()}})
+            stored = recipe.model_copy(update={"made_with": {**(recipe.made_with or {}), **versions()}})
             run = cls(folder, recipe, console, stop_after=stop_after)
-            run.store.inputs(inputs_of(recipe))
-            write_whole(folder / "recipe.yaml", stored.to_yaml())  # last: from here on it is a run to go on with
+            run.store.inputs(inputs_of(recipe), surroundings(recipe, versions()))
+            written = portable(stored, folder)
+            write_whole(folder / "recipe.yaml", written)  # last: from here on it is a run to go on with
         except (OSError, sqlite3.Error) as error:
             raise UserError(f"{folder}: can't be written: {error}") from None
         return run
@@ -114,7 +132,7 @@ class Run:
         """
         folder = run_at(name, "--resume")
         recipe = load_recipe(str(folder / "recipe.yaml"), overrides)
-        with _told_of(folder):
+        with told_of(folder):
             run = cls(folder, recipe, console, stop_after=stop_after)
         try:
             with run.writing():
@@ -126,8 +144,13 @@ class Run:
 
     def _go_on(self, overrides: list[str], allow: Sequence[str]) -> None:
         """Find where the run stands, and that it is still the same run. Nothing of it is changed yet."""
+        before, surroundings_before = (
+            {row["name"]: row["value"] for row in self.store.read(f"SELECT name, value FROM {table}")}
+            for table in ("inputs", "surroundings")
+        )
+        chosen = [override.partition("=")[0].strip() for override in overrides]
+        self.recipe, moved = at_home(self.recipe, self.folder, before, chosen)
         now = inputs_of(self.recipe)
-        before = {row["name"]: row["value"] for row in self.store.read("SELECT name, value FROM inputs")}
         checkpoints = self.folder / "checkpoints"
         try:
             self.position = find_checkpoint(checkpoints, self.console.warn)
@@ -141,7 +164,10 @@ class Run:
         if self.position and self.position.stage == STAGES[-1] and self.position.step > self.recipe.steps:
             raise UserError(f"steps: {self.position.step} steps are done already, and {self.recipe.steps} are fewer")
         self._seconds_before = self.position.seconds if self.position else 0.0
-        self._begins_with = now, bool(overrides)
+        here = surroundings(self.recipe, versions())
+        made_with = {name: str(value) for name, value in (self.recipe.made_with or {}).items()}
+        differs = what_differs(surroundings_before or made_with, here)
+        self._begins_with = Beginning(now, here, moved, differs, bool(overrides))
 
     def _lost_record(self, has_inputs: bool) -> tuple[str, str] | None:
         """What run.db should be and what it is, where it was deleted or an older copy put in its place."""
@@ -158,20 +184,27 @@ class Run:
         """Take a reopened run over: what was recorded after its checkpoint is removed. Before, a resume can still be refused."""
         if self._begins_with is None:
             return
-        now, overridden = self._begins_with
         with self.writing():
-            self._take_over(now, overridden)
+            self._take_over(self._begins_with)
 
-    def _take_over(self, now: Mapping[str, str], overridden: bool) -> None:
+    def _take_over(self, beginning: Beginning) -> None:
         position = self.position or Position(STAGES[0], -1)
         self.store.truncate(position.stage, position.step, STAGES[STAGES.index(position.stage) + 1 :])
-        if overridden:
-            write_whole(self.folder / "recipe.yaml", self.recipe.to_yaml())
-            (self.folder / "summary.json").unlink(missing_ok=True)
-        self.store.inputs(now)
+        if beginning.overridden or beginning.moved:
+            write_whole(self.folder / "recipe.yaml", portable(self.recipe, self.folder))
+        if beginning.overridden:
+            for name in ("report.html", "summary.json"):  # of the run as it was; both are there again once it has ended
+                (self.folder / name).unlink(missing_ok=True)
+        self.store.inputs(beginning.inputs, beginning.surroundings)
+        for line in beginning.moved:
+            self.console.warn(f"goes on with {line}")
+        for line in beginning.differs:
+            self.console.warn(f"goes on in other surroundings, and the bits may differ from here: {line}")
+        lines = [("changed", line) for line in self._changes] + [("moved", line) for line in beginning.moved]
+        for kind, line in (*lines, *(("surroundings", line) for line in beginning.differs)):
+            self.store.event(position.stage, max(position.step, 0), kind, line)
         for change in self._changes:
             self.console.warn(f"goes on with a change: {change}")
-            self.store.event(position.stage, max(position.step, 0), "changed", change)
 
     @property
     def seconds(self) -> float:
@@ -213,7 +246,7 @@ class Run:
         """Put what the checkpoint holds in place, if the run was resumed inside this stage."""
         self._state = state
         if self.position and self.position.stage == stage and self.position.step > 0:  # step 0 is the start itself
-            load_checkpoint(self.folder / "checkpoints" / self.position.name, state)
+            load_checkpoint(self.folder / "checkpoints" / self.position.name, state, checked=True)  # when it was found
 
     @section("record")
     def record(
@@ -236,7 +269,9 @@ class Run:
             strikes("in_record")
             if scored is not None and advantages is not None:
                 limit = self.recipe.record.max_megabytes_per_step * 1e6
-                self.store.completions(stage, step, scored, advantages, pieces, max_bytes=limit)
+                left_out = self.store.completions(stage, step, scored, advantages, pieces, max_bytes=limit)
+                if left_out:
+                    self.store.metrics(stage, step, {"record/num_left_out_groups": left_out})
         with self.writing():
             self._give(watch.add(step, metrics) if watch else [])
             for failure in scored.failures[:3] if scored else ():
@@ -352,7 +387,10 @@ class Run:
         settings = self.recipe.checkpoint
         best = stage == STAGES[-1] and step in self._best_steps(settings.keep_best)
         self._stops = self._should_stop(stage, step)
-        if last or step % settings.every == 0 or best or self._stops:
+        must = last or self._stops
+        self._due = self._due or step % settings.every == 0 or best
+        if must or (self._due and not self.store.held):  # a checkpoint waits for its record, and training does not
+            self._due = False
             with section("checkpoint"):
                 self._save(Position(stage, step, self.seconds), state)
                 if last or self._stops:
@@ -365,6 +403,7 @@ class Run:
         self._wait_for_save()
         best = self._best_steps(self.recipe.checkpoint.keep_best)
         with self.writing():
+            self.store.settle(*([_HELD_AT_STOP] if self.stop_signal is not None else []))
             self.store.sync()
 
         def prune() -> None:
@@ -382,7 +421,7 @@ class Run:
             self._saver.wait()
         except OSError as error:
             raise RunFailedError(
-                f"{self.folder / 'checkpoints'}: the checkpoint can't be written: {error}. {_how_to_go_on(self.folder)}"
+                f"{self.folder / 'checkpoints'}: the checkpoint can't be written: {error}. {how_to_go_on(self.folder)}"
             ) from error
         for line in self._undeleted:
             self.console.warn(f"an old checkpoint can't be deleted: {line}")
@@ -404,7 +443,7 @@ class Run:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """RunFailedError where the folder can't be written: the disk is full, or the folder gone."""
-        with _told_of(self.folder):
+        with told_of(self.folder):
             if not (self.folder / "run.db").exists():  # SQLite would go on with a file that has no name any more
                 raise FileNotFoundError(errno.ENOENT, "it was removed while the run went on")
             yield
@@ -454,109 +493,3 @@ class Run:
         finally:
             self.store.close()
             self._lock.close()
-
-
-@contextmanager
-def _told_of(folder: Path) -> Iterator[None]:
-    """RunFailedError for what goes wrong in writing a run's folder, with the free space and what to do."""
-    try:
-        yield
-    except (sqlite3.Error, SafetensorError, OSError) as error:
-        if type(error) is sqlite3.DatabaseError:  # and no kind of its own: the file is not what SQLite wrote
-            raise RunFailedError(
-                f"{folder / 'run.db'}: is damaged: {error}. Put a copy in its place; or move it away and go on without what "
-                f"it recorded: coterie train --resume {folder} --allow run.db"
-            ) from error
-        try:
-            free = f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free"
-        except OSError as gone:
-            free = str(gone)
-        raise RunFailedError(f"{folder}: can't be written: {error}; {free}. {_how_to_go_on(folder)}") from error
-
-
-def _how_to_go_on(folder: Path) -> str:
-    if not folder.is_dir():
-        return "Its checkpoints are gone with it."
-    return f"The newest checkpoint stands: coterie train --resume {folder}"
-
-
-def write_rows(file: Path, scored: Scored | None, rows: Sequence[Row], pieces: Any) -> Path:
-    """Write what a step learned from as JSON lines: completions with everything that went into the loss, or rows."""
-    texts = ([("".join(pieces(tokens)), tokens) for tokens in row] for row in rows)
-    written: list[dict[str, Any]] = [
-        {"prompt": prompt, "prompt_tokens": tokens, "answers": [{"text": text, "tokens": own} for text, own in answers]}
-        for (prompt, tokens), *answers in texts
-    ]
-    for p, group in enumerate(scored.groups if scored is not None else ()):
-        for c, completion in enumerate(group.completions):
-            assert scored is not None
-            written.append(
-                {
-                    "prompt": group.prompt.content,
-                    "completion": completion.text,
-                    "reward": scored.rewards[p, c].item(),
-                    "parts": {name: part[p, c].item() for name, part in scored.parts.items()},
-                    "tokens": completion.tokens,
-                    "sampler_logprobs": completion.logprobs.tolist(),
-                }
-            )
-    file.parent.mkdir(exist_ok=True)
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written), encoding="utf-8")
-    return file
-
-
-def _is_of_a_run(path: Path) -> bool:
-    """Whether a run, or anything else, is there: all but what a run leaves that was killed before it was one."""
-    return path.name[0] != "." and not path.name.startswith("run.db")
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    aside = file.with_name(f".{file.name}.writing")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(file)
-
-
-def _free_folder(home: Path, name: str) -> Path:
-    number = 1
-    while (folder := home / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return folder
-
-
-_held: weakref.WeakValueDictionary[Path, TextIO] = (
-    weakref.WeakValueDictionary()
-)  # a process is not locked out by itself
-
-
-def _locked(folder: Path) -> TextIO:
-    """Hold the run for this process. The lock ends with the process, however it ends: what it has forked inherits none."""
-    path = (folder / ".lock").absolute()
-    mine = _held.get(path)
-    if mine is not None and not mine.closed:  # to open and close it again would let go of it
-        raise UserError(f"{folder}: is in use by process {os.getpid()}, this one")
-    file = path.open("a+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        raise UserError(f"{folder}: is in use by process {file.read().strip() or 'unknown'}") from None
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    _held[path] = file
-    return file
-
-
-def _versions() -> dict[str, str]:
-    """What made a run: versions, and the commit where the package lies in a git checkout."""
-    found = {"coterie": coterie.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    try:
-        home = Path(coterie.__file__).resolve().parent.parent
-        asked = subprocess.run(
-            ["git", "-C", str(home), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
-        )
-        inside = (home / ".git").exists() and asked.returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
-        inside = False
-    return {**found, "commit": asked.stdout.strip()} if inside else found

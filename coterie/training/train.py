@@ -171,6 +171,7 @@ def _train(run: Run, rewards: list[Reward], codec: Codec, task: Task) -> None:
     if trained.adapter is not None:
         trained.adapter.merge()
     with run.writing():
+        run.store.settle()  # the report reads the file
         _save_model(run.folder / "model", trained.model, codec)
         summary = write_summary(run)
         write_report(run.folder)
