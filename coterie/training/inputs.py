@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import itertools
 import json
 import os
 import sys
@@ -164,7 +163,7 @@ def at_home(
         if known is None or name in chosen:
             continue
         ends = [Path(*path.parts[-length:]) for length in range(min(_NEAR, len(path.parts) - 1), 0, -1)]
-        nearer = itertools.takewhile(lambda parent, path=path: not path.is_relative_to(parent), around)
+        nearer = around[: next((n for n, parent in enumerate(around) if path.is_relative_to(parent)), _NEAR)]
         own = next((parent / end for parent in nearer for end in ends if (parent / end).exists()), None)
         if own is not None and own.resolve() != path.resolve():
             if _hash(own) != known and path.exists():
