@@ -25,7 +25,7 @@ from coterie.tasks.load import check_lengths, make_task, prepare
 from coterie.training.optimise import load_objective
 from coterie.training.preferences import pair_streams
 from coterie.training.sample import load_advantages
-from coterie.training.train import as_trained
+from coterie.training.train import as_trained, tried_policy
 from coterie.types import Messages, Prompt, RewardFailure, Scored
 
 
@@ -37,7 +37,7 @@ def check_recipe(name: str, overrides: Sequence[str]) -> None:
     console.say(f"prompts: {len(task.train)} to train on, {len(task.heldout)} held out")
     quiet_transformers()
     model = start_model(recipe, codec, choose_device(recipe.device))
-    policy = console.warning_of(lambda: Policy.of(model))
+    policy = tried_policy(model, console)
     policy = policy.recomputing() if recipe.optimiser.activation_checkpointing else policy
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     console.say(
@@ -246,7 +246,9 @@ def _loaded(console: Console, source: str, recipe: Recipe | None) -> tuple[Polic
         source = str(run / "model")
     device = choose_device(recipe.device if recipe else "auto")
     quiet_transformers()
-    return console.warning_of(lambda: load_policy(source, device, Chat.of(recipe)))
+    policy, codec = console.warning_of(lambda: load_policy(source, device, Chat.of(recipe)))
+    console.warning_of(lambda: make_engine(policy))
+    return policy, codec
 
 
 def _lines_of(scored: Scored, advantages: list[float] | None = None) -> list[str]:

@@ -2,20 +2,23 @@
 
 The layers are `peft`'s, put into the transformers model, which is otherwise what it was. A model may hold several sets of
 matrices, by name: the policy's, a moving reference's, a value model's. Which of them acts is switched for the length of a
-forward pass, so that all of them share one copy of the model's weights. Source: arXiv 2106.09685.
+forward pass, so that all of them share one copy of the model's weights. Where layers share a weight (Zamba's), they share the
+matrices beside it. Source: arXiv 2106.09685.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -30,7 +33,7 @@ POLICY = "policy"  # the set that acts unless another is asked for
 class Adapter:
     """One set of LoRA matrices in a model; without a name, the model's own weights alone.
 
-    layers: peft's layers, by the name of the linear layer that they stand in for.
+    layers: peft's layers, by the name of the linear layer that they stand in for; of those with one weight, the first one's.
     """
 
     model: PreTrainedModel
@@ -67,7 +70,7 @@ class Adapter:
 
     def added(self, name: str, *, trained: bool = True) -> Adapter:
         """A further set in the same model, of the same rank at the same layers. It starts without effect, as every set does."""
-        _inject(self.model, self.settings, name, self.seed, list(self.layers))
+        _wrapped(self.model, self.settings, name, self.seed, self.layers)
         adapter = replace(self, name=name)
         for _, parameter in adapter.named_parameters():
             parameter.requires_grad_(trained)
@@ -92,11 +95,10 @@ class Adapter:
 
     def merge(self) -> None:
         """Add B A * alpha / rank to the model's own weights, and take every set out: the model is a plain one again."""
-        for place, layer in self.layers.items():
+        for layer in self.layers.values():
             if self.name is not None:
                 layer.merge(adapter_names=[self.name])
-            parent, _, child = place.rpartition(".")
-            setattr(self.model.get_submodule(parent), child, layer.get_base_layer())
+        _put(self.model, {layer: layer.get_base_layer() for layer in self.layers.values()})
         self.model.requires_grad_(True)
 
 
@@ -106,11 +108,23 @@ def add_adapter(model: PreTrainedModel, settings: Lora, seed: int) -> Adapter:
     A is random, by the seed, and B is zero: the model computes what it did before, to the bit. Both are float32, whatever
     the model's own weights are, so that small updates are not rounded away.
     """
-    places = target_layers(model, settings)
+    targets = target_layers(model, settings)
     model.requires_grad_(False)
-    _inject(model, settings, POLICY, seed, places)
-    layers = {place: model.get_submodule(place) for place in places}
+    plain = {place: modules[0] for place, modules in targets.items()}
+    layers = _wrapped(model, settings, POLICY, seed, plain)
+    _put(model, {module: layers[place] for place, modules in targets.items() for module in modules})
     return Adapter(model, settings, seed, layers, POLICY)
+
+
+def num_in_experts(model: PreTrainedModel) -> int:
+    """How many weights stand in stacks of experts, which are no linear layers and get no matrices."""
+    stacks = {
+        parameter
+        for name, module in model.base_model.named_modules()
+        for parameter in module.parameters(recurse=False)
+        if parameter.dim() > 2 and "expert" in f"{name} {type(module).__name__}".lower()
+    }
+    return sum(stack.numel() for stack in stacks)
 
 
 def check_lora(config: PretrainedConfig, settings: Lora) -> None:
@@ -121,16 +135,15 @@ def check_lora(config: PretrainedConfig, settings: Lora) -> None:
         target_layers(AutoModelForCausalLM.from_config(config), settings)
 
 
-def target_layers(model: PreTrainedModel, settings: Lora) -> list[str]:
-    """The names of the linear layers that a recipe means, in the model's order. UserError for a target that matches none.
+def target_layers(model: PreTrainedModel, settings: Lora) -> dict[str, list[nn.Module]]:
+    """The linear layers that a recipe means: their names in the model's order, and of each the modules that have its weight.
 
-    The head is not among them: it is often the embedding too, which must not change behind a layer's back.
+    UserError for a target that matches none. The head is not among them: it is often the embedding too, which must not change
+    behind a layer's back.
     """
-    body = model.base_model
-    prefix = next((f"{name}." for name, module in model.named_modules() if module is body and name), "")
-    linear = [f"{prefix}{name}" for name, module in body.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    linear = _linear_layers(model)
     if settings.targets == (ALL_LINEAR,):
-        chosen = {ALL_LINEAR: linear}
+        chosen = {ALL_LINEAR: list(linear)}
     else:
         chosen = {target: [name for name in linear if f".{name}".endswith(f".{target}")] for target in settings.targets}
     for target, places in chosen.items():
@@ -140,27 +153,112 @@ def target_layers(model: PreTrainedModel, settings: Lora) -> list[str]:
                 f"lora.targets: {target!r} matches no linear layer of {type(model).__name__} below its head; there are: "
                 f"{kinds}; {ALL_LINEAR} takes all of them"
             )
+    of_weight: dict[
+        nn.Parameter, list[str]
+    ] = {}  # one weight in several layers is one weight more to train, not several
+    for name, module in linear.items():
+        of_weight.setdefault(module.weight, []).append(name)
     wanted = {place for places in chosen.values() for place in places}
-    return [name for name in linear if name in wanted]
+    groups = [names for names in of_weight.values() if not wanted.isdisjoint(names)]
+    return {names[0]: [linear[name] for name in names] for names in groups}
 
 
-def _inject(model: PreTrainedModel, settings: Lora, name: str, seed: int, places: list[str]) -> None:
-    """Add a fresh set of matrices, with gradients, at these layers; everything else keeps the gradients that it had."""
+def _linear_layers(model: PreTrainedModel) -> dict[str, Any]:
+    """The linear layers below the head, by name: what is called, gives the product and no more, and shares no weight with others."""
+    body = model.base_model
+    prefix = next((f"{name}." for name, module in model.named_modules() if module is body and name), "")
+    linear = {name: module for name, module in body.named_modules() if _is_linear(module)}
+    own = set(linear.values()) - _read_directly(model, set(linear.values()))
+    elsewhere = {p for module in model.modules() if module not in own for p in module.parameters(recurse=False)}
+    biases: dict[nn.Parameter, set[nn.Parameter | None]] = {}
+    for module in own:
+        biases.setdefault(module.weight, set()).add(module.bias)
+    return {
+        f"{prefix}{name}": module
+        for name, module in linear.items()
+        if module in own and module.weight not in elsewhere and len(biases[module.weight]) == 1
+    }
+
+
+@torch.no_grad()
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer, or gives just what one gives. A router that derives from one gives more, as its choices."""
+    if type(module) in (nn.Linear, Conv1D):
+        return True
+    if not isinstance(module, nn.Linear):
+        return False
+    x = torch.linspace(-1, 1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)[None]
+    try:
+        given = module(x)
+    except Exception:  # it takes something else than x
+        return False
+    wanted = F.linear(x, module.weight, module.bias)
+    if not isinstance(given, Tensor) or given.shape != wanted.shape or given.dtype != wanted.dtype:
+        return False
+    return given.is_meta or torch.allclose(given, wanted, rtol=0.02, atol=0.02 * wanted.abs().max().item())
+
+
+@torch.no_grad()
+def _read_directly(model: PreTrainedModel, linear: set[Any]) -> set[Any]:
+    """Those whose weight the model reads around them, as Mamba does, so that matrices beside them would do nothing. By a trial."""
+    if model.device.type == "meta":
+        return set()
+    watched = {module.weight: module for module in linear}
+    inside: list[nn.Module] = []
+    found: set[Any] = set()
+
+    class Reads(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            given = func(*args, **(kwargs or {}))
+            if isinstance(given, Tensor):
+                read = [watched[x] for x in args if isinstance(x, nn.Parameter) and x in watched]
+                found.update(module for module in read if module not in inside)
+            return given
+
+    def leave(*_: object) -> None:
+        inside.pop()
+
+    handles = [module.register_forward_pre_hook(lambda module, _: inside.append(module)) for module in linear]
+    handles += [module.register_forward_hook(leave) for module in linear]
+    tokens = torch.arange(4, device=model.device) % model.get_input_embeddings().weight.shape[0]
+    try:
+        with Reads():
+            model(input_ids=tokens[None], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _wrapped(
+    model: PreTrainedModel, settings: Lora, name: str, seed: int, layers: Mapping[str, nn.Module]
+) -> dict[str, Any]:
+    """peft's layers around these, with a fresh set of matrices; of layers that are peft's already, with one set more.
+
+    Everything else keeps the gradients that it had. peft sees the layers and not the model: of some models it would take other
+    layers than those that are meant, and rewrite their experts' weights.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=places, lora_dropout=0.0)
+    shelf = nn.ModuleDict({f"layer_{number}": layer for number, layer in enumerate(layers.values())})
+    config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=list(shelf), lora_dropout=0.0)
     with_gradient = {parameter: parameter.requires_grad for parameter in model.parameters()}
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft sees by itself that GPT-2's layers are transposed, and says so for each
         torch.manual_seed(key(seed, "adapter", name) % 2**63)
-        try:
-            inject_adapter_in_model(config, model, adapter_name=name)
-        except ValueError as error:
-            raise UserError(f"lora: peft refuses {type(model).__name__}: {error}") from error
-    del model.peft_config  # the model's configuration stays what it was
-    for place in places:
-        layer = model.get_submodule(place)
+        inject_adapter_in_model(config, shelf, adapter_name=name)
+    found = dict(zip(layers, shelf.values(), strict=True))
+    for layer in found.values():
         for matrix in (layer.lora_A[name], layer.lora_B[name]):
             matrix.float().requires_grad_(True)
     for parameter, before in with_gradient.items():
         parameter.requires_grad_(before)
+    return found
+
+
+def _put(model: nn.Module, others: Mapping[nn.Module, nn.Module]) -> None:
+    """Put other modules in the place of some, wherever in the model these stand."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child in others:
+                setattr(parent, name, others[child])

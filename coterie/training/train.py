@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from coterie.errors import UserError
 from coterie.evals.evaluate import Evaluation, answer_examples, evaluate, heldout_prompts
 from coterie.kernels.build import library
+from coterie.models.adapters import num_in_experts
 from coterie.models.codec import Codec
 from coterie.models.heads import Scorer
 from coterie.models.load import choose_device, start_model
@@ -123,7 +124,7 @@ def _train(run: Run, rewards: list[Reward], codec: Codec, task: Task) -> None:
         return
     device = choose_device(recipe.device)
     model = start_model(recipe, codec, device)
-    policy = console.warning_of(lambda: Policy.of(model))
+    policy = tried_policy(model, console)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     console.say(f"run {run.folder}: {type(model).__name__}, {num_parameters:,} parameters, on {device}")
     if device.type == "cpu" and library(torch.float32) is None:
@@ -198,14 +199,30 @@ def _stand_at_start(run: Run, stage: str, policy: Policy) -> None:
     load_checkpoint(start, TrainState({"model": policy.model}))
 
 
+def tried_policy(model: PreTrainedModel, console: Console) -> Policy:
+    """The model as a policy, once it has been tried on a few tokens in training and in sampling, with what is to be known of it."""
+    policy = console.warning_of(lambda: Policy.of(model))
+    console.warning_of(lambda: make_engine(policy))
+    config = model.config.get_text_config()
+    weight = getattr(config, "router_aux_loss_coef", None)
+    if weight and getattr(config, "output_router_logits", False):
+        console.warn(
+            f"model: its configuration asks for an auxiliary loss of the router (router_aux_loss_coef: {weight:g}), which is not "
+            "added: what is learned is the recipe's loss alone"
+        )
+    return policy
+
+
 def as_trained(policy: Policy, recipe: Recipe, console: Console) -> Policy:
     """The policy as a stage trains it: all of it, or through an adapter that is put into its model."""
     if recipe.lora is None:
         return policy
     policy = policy.with_adapter(recipe.lora, recipe.seed)
     num_trained = sum(parameter.numel() for _, parameter in policy.named_parameters())
+    num_left = num_in_experts(policy.model)
+    left = f"; the {num_left:,} in stacks of experts stay as they are" if num_left else ""
     console.say(
-        f"lora: rank {recipe.lora.rank}, {', '.join(recipe.lora.targets)}: {num_trained:,} parameters are trained"
+        f"lora: rank {recipe.lora.rank}, {', '.join(recipe.lora.targets)}: {num_trained:,} parameters are trained{left}"
     )
     return policy
 

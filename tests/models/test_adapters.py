@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import SHAPES, some_quick
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from coterie.errors import UserError
-from coterie.models.adapters import check_lora, target_layers
+from coterie.models.adapters import check_lora, num_in_experts, target_layers
 from coterie.models.heads import Scorer
 from coterie.models.logprobs import token_logprobs
 from coterie.models.policy import Policy
@@ -225,3 +225,97 @@ def test_a_merged_model_is_saved_as_any_other(make_model, tmp_path):
     torch.testing.assert_close(
         logprobs(Policy.of(AutoModelForCausalLM.from_pretrained(tmp_path))), moved, rtol=0, atol=1e-5
     )
+
+
+MANY = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": None,
+        "eos_token_id": None, "pad_token_id": None}  # fmt: skip
+EXPERTS = {
+    "qwen3_moe": {**MANY, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_next": {**MANY, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "linear_num_key_heads": 2,
+                   "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+                   "shared_expert_intermediate_size": 16, "layer_types": ["linear_attention", "full_attention"]},
+    "deepseek_v3": {**MANY, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+                    "topk_group": 1, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+                    "v_head_dim": 8, "first_k_dense_replace": 1},
+    "glm4_moe": {**MANY, "head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+                 "first_k_dense_replace": 1},
+    "ernie4_5_moe": {**MANY, "moe_num_experts": 4, "moe_k": 2},
+    "mixtral": {**MANY, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "llama4_text": {**MANY, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48},
+    "phimoe": {**MANY, "num_local_experts": 4, "num_experts_per_tok": 2},
+}  # fmt: skip
+ODD = {
+    "zamba": {**MANY, "num_hidden_layers": 6, "num_key_value_heads": 4, "attn_layer_period": 3, "attn_layer_offset": 2,
+              "attention_hidden_size": 64, "attention_head_dim": 16, "mamba_d_state": 8, "mamba_dt_rank": 4,
+              "n_mamba_heads": 2, "use_mamba_kernels": False},
+    "zamba2": {**MANY, "num_hidden_layers": 5, "num_key_value_heads": 4, "num_mem_blocks": 1, "attention_hidden_size": 64,
+               "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "mamba"], "attention_head_dim": 16,
+               "mamba_d_state": 8, "n_mamba_heads": 4, "mamba_headdim": 16, "mamba_ngroups": 1, "use_mamba_kernels": False},
+    "mamba": {"vocab_size": 61, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2},
+    "falcon_mamba": {"vocab_size": 61, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2},
+    "falcon": {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+}  # fmt: skip
+
+
+def make_odd(architecture, dtype=torch.float32):
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(architecture, **{**EXPERTS, **ODD}[architecture])
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(22).view(2, 11), use_cache=False).logits.float()
+
+
+@pytest.mark.parametrize("architecture", [*EXPERTS, *ODD])
+def test_experts_routers_and_shared_layers_merged_are_what_was_trained(architecture, tmp_path):
+    """Every matrix that is trained acts, a weight in two layers gets its own sum once, and what is saved is the same again."""
+    model = make_odd(architecture)
+    start, names = logits_of(model), dict(model.named_parameters()).keys()
+    policy = Policy(model, "padded").with_adapter(Lora(rank=3, alpha=5), seed=0)
+    assert torch.equal(logits_of(model), start)
+    stir(policy, scale=0.05)
+    moved = logits_of(model)
+    assert (moved - start).abs().max() > 1e-3
+    model(input_ids=torch.arange(22).view(2, 11), use_cache=False).logits.log_softmax(-1).sin().sum().backward()
+    assert all(parameter.grad is not None for _, parameter in policy.named_parameters())
+    policy.adapter.merge()
+    assert dict(model.named_parameters()).keys() == names
+    torch.testing.assert_close(logits_of(model), moved, rtol=0, atol=2e-5)
+    model.save_pretrained(tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits_of(saved), moved, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("architecture", EXPERTS)
+def test_stacks_of_experts_are_left_alone_and_counted(architecture):
+    model = make_odd(architecture)
+    stacks = {name: p.clone() for name, p in model.named_parameters() if ".experts." in name}
+    assert num_in_experts(model) == sum(stack.numel() for stack in stacks.values()) > 0
+    policy = Policy(model, "padded").with_adapter(Lora(rank=2), seed=0)
+    stir(policy)
+    policy.adapter.merge()
+    assert all(torch.equal(dict(model.named_parameters())[name], stack) for name, stack in stacks.items())
+
+
+@pytest.mark.parametrize("architecture", ["zamba", "zamba2"])
+def test_layers_with_one_weight_have_one_pair_of_matrices(architecture):
+    model = make_odd(architecture)
+    places = target_layers(model, Lora())
+    shared = [modules for modules in places.values() if len(modules) > 1]
+    weights = [module.weight for modules in places.values() for module in modules[:1]]
+    assert len(set(weights)) == len(weights)
+    assert bool(shared) == (architecture == "zamba2")  # Zamba has one module in two places, Zamba 2 two with one weight
+
+
+@pytest.mark.parametrize("architecture", ["mamba", "falcon_mamba", "qwen3_moe", "zamba2"])
+def test_odd_models_learn_in_bfloat16(architecture):
+    policy = Policy(make_odd(architecture, torch.bfloat16), "padded").with_adapter(Lora(rank=2), seed=0)
+    token_logprobs(policy, STREAM).sum().backward()
+    assert all(p.grad.isfinite().all() for _, p in policy.named_parameters())

@@ -237,3 +237,18 @@ def test_a_bfloat16_model_learns_through_float32_matrices(train, capsys):  # noq
     assert {weight.dtype for weight in saved(folder, 0).values()} == {torch.bfloat16}
     train("whole", *settings)
     assert "keep 8 bits" in capsys.readouterr().out
+
+
+def test_a_start_says_which_weights_get_no_matrices_and_which_loss_is_not_added(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shape = (
+        "model={type: qwen3_moe, hidden_size: 32, intermediate_size: 48, moe_intermediate_size: 16, num_hidden_layers: 2, "
+        "num_attention_heads: 2, num_key_value_heads: 1, max_position_embeddings: 128, num_experts: 4, num_experts_per_tok: 2, "
+        "output_router_logits: true, router_aux_loss_coef: 0.02}"
+    )
+    small = ["prompts_per_step=2", "group_size=2", "sampling.max_new_tokens=4", "cold_start=null"]
+    check_recipe("equations", [shape, LORA, *small])
+    printed = capsys.readouterr().out
+    assert f"the {2 * 4 * 3 * 16 * 32:,} in stacks of experts stay as they are" in printed
+    assert "router_aux_loss_coef: 0.02" in printed
+    assert "is not added" in printed
