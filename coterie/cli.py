@@ -228,14 +228,13 @@ def _restrict(trust: bool, recipe: str | None) -> None:
     """Let only code of the recipe's own folder run, unless all is trusted. A run's folder, and a model's, bring no code."""
     from coterie.errors import UserError
     from coterie.recipe import find_recipe
+    from coterie.runs.find import is_run
     from coterie.trust import restrict
 
     folder = None
     with contextlib.suppress(UserError):  # a recipe that is not there is said where it is read
         folder = find_recipe(recipe).resolve().parent if recipe is not None else None
-    if folder is not None and (folder / "run.db").exists():
-        folder = None
-    restrict(folder, trust=trust)
+    restrict(None if folder is None or is_run(folder) else folder, trust=trust)
 
 
 def main() -> None:

@@ -134,12 +134,17 @@ def test_a_run_or_model_folder_brings_no_code(folders, tmp_path, saved_model):
     (theirs / "code.py").write_text(REWARD.format(mark=str(theirs / "was_run")))
     (theirs / "data.jsonl").write_text('{"prompt": "1"}\n{"prompt": "2"}\n')
     recipe(theirs)
-    for arguments in (("sample", "./model", "1"), ("eval", "./model")):
-        assert "--trust" in str(run(*arguments)), arguments
+    assert run("sample", "./model", "1", "-n", "1", "--max-new-tokens", "2") is None
     (theirs / "run.db").touch()
+    (theirs / "model").symlink_to(theirs)
+    for arguments in (
+        ("sample", "./model", "1"),
+        ("eval", "./model"),
+        ("eval", "./model", "--task", "model/recipe.yaml"),
+    ):
+        assert "--trust" in str(run(*arguments)), arguments
     for command in ("train", "check"):
-        assert "--trust" in str(run(command, "model/recipe.yaml"))
-    assert "--trust" in str(run("eval", "./model", "--task", "model/recipe.yaml"))
+        assert "--trust" in str(run(command, "model/recipe.yaml")), command
     assert not (theirs / "was_run").exists()
 
 
