@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
 import sys
+import threading
 import traceback
+import warnings
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -232,7 +234,7 @@ def _restrict(trust: bool, recipe: str | None) -> None:
     from coterie.trust import restrict
 
     folder = None
-    with contextlib.suppress(UserError):  # a recipe that is not there is said where it is read
+    with suppress(UserError):  # a recipe that is not there is said where it is read
         folder = find_recipe(recipe).resolve().parent if recipe is not None else None
     restrict(None if folder is None or is_run(folder) else folder, trust=trust)
 
@@ -246,6 +248,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     _hold_descriptors()
     debug = "--debug" in sys.argv
+    _show_plainly()
     with outliving_console() if sys.argv[1:2] == ["train"] else nullcontext():
         try:
             app()
@@ -275,13 +278,33 @@ def _hold_descriptors() -> None:
 
 
 def _fail(error: Exception, kind: str, status: int, debug: bool) -> Any:
-    from coterie.keys import hidden
+    from coterie.keys import shown
 
     hint = "" if status == 2 else "\nRun it again with --debug to see where."
     said = "".join(traceback.format_exception(error)) if debug else f"{kind}: {error}{hint}\n"
     with suppress(OSError):
-        print(hidden(said), end="", file=sys.stderr)
+        print(shown(said), end="", file=sys.stderr)
     sys.exit(status)
+
+
+def _show_plainly() -> None:
+    """What warns, is logged or dies in a thread is shown as everything else is: without keys, and without codes for the terminal."""
+    from coterie.keys import shown
+
+    class Record(logging.LogRecord):
+        def getMessage(self) -> str:  # noqa: N802
+            return shown(super().getMessage())
+
+    def warn(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"warning: {shown(message)}", file=sys.stderr)
+
+    def died(thread: threading.ExceptHookArgs) -> None:
+        kind, error, trace, _ = thread
+        print(shown("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+    logging.setLogRecordFactory(Record)
+    warnings.showwarning = warn
+    threading.excepthook = died
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from coterie.algorithms.advantages import group_std, has_signal
 from coterie.errors import BadRowError, UserError
+from coterie.keys import hidden, hidden_in
 from coterie.recipe import Recipe, load_recipe
 from coterie.rewards.load import closing_all, load_rewards
 from coterie.rewards.score import Reward, check_fits, score
@@ -290,7 +291,7 @@ def _print_failures(console: Console, scores: Scores) -> None:
     for failure in scores.failures:
         first.setdefault((failure.reward, failure.reason), scores.rows[failure.group].origin)
     lines = [
-        (name, str(count), first[name, reason], " ".join(reason.split())[:_MAX_REASON_LENGTH])
+        (name, str(count), first[name, reason], " ".join(hidden(reason).split())[:_MAX_REASON_LENGTH])
         for (name, reason), count in counts.most_common(_MAX_REASONS)
     ]
     console.table(_counted(len(scores.failures), "failure"), ("", "times", "first at", "reason"), lines)
@@ -314,7 +315,7 @@ def _write(scores: Scores, path: Path) -> None:
                     "parts": {name: _or_none(part[number]) for name, part in scores.parts.items()},
                     "failures": reasons.get(number, {}),
                 }
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                file.write(json.dumps(hidden_in(entry), ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(f"--out {path}: can't be written: {error.strerror}") from None
 

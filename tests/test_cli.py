@@ -360,3 +360,42 @@ def test_every_bundled_recipe_passes_its_check(recipe, tmp_path):
         "equations_sft": "--- a demonstration",
     }
     assert shown.get(recipe, "--- 1  right_answer") in checked.stdout
+
+
+HOSTILE_REWARD = """
+import logging, threading, warnings
+CODES = "\\x1b]0;title\\x07\\x9b31m sk-abcdefgh12345678"
+warnings.warn("warned " + CODES)
+logging.getLogger("theirs").warning("logged %s", CODES)
+def dies():
+    raise ValueError("died " + CODES)
+thread = threading.Thread(target=dies)
+thread.start()
+thread.join()
+def f(completions, **columns):
+    raise ValueError("raised " + CODES)
+"""
+
+
+def test_no_text_steers_the_terminal_or_shows_a_key(tmp_path):
+    """Whether it comes by a warning, a log, a thread, a reward's error or the last line."""
+    (tmp_path / "code.py").write_text(HOSTILE_REWARD)
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    recipe = {"model": {"type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}, "tokenizer": "bytes",
+              "task": {"data": "data.jsonl"}, "rewards": "code.py:f", "sampling": {"max_new_tokens": 4}}  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    for more in ([], ["--debug"], ["--set", "preset=\x1b[31m"], ["--set", "model=\x1b[31m"], ["--set", "\x1b[31m=1"]):
+        done = subprocess.run(
+            [COTERIE, "check", "recipe.yaml", *more],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            timeout=120,
+            check=False,
+        )
+        said = done.stdout + done.stderr
+        assert done.returncode == 2
+        assert not {"\x1b", "\x07", "\x9b"}.intersection(said), said
+        assert "sk-abcdefgh" not in said
+        if not more:
+            assert [word for word in ("warned", "logged", "died", "raised") if word not in said] == []

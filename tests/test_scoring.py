@@ -240,3 +240,15 @@ def test_r33_what_a_run_recorded_is_scored_as_it_was(tiny_recipe, tmp_path, caps
         ).fetchall()
     written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [(entry["completion"], entry["reward"]) for entry in written] == recorded
+
+
+def test_what_is_written_holds_no_key(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "0123456789abcdef")
+    hidden = ("0123456789abcdef", "sk-abcdefgh12345678", "hunter2")
+    text = "0123456789abcdef Authorization: Bearer hunter2x, sk-abcdefgh12345678"
+    rows = [{"prompt": [{"role": "user", "content": text}], "completion": f"? {text}", "letter": "x"}]
+    recipe, rows = write({"starts": 1}, rows)
+    score_completions(recipe, rows, [], tmp_path / "out.jsonl")
+    written = (tmp_path / "out.jsonl").read_text()
+    assert "***" in written
+    assert not [value for value in hidden if value in written]

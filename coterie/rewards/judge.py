@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 
 from coterie.errors import RewardError, UserError, nearest
+from coterie.keys import conceal
 from coterie.noise import permutation
 from coterie.rewards.judge_cache import Cache, default_folder
 from coterie.rewards.judge_client import Client, Service
@@ -85,6 +86,7 @@ class Judge:
             raise UserError(f"rewards: judge: {wrong}")
         url = httpx.URL(self.url)
         variable = self.key_variable if _key_in(self.key_variable) else ""
+        conceal(self.key_variable)
         check_sending("prompts and completions", str(url), url.host, variable, "rewards: judge: url")
 
     def __call__(

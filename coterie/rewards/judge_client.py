@@ -31,6 +31,7 @@ from tenacity import (
 )
 
 from coterie.errors import RewardError
+from coterie.keys import MASK, hidden
 from coterie.rewards.judge_request import Question, ReplyError
 
 MAX_BODY = 1_000_000  # bytes of an answer
@@ -261,13 +262,13 @@ class Client:
             return RefusedError(f"answered {status}: the key is missing, or not accepted")
         if 300 <= status < 400:
             return RefusedError(f"answered {status}, a redirect, which is not followed")
-        said = " ".join(body[:400].decode("utf-8", "replace").split())
+        said = " ".join(self._clean(body[:4000].decode("utf-8", "replace")).split())
         kind = UnjudgedError if status in (400, 413, 422) else RefusedError
         return kind(f"answered {status}: {said[:200]}")
 
     def _clean(self, reason: str) -> str:
         """A reason without the key, which a server may repeat."""
-        return reason.replace(self._key, "***") if self._key else reason
+        return hidden(reason.replace(self._key, MASK) if self._key else reason)
 
 
 def _reply_in(body: bytes) -> str:

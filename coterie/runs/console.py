@@ -21,14 +21,9 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from coterie.keys import hidden
+from coterie.keys import shown
 
 Made = TypeVar("Made")
-
-
-def printable(text: str) -> str:
-    """Text that can't steer the terminal: what a model writes may hold control characters, which are shown escaped."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 class Console:
@@ -41,17 +36,17 @@ class Console:
         self._bar: TaskID | None = None
 
     def say(self, text: str = "") -> None:
-        self._print(printable(hidden(text)))
+        self._print(shown(text))
 
     def warn(self, text: str) -> None:
-        text = printable(hidden(text))
+        text = shown(text)
         self._print(text if self._live else f"warning: {text}", style="yellow")
 
     def _print(self, text: str, style: str | None = None) -> None:
         """A stream that can't be written, a notebook's or a program's own, costs nobody a run."""
         with suppress(OSError, ValueError):
             if self._live:
-                self._rich.print(text, style=style, markup=False)
+                self._rich.print(text, style=style, markup=False, emoji=False)
             else:
                 print(text, flush=True)
 
@@ -84,11 +79,17 @@ class Console:
             self._progress.update(self._bar, completed=step)
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        rows = [[printable(cell) for cell in row] for row in rows]
-        if self._live:
-            table = Table(*header, title=title, title_justify="left")
+        title, header, rows = (
+            shown(title),
+            [shown(name) for name in header],
+            [[shown(cell) for cell in row] for row in rows],
+        )
+        if self._live:  # all of it as text: a model, or a file's name, may hold what looks like markup
+            table = Table(title=Text(title), title_justify="left")
+            for name in header:
+                table.add_column(Text(name))
             for row in rows:
-                table.add_row(*map(Text, row))  # as text: a model may write what looks like markup
+                table.add_row(*map(Text, row))
             self._rich.print(table)
             return
         widths = [max(len(str(row[i])) for row in (header, *rows)) for i in range(len(header))]

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 import coterie
 from coterie.errors import UserError
+from coterie.keys import hidden_in
 from coterie.types import Scored
 
 Row = tuple[list[int], ...]  # the tokens of a prompt, and of the answers that are learned from
@@ -74,7 +75,7 @@ def write_rows(file: Path, scored: Scored | None, rows: Sequence[Row], pieces: A
                 }
             )
     file.parent.mkdir(exist_ok=True)
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written), encoding="utf-8")
+    file.write_text("".join(json.dumps(hidden_in(row), ensure_ascii=False) + "\n" for row in written), encoding="utf-8")
     return file
 
 

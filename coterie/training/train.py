@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from coterie.errors import UserError
 from coterie.evals.evaluate import Evaluation, answer_examples, evaluate, heldout_prompts
 from coterie.kernels.build import library
+from coterie.keys import hidden_in
 from coterie.models.adapters import num_in_experts
 from coterie.models.codec import Codec
 from coterie.models.heads import Scorer
@@ -311,7 +312,7 @@ def write_summary(run: Run) -> dict[str, Any]:
     summary["examples"] = [dict(row) for row in run.store.read(query, run.recipe.steps)]
     summary["seconds"] = run.seconds
     summary["seed"] = run.recipe.seed
-    write_whole(run.folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_whole(run.folder / "summary.json", json.dumps(hidden_in(summary), indent=2, ensure_ascii=False) + "\n")
     return summary
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import httpx
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
+from coterie.keys import conceal
 from coterie.rewards.code.sandbox import (
     TOKEN_VARIABLE,
     Limits,
@@ -47,6 +48,7 @@ class Remote:
     def __init__(self, url: str, *, num_workers: int | None = None, attempts: int = 3) -> None:
         """Raises SandboxError where nobody answers there, or not in this protocol."""
         token = os.environ.get(TOKEN_VARIABLE)
+        conceal(TOKEN_VARIABLE)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._client = httpx.Client(base_url=url, headers=headers, timeout=30.0)
         self._attempts = attempts
