@@ -41,14 +41,14 @@ _RANDOM = re.compile(r"(?=\S*\d)(?=\S*[A-Za-z])[\w.~+/=-]{20,}")
 # Forms of keys that services give out
 _FORM = re.compile(
     r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----.*?(?:-----END [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----|\Z)"
-    r"|(?<![A-Za-z0-9])(?:"
-    r"sk-[\w-]{16,}|[srp]k_(?:live|test|prod)_\w{10,}|whsec_\w{16,}"  # OpenAI, Anthropic, OpenRouter, Stripe
-    r"|hf_\w{16,}|api_org_\w{16,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|gl(?:pat|dt|rt|ft|cbt|ptt|oas|soat|agent)-[\w-]{16,}"
+    r"|(?<![^\W_])(?:"
+    r"sk-[\w-]{16,}|[srp]k_(?:live|test|prod)_[^\W_]{10,}|whsec_[^\W_]{16,}"  # OpenAI, Anthropic, OpenRouter, Stripe
+    r"|hf_[^\W_]{16,}|api_org_[^\W_]{16,}|gh[pousr]_[^\W_]{16,}|github_pat_\w{16,}|gl(?:pat|dt|rt|ft|cbt|ptt|oas|soat|agent)-[\w-]{16,}"
     r"|xox[a-z]-[\w-]{10,}|xapp-[\w-]{10,}|(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}(?![A-Z0-9])"
     r"|AIza[\w-]{30,}|ya29\.[\w-]{16,}|GOCSPX-[\w-]{16,}|1//0[\w-]{24,}"  # Google
     r"|eyJ[\w-]{8,2000}\.[\w-]{8,4000}\.[\w-]{8,}"  # a signed token (JWT)
-    r"|gsk_\w{16,}|r8_\w{16,}|xai-\w{16,}|pplx-\w{16,}|nvapi-[\w-]{16,}|fw_\w{20,}|tgp_v1_[\w-]{16,}|jina_\w{16,}|wandb_v1_\w{16,}"
-    r"|pypi-[\w-]{16,}|npm_\w{16,}|dckr_pat_[\w-]{16,}|do[opr]_v1_\w{16,}|dapi[0-9a-f]{32}|shp(?:at|ca|pa|ss)_\w{16,}|lin_api_\w{16,}"
+    r"|gsk_[^\W_]{16,}|r8_[^\W_]{16,}|xai-\w{16,}|pplx-\w{16,}|nvapi-[\w-]{16,}|fw_[^\W_]{20,}|tgp_v1_[\w-]{16,}|jina_[^\W_]{16,}|wandb_v1_[^\W_]{16,}"
+    r"|pypi-[\w-]{16,}|npm_[^\W_]{16,}|dckr_pat_[\w-]{16,}|do[opr]_v1_[^\W_]{16,}|dapi[0-9a-f]{32}|shp(?:at|ca|pa|ss)_[^\W_]{16,}|lin_api_[^\W_]{16,}"
     r"|SG\.[\w-]{16,100}\.[\w-]{16,}|sq0\w{3}-[\w-]{16,}|hvs\.[\w-]{16,}|figd_[\w-]{16,}|NRAK-\w{16,}|PMAK-[\w-]{16,}|ATATT3[\w=-]{16,}"
     r"|AGE-SECRET-KEY-1\w{16,}|\d{8,10}:AA[\w-]{30,}"
     r")|hooks\.slack\.com/services/[\w/-]+|discord(?:app)?\.com/api/webhooks/[\w/-]+",

@@ -72,7 +72,7 @@ def test_what_is_named_as_a_key_is_hidden(text, masked):
         "key_variable: the environment variable OPENAI_API_KEY is not set, and the key is taken from it",
         "key_variable: OPENAI_API_KEY", "password: must be set", "eos_token: </s>", "pad_token='<pad>', token=5, max_tokens=300",
         "the key 'x' stands twice", "the key: value", "a basic understanding of misunderstandings", "git@github.com:me/x",
-        "ssh://git@host/x", "https://example.org/v1?page=2", "3 = 1 + 2: so x = key", "layers.0.self_attn.k_proj.weight",
+        "test_r8_the_functions_of_a_user_that_are_shown0/run", "hf_text_of_the_whole_row", "ssh://git@host/x", "https://example.org/v1?page=2", "3 = 1 + 2: so x = key", "layers.0.self_attn.k_proj.weight",
     ],
 )  # fmt: skip
 def test_words_about_keys_stay_as_they_are(text):
