@@ -40,8 +40,17 @@ class Prompt:
         """The prompt as a person would read it: of a chat the last message, with what the assistant is to continue after it."""
         if isinstance(self.content, str):
             return self.content
-        asked = [place for place, message in enumerate(self.content) if message["role"] != "assistant"]
-        return "\n".join(message["content"] for message in self.content[asked[-1] if asked else 0 :])
+        return "\n".join(message["content"] for message in self.content[_last_asked(self.content) :])
+
+    @property
+    def asked(self) -> str:
+        """The last thing that somebody else than the assistant says."""
+        return self.content if isinstance(self.content, str) else self.content[_last_asked(self.content)]["content"]
+
+
+def _last_asked(messages: Messages) -> int:
+    """The place of the last message that is not the assistant's."""
+    return max((place for place, message in enumerate(messages) if message["role"] != "assistant"), default=0)
 
 
 @dataclass(frozen=True)

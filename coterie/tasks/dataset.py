@@ -133,11 +133,10 @@ class Dataset:
 
     def asked(self, text: str) -> str | Messages:
         """The prompt that has this text, or one like the others: as text or as a chat, with what all chats begin and end with."""
-        prompts = (*self.train, *self.heldout)
-        known = next((prompt.content for prompt in prompts if prompt.text == text), None)
-        chats = [prompt.content for prompt in prompts if not isinstance(prompt.content, str)]
+        known = self._known(text)
+        chats = [prompt.content for prompt in (*self.train, *self.heldout) if not isinstance(prompt.content, str)]
         if known is not None or not chats:
-            return known or text
+            return known.content if known is not None else text
         firsts, lasts = ([chat[place] for chat in chats] for place in (0, -1))
         before = firsts[:1] if firsts[0]["role"] != "user" and all(m == firsts[0] for m in firsts) else []
         after = lasts[:1] if lasts[0]["role"] == "assistant" and all(m == lasts[0] for m in lasts) else []
@@ -145,7 +144,12 @@ class Dataset:
 
     def columns_of(self, text: str) -> Mapping[str, Any] | None:
         """Those of the first row with this prompt."""
-        return next((prompt.columns for prompt in (*self.train, *self.heldout) if prompt.text == text), None)
+        known = self._known(text)
+        return known.columns if known is not None else None
+
+    def _known(self, text: str) -> Prompt | None:
+        """The first prompt with this text, or that asks this and then lets the assistant begin."""
+        return next((prompt for prompt in (*self.train, *self.heldout) if text in (prompt.text, prompt.asked)), None)
 
     def judge(self, scored: Scored) -> Mapping[str, list[bool]]:
         """Whether the total reward is above `correct_above`, where the recipe says what that is."""

@@ -223,11 +223,11 @@ def _homes(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def modules_of(home: str) -> dict[str, Path]:
     """The modules that a file, or a module with itself, imports: those of a package that is installed, and Python's own, left out.
 
-    They are read and never run, so what is imported by another way than `import` is not seen.
+    They are read and never run, so of other ways to import only `import_module` with a name is seen. Where a file changes `sys.path`, the
+    folders around it are looked into.
     """
     found: dict[str, Path] = {}
-    path = Path(home)
-    waiting = [("", path, [str(path.parent)])] if home.endswith(".py") else []
+    waiting = [("", Path(home), _beside(Path(home)))] if home.endswith(".py") else []
     if not waiting:
         waiting = _found(home, [])
         found.update((name, file) for name, file, _ in waiting if not _is_ours(file))
@@ -239,6 +239,14 @@ def modules_of(home: str) -> dict[str, Path]:
                     found[entry[0]] = entry[1]
                     waiting.append(entry)
     return found
+
+
+def _beside(file: Path) -> list[str]:
+    """Where a file may find what it imports, beside where Python looks."""
+    folder = file.resolve().parent
+    if not file.is_file() or b"sys.path" not in file.read_bytes():
+        return [str(folder)]
+    return [*map(str, (folder, *sorted(inner for inner in folder.iterdir() if inner.is_dir()), folder.parent))]
 
 
 def _found(module: str, beside: list[str]) -> list[tuple[str, Path, list[str]]]:
@@ -275,6 +283,9 @@ def _imports(file: Path, name: str) -> Iterator[str]:
             base = ".".join([*around, *([node.module] if node.module else [])])
             yield from ([base] if base else [])
             yield from (f"{base}.{alias.name}" if base else alias.name for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            yield from ([str(node.args[0].value)] if called in ("import_module", "__import__") else [])
 
 
 def _is_own(file: Path, home: str) -> bool:

@@ -156,6 +156,9 @@ def own_package(tmp_path, monkeypatch):
         "lib/scoring_of_mine/unused.py": "",
         "helpers.py": "B = 2",
         "mine.py": "import helpers\nimport scoring_of_mine.words\nimport missing_module\nimport coterie\n",
+        "near/far.py": "D = 4",
+        "near/looks.py": "import importlib, sys\nsys.path.insert(0, 'more')\nimport inner\nimportlib.import_module('helpers')\n",
+        "near/more/inner.py": "import far",
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -165,13 +168,14 @@ def own_package(tmp_path, monkeypatch):
 USED = {
     "module": ("scoring_of_mine.rewards:f", ("rewards.py", "words.py", "deep/table.py")),
     "file": ("mine.py:f", ("../../helpers.py", "words.py", "deep/table.py")),
+    "path": ("near/looks.py:f", ("../../helpers.py", "../../near/more/inner.py", "../../near/far.py")),
 }
 
 
 @pytest.mark.parametrize("kind", USED)
 def test_a_module_that_a_reward_imports_is_named_when_it_has_changed(inputs, own_package, kind):
     function, used = USED[kind]
-    function = f"{own_package}/{function}" if kind == "file" else function
+    function = f"{own_package}/{function}" if ".py" in function else function
     rewards = [{"function": function, "name": "own"}]
     before = inputs(rewards=rewards)
     package = own_package / "lib" / "scoring_of_mine"

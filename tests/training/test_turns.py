@@ -127,7 +127,10 @@ def test_what_all_prompts_of_a_data_set_share_is_part_of_one_that_is_typed(make)
     rewards = {"rewards": ["reward.py:seen"], "loss": {"kl_weight": 0}}
     _, _, task = prepare(make(FAMILIES["chatml"], rows, **rewards))
     assert task.asked("hello") == [system, *asked("hello"), begun]
-    assert task.asked("3 ok?\nIt is") == [system, *asked("3 ok?"), begun]
+    assert task.asked("3 ok?\nIt is") == task.asked("3 ok?") == [system, *asked("3 ok?"), begun]
+    assert task.columns_of("3 ok?") == {}
+    assert task.columns_of("hello") is None
+    assert {prompt.text for prompt in (*task.train, *task.heldout)} == {f"{n} ok?\nIt is" for n in range(5)}
     _, _, texts = prepare(make(FAMILIES["chatml"], [{"prompt": f"{n} ok?"} for n in range(5)], **rewards))
     assert texts.asked("hello") == "hello"
 
