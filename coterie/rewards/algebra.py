@@ -1,8 +1,8 @@
 """What of comparing answers needs algebra (R18). Runs in workers only: it imports sympy, and a text can make it spin.
 
-math-verify's grammar reads the LaTeX, which never goes through Python's eval. Expressions are then compared by their values, at points
-that are always the same and to 60 digits, so equal forms need no simplification and a small difference is one. Sets and
-inequalities are compared by math-verify.
+math-verify's grammar reads the LaTeX, which never goes through Python's eval. Sets and inequalities are then compared by math-verify,
+and expressions by their values, at points that are always the same and to 60 digits: math-verify rounds, so that a small difference
+would be none, and simplifies, which misses many equal forms.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import logging
 import math
 import re
+from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -19,7 +20,8 @@ import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy
 from math_verify import verify
 
-from coterie.rewards.values import equal, parts
+from coterie.rewards.tidy import CLOSE, OPEN
+from coterie.rewards.values import AND, NAME, OR, REALS, SIGNS, brackets, equal, is_region, parts, split
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 
@@ -30,7 +32,30 @@ _CLOSE = sympy.Rational(1, 10**45)
 _NOTHING = sympy.Rational(1, 10**150)  # what is left of an exact zero after evaluation
 _MAX_LOG = 200_000.0  # bits of the largest number that is worked out
 _MAX_DEPTH = 30  # of brackets in one another
-_NUM_POINTS, _MIN_POINTS = 8, 3
+_POINTS = [
+    (1, 0),
+    (1, 0),
+    (1, 0),
+    (1, 1),
+    (1, -1),
+    (10, 1),
+    (10, -1),
+    (100, 1),
+    (100, -1),
+    (10**4, 1),
+    (10**4, -1),
+    (10**7, 1),
+    (10**7, -1),
+]
+_WHOLE_POINTS = [
+    (2, 0),
+    (2, 0),
+    (20, 1),
+    (20, -1),
+    (1000, 1),
+    (1000, -1),
+]  # for what has a value at whole numbers alone
+_MIN_POINTS = 3
 
 
 class TooLargeError(Exception):
@@ -41,17 +66,17 @@ class UnreadableError(Exception):
     """The text is no mathematics that can be read."""
 
 
-def compare(gold: str, answer: str | None) -> str:
+def compare(gold: str, answer: str | None, unevaluated: bool = False) -> str:
     """`equal`, `unequal`, or `unreadable` where it is the gold that can't be read. answer: None asks for that alone."""
     if answer is None:
         try:
             for text in parts(gold):
-                read_latex(text)
+                read_set(text) if is_region(text) else read_latex(text)
         except (UnreadableError, TooLargeError):
             return "unreadable"
         return "equal"
     try:
-        return "equal" if equal(gold, answer, same_value) else "unequal"
+        return "equal" if equal(gold, answer, same_value, unevaluated=unevaluated) else "unequal"
     except Exception:  # sympy raises what it likes at what a model wrote, which must not escape its low reward by that
         return "unequal"
 
@@ -60,12 +85,15 @@ def compare(gold: str, answer: str | None) -> str:
 def read_latex(text: str) -> Any:
     """The sympy object of a tidied text. Raises UnreadableError and TooLargeError."""
     text = re.sub(r"(\d+(?:\.\d+)?)\s*\^\s*\{?\s*\\circ\s*\}?", r"(\1\\cdot\\frac{\\pi}{180})", text)
-    text = text.replace("⦃", r"\{").replace("⦄", r"\}")
+    text = text.replace(OPEN, r"\{").replace(CLOSE, r"\}")
+    text = re.sub(r"_(\d)(?!\d)", r"_{\1}", text)
+    text = re.sub(r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}", text)
+    text = re.sub(r"(?<![\w.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\w.])", r"(\1+\\frac{\2}{\3})", text)
     if "matrix" not in text and re.search(r"(?<![\\A-Za-z{])[A-Za-z]{4,}", text):
         raise UnreadableError  # words: letter by letter they would be a product
     if re.search("[^\x00-\x7f]|[\"'`#$&]|__", text) and "matrix" not in text:
         raise UnreadableError
-    if re.search(r"(?<![\w.])\d[\d.]*\s+\d", text):
+    if re.search(r"\d\s+[\d.]", text):
         raise UnreadableError  # `1 2` is no number
     depths = accumulate((character in "([{") - (character in ")]}") for character in text)
     if max(depths, default=0) > _MAX_DEPTH:
@@ -86,20 +114,57 @@ def read_latex(text: str) -> Any:
     return found.xreplace(known) if known else found
 
 
+def read_set(text: str) -> sympy.Set:
+    """The real numbers that a solved inequality, an interval, a set or a union of them stands for."""
+    pieces = (sympy.Intersection(sympy.S.Reals, *map(_piece, AND.split(either))) for either in OR.split(text))
+    return sympy.Union(*pieces)
+
+
+_HALVES = {
+    "<": lambda end: sympy.Interval.open(-sympy.oo, end), r"\le": lambda end: sympy.Interval(-sympy.oo, end),
+    ">": lambda end: sympy.Interval.open(end, sympy.oo), r"\ge": lambda end: sympy.Interval(end, sympy.oo),
+    "=": sympy.FiniteSet, r"\ne": lambda end: sympy.S.Reals - sympy.FiniteSet(end),
+}  # fmt: skip
+_FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
+
+
+def _piece(text: str) -> sympy.Set:
+    text = re.sub(rf"^\s*(?:{NAME})\s*\\in(?![a-z])", "", text).strip(" ,")
+    left, *without = re.split(rf"\\setminus|\\backslash|-\s*(?={OPEN})", text)
+    if without:
+        return _piece(left) - _piece(without[0])
+    around, inner = brackets(text), split(text[1:-1])
+    if around == OPEN + CLOSE:
+        return sympy.FiniteSet(*map(read_latex, inner))
+    if around and len(inner) == 2:
+        return sympy.Interval(*map(read_latex, inner), around[0] == "(", around[1] == ")")
+    if REALS.fullmatch(text):
+        return sympy.S.Reals
+    sides = [side.strip() for side in SIGNS.split(text)]
+    halves = []
+    for low, sign, high in zip(sides[::2], sides[1::2], sides[2::2], strict=False):
+        if re.fullmatch(NAME, low):
+            halves.append(_HALVES[sign](read_latex(high)))
+        else:
+            halves.append(_HALVES[_FLIPPED.get(sign, sign)](read_latex(low)))
+    if not halves:
+        raise UnreadableError
+    return sympy.Intersection(*halves)
+
+
 def same_value(gold: str, answer: str) -> bool:
     """Whether two texts that are neither lists nor points have the same value. Raises UnreadableError and TooLargeError."""
-    one, other = read_latex(gold), read_latex(answer)
+    regions = [is_region(text) for text in (gold, answer)]
+    one, other = (
+        read_set(text) if region else read_latex(text) for text, region in zip((gold, answer), regions, strict=True)
+    )
+    if isinstance(one, sympy.Expr) and isinstance(other, sympy.Expr):
+        return _same_expression(one, other)
+    if isinstance(one, sympy.Eq) and isinstance(other, sympy.Eq):
+        return _same_equation(one, other)
     matrices = [isinstance(each, sympy.MatrixBase | sympy.MatrixExpr) for each in (one, other)]
     if any(matrices):
         return all(matrices) and _same_matrix(one.doit(), other.doit())
-    if isinstance(one, sympy.Eq) and isinstance(other, sympy.Eq):
-        return _same_equation(one, other)
-    if isinstance(other, sympy.Eq) and isinstance(other.rhs, sympy.Set):  # x in (1, 2)
-        other = other.rhs
-    if isinstance(one, sympy.Eq) and isinstance(one.rhs, sympy.Set):
-        one = one.rhs
-    if isinstance(one, sympy.Expr) and isinstance(other, sympy.Expr):
-        return _same_expression(one, other)
     if isinstance(one, sympy.Expr) or isinstance(other, sympy.Expr):
         return False
     return bool(verify(one, other, allow_set_relation_comp=True, float_rounding=15, timeout_seconds=None))
@@ -151,9 +216,12 @@ def _same_equation(one: Any, other: Any) -> bool:
     first, second = one.lhs - one.rhs, other.lhs - other.rhs
     if not (first.free_symbols and second.free_symbols):
         return _same_expression(one.lhs, other.lhs) and _same_expression(one.rhs, other.rhs)
-    values = _values(first, second)
-    ratios = [a / b for a, b in values if abs(b) > _NOTHING and abs(a) > _NOTHING]
-    return len(ratios) == len(values) and all(_close(ratio, ratios[0]) for ratio in ratios)
+    ratio = None
+    for a, b in _values(first, second):
+        if abs(b) < _NOTHING or abs(a) < _NOTHING or not _close(a / b, ratio or a / b):
+            return False
+        ratio = ratio or a / b
+    return True
 
 
 def _same_expression(one: Any, other: Any) -> bool:
@@ -162,28 +230,31 @@ def _same_expression(one: Any, other: Any) -> bool:
     return all(_close(a, b) for a, b in _values(one, other))
 
 
-def _values(one: Any, other: Any) -> list[tuple[Any, Any]]:
+def _values(one: Any, other: Any) -> Iterator[tuple[Any, Any]]:
     """What both are worth at the same points. Raises UnreadableError where there are too few at which both have a value."""
-    names = sorted({symbol.name for each in (one, other) for symbol in each.free_symbols})
+    names = {symbol.name for each in (one, other) for symbol in each.free_symbols}
     one, other = one.doit(), other.doit()
     if any(each.atoms(sympy.core.function.AppliedUndef) for each in (one, other)):
         raise UnreadableError
-    found = []
-    for point in range(_NUM_POINTS if names else 1):
-        a, b = (_value(each, point) for each in (one, other))
-        if a is None or b is None or a.is_real != b.is_real:
-            if not names:
-                return [(sympy.S.One, sympy.S.Zero)]
+    found, complex_ = 0, any(each.has(sympy.I) for each in (one, other))
+    for point in range(len(_POINTS + _WHOLE_POINTS) if names else 1):
+        try:
+            a, b = (_value(each, point) for each in (one, other))
+        except TooLargeError:
             continue
-        found.append((a, b))
-    if len(found) < (_MIN_POINTS if names else 1):
+        if a is None or b is None or a.is_real != b.is_real or (names and not a.is_real and not complex_):
+            continue  # as of a logarithm left of 0
+        found += 1
+        yield a, b
+    if found < (_MIN_POINTS if names else 1):
         raise UnreadableError
-    return found
 
 
 def _value(expression: Any, point: int) -> Any:
     at = {symbol: _coordinate(symbol.name, point) for symbol in expression.free_symbols}
     value = expression.xreplace(at) if at else expression
+    if at:
+        check_size(value)
     if value.is_Rational or value in (sympy.oo, -sympy.oo):
         return value
     value = value.evalf(_DIGITS)
@@ -194,10 +265,16 @@ def _value(expression: Any, point: int) -> Any:
 
 
 def _coordinate(name: str, point: int) -> Any:
-    """Between 1/4 and 3 in size; all positive at the first points, since many identities hold there alone."""
+    """Between a quarter of the point's size and three times that, of the sign that the point gives to this name.
+
+    Small and positive first, since many identities hold there alone; then far from 0 on both sides, where others end.
+    """
+    size, sign = (*_POINTS, *_WHOLE_POINTS)[point]
     digest = hashlib.sha256(f"{name} {point}".encode()).digest()
-    size = sympy.Rational(250 + int.from_bytes(digest[:4], "big") % 2750, 1000)
-    return -size if point >= _NUM_POINTS // 2 and digest[4] % 2 else size
+    value = sympy.Rational(size * (250 + int.from_bytes(digest[:4], "big") % 2750), 1000)
+    flip = hashlib.sha256(f"{name} {point // 2}".encode()).digest()[0] % 2
+    value = sympy.ceiling(value) if point >= len(_POINTS) else value
+    return -value if sign and (sign < 0) != flip else value
 
 
 def _close(a: Any, b: Any) -> bool:

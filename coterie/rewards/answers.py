@@ -40,6 +40,7 @@ class Answer:
     seconds: float = 1.5
     max_characters: int = 400
     workers: int = 2
+    unevaluated: bool = False
     _pool: list[WorkerPool] = field(default_factory=list, init=False, repr=False, compare=False)
     _verdicts: dict[tuple[str, str | None], str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -82,7 +83,7 @@ class Answer:
         if not answer:
             return 0.0
         try:
-            return float(equal(gold, answer, _undecided))
+            return float(equal(gold, answer, _undecided, unevaluated=self.unevaluated))
         except UndecidedError:
             return None
 
@@ -114,7 +115,13 @@ class Answer:
         new = [pair for pair in pairs if pair not in self._verdicts]
         if new and not self._pool:
             self._pool.append(WorkerPool(_TARGET, num_workers=self.workers, seconds=self.seconds))
-        told = self._pool[0].map([{"gold": gold, "answer": answer} for gold, answer in new]) if new else []
+        told = (
+            self._pool[0].map(
+                [{"gold": gold, "answer": answer, "unevaluated": self.unevaluated} for gold, answer in new]
+            )
+            if new
+            else []
+        )
         fresh = dict(zip(new, told, strict=True))
         self._verdicts.update({pair: verdict for pair, verdict in fresh.items() if isinstance(verdict, str)})
         return {pair: fresh[pair] if pair in fresh else self._verdicts[pair] for pair in pairs}

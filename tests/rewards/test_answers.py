@@ -25,7 +25,10 @@ from coterie.rewards.values import UndecidedError, equal, number
 from coterie.settings import RewardSpec
 from coterie.types import Completion, Group, Prompt
 
-PAIRS = [json.loads(line) for line in (Path(__file__).parent / "answer_pairs.jsonl").read_text("utf-8").splitlines()]
+PAIRS, KINDS = (
+    [json.loads(line) for line in (Path(__file__).parent / f"{name}.jsonl").read_text("utf-8").splitlines()]
+    for name in ("answer_pairs", "answer_kinds")
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +60,47 @@ def test_r18_false_accepts_and_false_rejects_on_the_labelled_pairs():
     labels = Counter(pair["equal"] for pair in PAIRS)
     assert (labels[True], labels[False]) == (608, 414)
     assert not accepted
-    assert len(rejected) <= 14, rejected
+    assert len(rejected) <= 4, rejected
+
+
+@pytest.mark.parametrize("kind", sorted({pair["kind"] for pair in KINDS}))
+def test_r18_traps_are_refused_and_equal_answers_accepted(reward, kind):
+    """Kinds of mistakes that a reader of answers makes, each with traps and with what must not be lost for their sake."""
+    pairs = [pair for pair in KINDS if pair["kind"] == kind]
+    scores = reward([pair["answer"] for pair in pairs], answer=[pair["gold"] for pair in pairs])
+    assert [(pair, score) for pair, score in zip(pairs, scores, strict=True) if score != float(pair["equal"])] == []
 
 
 def test_the_pairs_are_labelled_once_each():
-    assert len({(pair["gold"], pair["answer"]) for pair in PAIRS}) == len(PAIRS) >= 200
+    for pairs, least in ((PAIRS, 200), (KINDS, 300)):
+        assert len({(pair["gold"], pair["answer"]) for pair in pairs}) == len(pairs) >= least
+
+
+def test_arithmetic_that_is_left_undone_counts_where_it_is_asked_for():
+    texts = ["\\boxed{17 \\cdot 23}", "\\boxed{17 \\cdot 24}", "\\boxed{391}"]
+    assert Answer()(texts, answer=["391"] * 3) == [0.0, 0.0, 1.0]
+    lax = Answer(unevaluated=True, seconds=10.0)
+    assert lax(texts, answer=["391"] * 3) == [1.0, 0.0, 1.0]
+    lax.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("So the total cost is $3 + $15 = $18", "$18"),
+        ("The cost is $<<3+15=18>>18 in all", "$18"),
+        ("She has 18 eggs (16 from the ducks and 2 from the hen).", "18 eggs"),
+        ("He runs 60/6=10 mph.", "10 mph"),
+        ("15 liters remain out of the 24", "15 liters"),
+        ("This is 12/20 x 100% = 60% of the students", "60 in percent"),
+        ("It is 60%", "60%"),
+        ("They walk 5 miles and run 3 miles", "They walk 5 miles and run 3 miles"),
+        ("The price rose from $5 to $6", "The price rose from $5 to $6"),
+        ("The day is Monday.", "Monday"),
+    ],
+)
+def test_what_is_found_in_prose(text, answer):
+    assert final_answer(text) == answer
 
 
 def towers():
@@ -229,7 +268,7 @@ def test_where_the_answer_is_looked_for():
         ("<answer>5</answer> or <answer>6", "6"),
         ("\\boxed 5", "5"),
         ("\\fbox{5}", "5"),
-        ("9 * 2 = $18 every day is what she earns", "18"),
+        ("9 * 2 = $18 every day is what she earns", "$18"),
         ("It is not 3", "It is not 3"),
         ("答案不是3", "答案不是3"),
         ("There are 11 apples, not 12.", "11 apples"),

@@ -1,0 +1,104 @@
+"""One spelling for what is written in many: plain digits, LaTeX for signs, no commands that only space or dress. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import re
+
+from coterie.rewards.numbers import in_one_alphabet, spelled
+
+OPEN, CLOSE = "⦃", "⦄"  # the braces of a set, which LaTeX writes \{ \}
+
+# Mathematics between dollars, unless the dollars are money: an opening one touches what follows, a closing one what precedes and no digit.
+MATHS = re.compile(
+    r"\$\$(.+?)\$\$|(?<![\\\w$])\$(?=[^\s$])((?:[^$\\\n]|\\.)*?)(?<!\s)\$(?![\d$])|\\\((.+?)\\\)|\\\[(.+?)\\\]",
+    re.DOTALL,
+)
+_SIGNS = {
+    "−": "-", "–": "-", "—": "-", "×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "÷": "/", "≤": r"\le ", "≥": r"\ge ",
+    "≠": r"\ne ", "π": r"\pi ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "°": r"^\circ ",
+    "±": r"\pm ", "⁄": "/", "、": ",", "和": ",", "或": ",", "。": ".", "⟨": "(", "⟩": ")", "√": r"\sqrt ", "根号": r"\sqrt ",
+    "ℝ": r"\mathbb{R}", "∖": r"\setminus ", "∨": " or ", "∧": " and ", "．": ".",
+}  # fmt: skip
+_WRITTEN = re.compile(r"\\(?:text|mathrm|mbox|textbf|textit|mathbf|operatorname|textrm|rm|mathit)\s*\{([^{}]*)\}")
+_FUNCTIONS = "arcsin|arccos|arctan|sqrt|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|pi|infty|infinity"
+_RULES = [(re.compile(pattern, flags), instead) for pattern, instead, flags in (
+    (r"(\d)(?:\{,\}|\\[,!;: ]|,\\!)(?=\d{3}(?!\d))", r"\1", 0),
+    (r"(?<=[0-9a-z)])\*\*(-?\d+|[a-z](?![a-z]))", r"^{\1}", 0),
+    (r"(?<=[0-9a-z)])\*\*(?=\()", "^", 0),
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|quad|qquad)(?![A-Za-z])|(?<!\\)\\[!,;: ]|(?<=[^\s\\])~|\*\*", " ", 0),
+    (r"\\[dtc]frac", r"\\frac", 0),
+    (r"\\\$", "$", 0),
+    (r"\\(?:pounds|euro|yen|cent)(?![a-z])", lambda found: {"p": "£", "e": "€", "y": "¥", "c": "¢"}[found[0][1]], 0),
+    (r"\\%|\bper ?cent\b", "%", re.IGNORECASE),
+    (r"\\\{|\\lbrace(?![a-z])", OPEN, 0),
+    (r"\\\}|\\rbrace(?![a-z])", CLOSE, 0),
+    (r"\\langle(?![a-z])", "(", 0),
+    (r"\\rangle(?![a-z])", ")", 0),
+    (rf"(?<![\\A-Za-z])({_FUNCTIONS})(?![A-Za-z])", r"\\\1 ", 0),
+    (r"\\infinity", r"\\infty", 0),
+    (r"^\(\s*([-+]?\d+(?:\.\d+)?)\s*\)(?=\s*/\s*\d)", r"\1", 0),
+    (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", 0),
+    (r"(?<![\d.])(\d+(?:\.\d+)?)[eE]([-+]?\d{1,4})(?![\d.])", r"\1\\times 10^{\2}", 0),
+    (r"\\leq?(?:slant)?(?![A-Za-z])|<=", r"\\le ", 0),
+    (r"\\geq?(?:slant)?(?![A-Za-z])|>=", r"\\ge ", 0),
+    (r"\\neq?(?![A-Za-z])|!=", r"\\ne ", 0),
+    (r"\\lt(?![A-Za-z])", "<", 0),
+    (r"\\gt(?![A-Za-z])", ">", 0),
+    (r"\\(?:varnothing|emptyset)(?![A-Za-z])|⦃\s*⦄|\b(?:there (?:is|are) )?no (?:real )?solutions?\b|\b(?:the )?empty set\b", r"\\emptyset ", re.IGNORECASE),
+    (r"\\pmod\s*\{?\w+\}?|\(mod \w+\)", " ", 0),
+    (r"(?<![\d.])(\d{1,3})((?: \d{3})+)(?![\d.,]\d|\d|/)", lambda found: found[0].replace(" ", ""), 0),
+    (r"(?<=\d)(\s*)(st|nd|rd|th)$", "", 0),
+    (r"(\d+)\s*(?:out of|in every)\s+(\d+)", r"\1/\2", 0),
+)]  # fmt: skip
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", re.ASCII)
+_CHINESE_AROUND = re.compile(
+    r"^(?![一二两三四五六七八九十百千万亿零负]*分之)[\u4e00-\u9fff\s:,]*?(?=[-\d(\\]|[负一二两三四五六七八九十百千万亿零]+(?![\u4e00-\u9fff]{3}))"
+)
+
+
+def tidy(text: str) -> str:
+    """The text in one spelling, with spaces where there were any: `1 1/2` is no `11/2`."""
+    text = in_one_alphabet(text)
+    text = re.sub("|".join(_SIGNS), lambda found: _SIGNS[found[0]], text) if not text.isascii() else text
+    if "matrix" not in text and "array" not in text:
+        text = MATHS.sub(lambda found: " " + next(group for group in found.groups() if group is not None) + " ", text)
+    for _ in range(2):
+        text = _WRITTEN.sub(r" \1 ", text)
+    for pattern, instead in _RULES:
+        text = pattern.sub(instead, text)
+    if not re.search(rf"[\[({OPEN}]", text):
+        text = _THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
+    if re.search("[\u4e00-\u9fff]", text) and not re.match("[^\\d-]*(?:不|非|零下|减)", text):
+        text = _CHINESE_AROUND.sub("", text, count=1)
+    text = re.sub(r"\s+", " ", text).strip().rstrip(".,;:").lstrip("= ").strip()
+    again = re.fullmatch(r"(.*\d\S*) \(([a-z -]+)\)", text)  # 8 (eight)
+    return again[1] if again and (words := spelled(again[2])) and again[1] == str(words[0]) and not words[1] else text
+
+
+def is_words(tidied: str) -> bool:
+    """Whether it is text and no mathematics: `Yes`, `even`, 星期一."""
+    if re.search(r"[\d\\=<>+*/^(|]", tidied) or spelled(
+        tidied.casefold().removeprefix("minus ").removeprefix("negative ")
+    ):
+        return False
+    return bool(
+        re.search(r"[A-Za-z]{3,}|[\u0370-\U0010ffff]", re.sub(f"[{OPEN}{CLOSE}]", "", tidied))
+    ) or tidied.casefold() in ("no", "on", "up")
+
+
+def plain(text: str) -> str:
+    """Without what is no part of a word or formula. Spaces count between digits alone."""
+    text = in_one_alphabet(_WRITTEN.sub(r" \1 ", text)).strip()
+    maths = MATHS.fullmatch(text)
+    text = next(group for group in maths.groups() if group is not None) if maths else text
+    text = re.sub(
+        r"(?<!\d)\s+|\s+(?!\d)",
+        "" if not re.search("[A-Za-z]{2}", text) else " ",
+        re.sub(r"(?<=[a-z])!$", "", text.strip().rstrip(".。,;")),
+    ).strip()
+    text = re.sub(r"^(?:the|an?) (?=[a-z]{2})", "", text, flags=re.IGNORECASE)
+    return text.casefold() if re.fullmatch(r"[A-Za-z][A-Za-z' -]+", text) else text
+
+
+def words_only(text: str) -> str:
+    return _WRITTEN.sub(r"\1", text).strip().strip("$*").strip().rstrip(".")
