@@ -52,6 +52,10 @@ Trust = Annotated[
         help="Do what is refused of strangers: run Python from outside the recipe's folder, send to other machines. Remembered.",
     ),
 ]
+Step = Annotated[
+    int | None, typer.Option("--step", min=0, help="Of a run: its checkpoint of this step; 0 is the start.")
+]
+Best = Annotated[bool, typer.Option("--best", help="Of a run: the checkpoint with the best held-out evaluation.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -166,6 +170,8 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=1, help="Completions of each prompt.")] = 8,
     prompts: Annotated[int, typer.Option(min=1, help="At most this many held-out prompts.")] = 512,
     against: Annotated[str | None, typer.Option(help="Another model, compared prompt by prompt.")] = None,
+    step: Step = None,
+    best: Best = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     overrides: Overrides = None,
     trust: Trust = False,
@@ -173,12 +179,14 @@ def evaluate(
 ) -> None:
     """Measure a model on held-out prompts: accuracy, pass@k, rewards, each with its 95 % interval.
 
-    Example: [bold]coterie eval runs/equations --task equations --samples 8[/bold]
+    Example: [bold]coterie eval runs/equations --samples 8[/bold]
+
+    Example: [bold]coterie eval runs/equations --step 65 --against runs/equations/checkpoints/step_000000[/bold]
     """
     from coterie.commands import evaluate_model
 
     _restrict(trust, task)
-    evaluate_model(model, task, samples, prompts, against, seed, overrides or [])
+    evaluate_model(model, task, samples, prompts, against, seed, overrides or [], *_one_of(step, best))
 
 
 @app.command()
@@ -195,6 +203,8 @@ def sample(
     task: Annotated[
         str | None, typer.Option(help="A recipe whose rewards to show. Default: the run's own, if MODEL is a run.")
     ] = None,
+    step: Step = None,
+    best: Best = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     trust: Trust = False,
     debug: Debug = False,
@@ -209,7 +219,26 @@ def sample(
 
     _restrict(trust, task)
     chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_new_tokens": max_new_tokens}
-    sample_model(model, prompt, count, chosen, task, seed)
+    sample_model(model, prompt, count, chosen, task, seed, *_one_of(step, best))
+
+
+@app.command("export")
+def export_run(
+    run: Annotated[str, typer.Argument(help="A run, or the folder of one of its checkpoints.")],
+    to: Annotated[Path, typer.Option(help="The folder to write.")],
+    step: Step = None,
+    best: Best = False,
+    debug: Debug = False,
+) -> None:
+    """Write a run's model, with LoRA merged into it, and its tokenizer as a Hugging Face folder: the one at the end of training,
+    or of a checkpoint.
+
+    Example: [bold]coterie export runs/equations --best --to mymodel[/bold]
+    """
+    from coterie.commands import export_model
+
+    _restrict(False, None)
+    export_model(run, to, *_one_of(step, best))
 
 
 @app.command()
@@ -224,6 +253,14 @@ def init(
     from coterie.tasks.starter import write_starter
 
     write_starter(folder)
+
+
+def _one_of(step: int | None, best: bool) -> tuple[int | None, bool]:
+    from coterie.errors import UserError
+
+    if step is not None and best:
+        raise UserError("--step and --best: choose one checkpoint with one of them")
+    return step, best
 
 
 def _restrict(trust: bool, recipe: str | None) -> None:

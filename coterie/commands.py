@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from coterie.algorithms.advantages import has_signal
 from coterie.errors import UserError
@@ -18,13 +19,14 @@ from coterie.rewards.load import closing_all, load_rewards
 from coterie.rewards.score import Reward, check_fits, score
 from coterie.rollouts.collect import collect, make_engine
 from coterie.runs.console import Console
-from coterie.runs.find import find_run
 from coterie.settings import Sampling
 from coterie.tasks.base import Task, draw
+from coterie.tasks.dataset import Dataset
 from coterie.tasks.load import check_lengths, make_task, prepare
 from coterie.training.optimise import load_objective
 from coterie.training.preferences import pair_streams
 from coterie.training.sample import load_advantages
+from coterie.training.saved import Saved, export
 from coterie.training.train import as_trained, tried_policy
 from coterie.types import Messages, Prompt, RewardFailure, Scored
 
@@ -34,7 +36,12 @@ def check_recipe(name: str, overrides: Sequence[str]) -> None:
     console = Console()
     recipe = load_recipe(name, overrides)
     rewards, codec, task = prepare(recipe)
-    console.say(f"prompts: {len(task.train)} to train on, {len(task.heldout)} held out")
+    epoch = math.ceil(len(task.train) / recipe.prompts_per_step)
+    console.say(
+        f"prompts: {len(task.train)} to train on, once in {epoch} steps; {len(task.heldout)} to evaluate on; {recipe.steps} steps"
+    )
+    if isinstance(task, Dataset) and task.overlap:
+        console.warn(task.overlap)
     quiet_transformers()
     model = start_model(recipe, codec, choose_device(recipe.device))
     policy = tried_policy(model, console)
@@ -110,33 +117,38 @@ def evaluate_model(
     against: str | None,
     seed: int,
     overrides: Sequence[str],
+    step: int | None = None,
+    best: bool = False,
 ) -> None:
     """Print accuracy, pass@k and rewards with intervals; with `against`, the paired difference too."""
     console = Console()
-    source = task_name or _recipe_of(model)
+    measured = [(model, Saved.of(model, step, best=best)), *([(against, Saved.of(against))] if against else [])]
+    source = task_name or _recipe_of(measured[0][1])
     if source is None:
         raise UserError(f"eval: {model} is not a run, so --task has to name the recipe to measure it with")
     recipe = load_recipe(source, overrides)
     rewards = load_rewards(recipe.rewards)
     evaluations: list[Evaluation] = []
     with closing_all(rewards):
-        for measured in (model, *([against] if against else [])):
-            policy, codec = _loaded(console, measured, recipe)
+        for name, saved in measured:
+            policy, codec = _loaded(console, name, saved, recipe)
             task = make_task(recipe.task, codec)
             check_lengths(task, recipe.sampling, policy.context_length)
             prompts = heldout_prompts(task, num_prompts, seed=seed)
             if not prompts:
-                raise UserError(f"{source}: holds out no prompts; set task.heldout above 0")
+                raise UserError(
+                    f"{source}: holds out no prompts; set task.heldout above 0, or name rows as task.evaluation"
+                )
             check_fits(rewards, prompts)
             engine = make_engine(policy)
             evaluations.append(
                 evaluate(engine, task, prompts, rewards, codec, recipe.sampling, num_samples=samples, seed=seed)
             )
-            _print_evaluation(
-                console, measured, evaluations[-1], f"{len(prompts)} held-out prompts, {samples} samples each"
-            )
+            of = f"{len(prompts)} held-out prompts, {samples} samples each"
+            _print_evaluation(console, str(saved or name), evaluations[-1], of)
     if against:
-        _print_difference(console, model, against, evaluations)
+        names = [str(saved or name) for name, saved in measured]
+        _print_difference(console, names, evaluations)
 
 
 def _print_evaluation(console: Console, model: str, evaluation: Evaluation, of: str) -> None:
@@ -173,13 +185,13 @@ def _pass_rows(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def _print_difference(console: Console, model: str, against: str, evaluations: Sequence[Evaluation]) -> None:
-    """Paired over prompts: each prompt's share of right samples, one model minus the other."""
+def _print_difference(console: Console, names: Sequence[str], evaluations: Sequence[Evaluation]) -> None:
+    """Paired over prompts: each prompt's share of right samples, the first model minus the second."""
     e = evaluations[0].accuracy_above(evaluations[1])
     if e is None:
         console.say("the task does not say what counts as correct (task.correct_above), so nothing is compared")
         return
-    console.say(f"accuracy, {model} minus {against}, paired by prompt: {e.value:+.4f}  [{e.low:+.4f}, {e.high:+.4f}]")
+    console.say(f"accuracy, {' minus '.join(names)}, paired by prompt: {e.value:+.4f}  [{e.low:+.4f}, {e.high:+.4f}]")
 
 
 def sample_model(
@@ -189,6 +201,8 @@ def sample_model(
     chosen: Mapping[str, float | None],
     task_name: str | None,
     seed: int,
+    step: int | None = None,
+    best: bool = False,
 ) -> None:
     """Print completions of one prompt, drawn as a run draws its own, with rewards where a task is at hand that knows the prompt.
 
@@ -200,9 +214,10 @@ def sample_model(
     given = {name: value for name, value in chosen.items() if value is not None}
     if given.get("top_p") == 0:
         raise UserError("--top-p 0: would keep no token; use more than 0, up to 1")
-    source = task_name or _recipe_of(model)
+    saved = Saved.of(model, step, best=best)
+    source = task_name or _recipe_of(saved)
     recipe = load_recipe(source) if source else None
-    policy, codec = _loaded(console, model, recipe)
+    policy, codec = _loaded(console, model, saved, recipe)
     task = make_task(recipe.task, codec) if recipe else None
     content, tokens = _prompt_of(task, codec, text)
     limit = policy.context_length
@@ -223,10 +238,19 @@ def sample_model(
     _say_failures(console, scored.failures, count)
 
 
-def _recipe_of(model: str) -> str | None:
+def export_model(run: str, to: Path, step: int | None, best: bool) -> None:
+    """Write a model of a run as a folder, and say how to load it."""
+    console = Console()
+    quiet_transformers()
+    saved = export(run, to, step, best=best)
+    if saved.note:
+        console.warn(saved.note)
+    console.say(f"wrote the model of {saved} to {to}; transformers loads it, and so does a recipe: model: {to}")
+
+
+def _recipe_of(saved: Saved | None) -> str | None:
     """The recipe of a run."""
-    run = find_run(model)
-    return str(run / "recipe.yaml") if run else None
+    return str(saved.run / "recipe.yaml") if saved else None
 
 
 def _prompt_of(task: Task | None, codec: Codec, text: str) -> tuple[str | Messages, list[int]]:
@@ -237,15 +261,18 @@ def _prompt_of(task: Task | None, codec: Codec, text: str) -> tuple[str | Messag
     return content, codec.encode_prompt(content)
 
 
-def _loaded(console: Console, source: str, recipe: Recipe | None) -> tuple[Policy, Codec]:
-    """The model of a run folder, of a model folder, or from the hub."""
-    run = find_run(source)
-    if run is not None:
-        if not (run / "model").is_dir():
-            raise UserError(f"{source}: this run has no model yet; it is written at the end of training")
-        source = str(run / "model")
+def _loaded(console: Console, source: str, saved: Saved | None, recipe: Recipe | None) -> tuple[Policy, Codec]:
+    """A model of a run, of a model folder, or from the hub."""
     device = choose_device(recipe.device if recipe else "auto")
     quiet_transformers()
+    if saved is not None and saved.note:
+        console.warn(saved.note)
+    if saved is not None and saved.step is not None:
+        model, codec = saved.model(device)
+        if not model.can_generate():
+            raise UserError(f"{source}: gives scores ({type(model).__name__}) and writes no text; it is a reward model")
+        return tried_policy(model, console), codec
+    source = str(saved.run / "model") if saved else source
     policy, codec = console.warning_of(lambda: load_policy(source, device, Chat.of(recipe)))
     console.warning_of(lambda: make_engine(policy))
     return policy, codec

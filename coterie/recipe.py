@@ -272,6 +272,13 @@ class Recipe(Settings):
             idle("checkpoint", ("keep_best",), "there are no evaluations on the way (evaluation.every)")
         if self.group_size == 1:
             idle("redraw", ("rounds",), "group_size is 1")
+        if isinstance(self.task, DatasetTask):
+            own = self.task.evaluation is not None
+            idle(
+                "task",
+                ("heldout",) if own else ("evaluation_split",),
+                f"task.evaluation is {'set' if own else 'not set'}",
+            )
         if self.method == "sft":
             idle("optimiser", ("final_share",), "method is sft")
             idle("evaluation", ("every",), "method is sft")
@@ -468,8 +475,9 @@ def _absolute_paths(values: dict[str, Any], folder: Path) -> None:
             home, _, function = given[name].rpartition(":")
             values[section] = {**given, name: f"{_resolved_code(home, folder)}:{function}"}
     task = values.get("task")
-    if isinstance(task, dict) and isinstance(task.get("data"), str):
-        values["task"] = {**task, "data": _resolved(task["data"], folder)}
+    if isinstance(task, dict):
+        named = {name: task[name] for name in ("data", "evaluation") if isinstance(task.get(name), str)}
+        values["task"] = {**task, **{name: _resolved(value, folder) for name, value in named.items()}}
     for key in ("model", "tokenizer"):
         if isinstance(values.get(key), str):
             values[key] = _resolved(values[key], folder)

@@ -64,6 +64,10 @@ class DatasetTask(Settings):
     rejected: str | None = Field(None, description="the column with the other answer of the pair")
     split: str = Field("train", description="which split of a hub data set")
     heldout: Share = Field(0.1, description="share of the rows kept for evaluation, chosen by content")
+    evaluation: str | None = Field(
+        None, description="rows to evaluate on in place of those: a .jsonl or .parquet file, or a hub data set id"
+    )
+    evaluation_split: str = Field("test", description="of evaluation: which split of a hub data set")
     lenient: bool = Field(
         False, description="leave out rows that can't be used, counted by reason, in place of refusing them"
     )

@@ -340,6 +340,12 @@ def test_every_mistake_is_told_at_once():
     [
         ({"kl": {"estimator": "k1"}, "loss": {"kl_weight": 0}}, "kl.estimator", "no effect"),
         ({"preset": "dapo", "kl": {"estimator": "k3"}}, "kl.estimator", "no effect"),
+        ({"task": {"data": "x", "evaluation": "y", "heldout": 0.2}}, "task.heldout", "while task.evaluation is set"),
+        (
+            {"task": {"data": "x", "evaluation_split": "dev"}},
+            "task.evaluation_split",
+            "while task.evaluation is not set",
+        ),
         ({"sampling": {"temperature": 0}}, "sampling.temperature", "greedy"),
         ({"task": {"data": "x.jsonl"}, "cold_start": {}}, "cold_start", "demonstrations"),
         ({"rewards": []}, "rewards", "at least one"),

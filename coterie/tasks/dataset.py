@@ -24,28 +24,34 @@ Row = tuple[str, Mapping[str, Any] | BadRowError]  # where it stands, and its co
 
 
 class Dataset:
-    """The task. Which rows are held out depends on their prompts alone, so equal prompts are on the same side."""
+    """The task. Held out are the rows of a file of their own, or a share of all: by their prompts alone, so that equal ones are
+    on the same side."""
 
     def __init__(self, settings: DatasetTask, codec: Codec) -> None:
         self._settings, self._codec = settings, codec
         self.left_out: Counter[str] = Counter()  # rows by the reason they can't be used for
         self.shortened: list[str] = []  # rows of whose answer the chat template leaves something out
-        prompts = list(self._prompts())
-        places = [key("heldout", json.dumps(prompt.content, sort_keys=True)) for prompt in prompts]
-        ordered = sorted(set(places))
-        num_heldout = math.ceil(settings.heldout * len(ordered)) if len(ordered) > 1 else 0
-        heldout = set(ordered[: min(num_heldout, len(ordered) - 1)])
-        self.train = [prompt for prompt, place in zip(prompts, places, strict=True) if place not in heldout]
-        self.heldout = [prompt for prompt, place in zip(prompts, places, strict=True) if place in heldout]
+        prompts = list(self._prompts(settings))
+        self.overlap = ""  # what is to be said of an evaluation set whose prompts are also trained on
+        if settings.evaluation is not None:
+            of_its_own = {"data": settings.evaluation, "split": settings.evaluation_split}
+            evaluated = settings.model_copy(update=of_its_own)
+            self.train, self.heldout = prompts, list(self._prompts(evaluated, "task.evaluation"))
+            contents = {json.dumps(prompt.content, sort_keys=True) for prompt in prompts}
+            num_shared = sum(json.dumps(prompt.content, sort_keys=True) in contents for prompt in self.heldout)
+            if num_shared:
+                self.overlap = f"task.evaluation: {num_shared} of its {len(self.heldout)} prompts are also trained on"
+        else:
+            self.train, self.heldout = _divided(prompts, settings.heldout)
         self.examples = (self.heldout or self.train)[:2]
 
-    def _prompts(self) -> Iterator[Prompt]:
+    def _prompts(self, settings: DatasetTask, named: str = "task.data") -> Iterator[Prompt]:
         """The rows that can be used. A row that can't is refused; or left out, where the settings are lenient."""
-        settings = self._settings
+        left_out: Counter[str] = Counter()
         seen: dict[str, str] = {}
         number = num_rows = 0
         first: BadRowError | None = None
-        for origin, row in read_rows(settings):
+        for origin, row in read_rows(settings, named):
             num_rows += 1
             try:
                 yield self._prompt(number, origin, row, seen)
@@ -54,11 +60,12 @@ class Dataset:
                 if not settings.lenient:
                     raise
                 first = first or error
-                self.left_out[error.reason] += 1
-        if first is not None and (self.left_out.total() > settings.max_left_out * num_rows or not number):
-            counts = ", ".join(f"{count} {reason}" for reason, count in self.left_out.most_common())
+                left_out[error.reason] += 1
+        self.left_out += left_out
+        if first is not None and (left_out.total() > settings.max_left_out * num_rows or not number):
+            counts = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
             raise UserError(
-                f"{settings.data}: {self.left_out.total()} of {num_rows} rows can't be used ({counts}), more than "
+                f"{settings.data}: {left_out.total()} of {num_rows} rows can't be used ({counts}), more than "
                 f"task.max_left_out={settings.max_left_out:g} allows; the first: {first}"
             )
 
@@ -157,19 +164,31 @@ class Dataset:
         return {} if bound is None else {"accuracy": (scored.rewards > bound).flatten().tolist()}
 
 
-def read_rows(settings: DatasetTask) -> Iterator[Row]:
-    """Every row with where it stands (file:line), or what is wrong with it. Raises UserError for a missing file."""
+def _divided(prompts: list[Prompt], share: float) -> tuple[list[Prompt], list[Prompt]]:
+    """What is trained on, and what is held out."""
+    places = [key("heldout", json.dumps(prompt.content, sort_keys=True)) for prompt in prompts]
+    ordered = sorted(set(places))
+    num_heldout = math.ceil(share * len(ordered)) if len(ordered) > 1 else 0
+    heldout = set(ordered[: min(num_heldout, len(ordered) - 1)])
+    train = [prompt for prompt, place in zip(prompts, places, strict=True) if place not in heldout]
+    return train, [prompt for prompt, place in zip(prompts, places, strict=True) if place in heldout]
+
+
+def read_rows(settings: DatasetTask, named: str = "task.data") -> Iterator[Row]:
+    """Every row with where it stands (file:line), or what is wrong with it. Raises UserError for a missing file.
+
+    named: the setting that names the file."""
     path = Path(settings.data)
     if not path.exists() and not is_local_path(settings.data):
-        yield from _hub_rows(settings)
+        yield from _hub_rows(settings, named)
     elif not path.is_file():
-        raise UserError(f"task.data: the file {settings.data} does not exist")
+        raise UserError(f"{named}: the file {settings.data} does not exist")
     elif path.suffix == ".parquet":
         yield from _parquet_rows(path)
     elif path.suffix in (".jsonl", ".json", ".ndjson"):
         yield from jsonl_rows(path)
     else:
-        raise UserError(f"task.data: {settings.data} is neither .jsonl nor .parquet")
+        raise UserError(f"{named}: {settings.data} is neither .jsonl nor .parquet")
 
 
 def jsonl_rows(path: Path) -> Iterator[Row]:
@@ -225,20 +244,20 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         yield f"{path}:{number}", row
 
 
-def _hub_rows(settings: DatasetTask) -> Iterator[Row]:
+def _hub_rows(settings: DatasetTask, named: str) -> Iterator[Row]:
     why_unreachable()  # asked first, so that what is not here is refused at once
     try:
         import datasets
     except ImportError:
         raise UserError(
-            f"task.data: {settings.data} is no file here, so it is taken for a hub data set, which needs the extra: "
+            f"{named}: {settings.data} is no file here, so it is taken for a hub data set, which needs the extra: "
             "pip install 'coterie[data]'"
         ) from None
     try:
         rows = datasets.load_dataset(settings.data, split=settings.split)
     except Exception as error:  # the hub's client raises its own, the network's and the file system's errors
         raise UserError(
-            f"task.data: {settings.data} is no file here, and as a hub data set it can't be loaded: {hub_reason(error)}"
+            f"{named}: {settings.data} is no file here, and as a hub data set it can't be loaded: {hub_reason(error)}"
         ) from error
     for number, row in enumerate(rows, start=1):
         yield f"{settings.data}[{settings.split}]:{number}", row

@@ -310,6 +310,8 @@ def _files(recipe: Recipe) -> Iterator[tuple[str, Path]]:
             yield name, Path(value)
     if isinstance(recipe.task, DatasetTask):
         yield "task.data", Path(recipe.task.data)
+        if recipe.task.evaluation is not None:
+            yield "task.evaluation", Path(recipe.task.evaluation)
     yield from ((name, Path(home)) for name, home in _homes(recipe) if home.endswith(".py"))
     for spec in recipe.rewards:
         for option, value in spec.options.items():

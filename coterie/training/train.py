@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
@@ -42,6 +41,7 @@ from coterie.training.preferences import evaluate_pairs, train_dpo, train_reward
 from coterie.training.profile import Profiler
 from coterie.training.reference import make_reference
 from coterie.training.run import Run, RunFailedError, write_whole
+from coterie.training.saved import save_model
 from coterie.training.sft import train_sft
 
 
@@ -142,6 +142,9 @@ def _train(run: Run, rewards: list[Reward], codec: Codec, task: Task) -> None:
             "are learned as it renders them"
         )
         run.store.event(STAGES[0], 0, "answers_shortened", f"{len(task.shortened)}, the first at {task.shortened[0]}")
+    if isinstance(task, Dataset) and task.overlap:
+        console.warn(task.overlap)
+        run.store.event(STAGES[0], 0, "overlap", task.overlap)
     for report in filter(None, (reward.sandbox_report for reward in rewards)):
         console.say(f"sandbox {report}")
         run.store.event(STAGES[0], 0, "sandbox", report)
@@ -174,7 +177,7 @@ def _train(run: Run, rewards: list[Reward], codec: Codec, task: Task) -> None:
         trained.adapter.merge()
     with run.writing():
         run.store.settle()  # the report reads the file
-        _save_model(run.folder / "model", trained.model, codec)
+        save_model(run.folder / "model", trained.model, codec)
         summary = write_summary(run)
         write_report(run.folder)
     _say_results(run, summary)
@@ -284,15 +287,6 @@ def _evaluate_and_record(
     )
     run.record_evaluation("train", step, evaluation, examples)
     return evaluation
-
-
-def _save_model(folder: Path, model: PreTrainedModel, codec: Codec) -> None:
-    """The trained model and its tokenizer, in Hugging Face format."""
-    aside = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    codec.save(aside, model)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
 
 
 def write_summary(run: Run) -> dict[str, Any]:

@@ -368,3 +368,21 @@ def test_parquet_that_is_damaged_is_refused_or_read(tmp_path):
         except UserError:
             refused += 1
     assert refused
+
+
+def test_r30_rows_of_their_own_to_evaluate_on(jsonl):
+    path, own = jsonl({"prompt": "a"}, {"prompt": "b"}), jsonl({"prompt": "c"}, {"prompt": "d"}, name="test.jsonl")
+    task = dataset(path, heldout=0.5, evaluation=own)
+    assert [prompt.text for prompt in task.train] == ["a", "b"]
+    assert [(prompt.text, prompt.origin) for prompt in task.heldout] == [("c", f"{own}:1"), ("d", f"{own}:2")]
+    assert task.examples == task.heldout
+    assert task.overlap == ""
+    assert task.columns_of("c") == {}
+    assert (
+        "1 of its 2 prompts are also trained on"
+        in dataset(path, evaluation=jsonl({"prompt": "a", "n": 1}, {"prompt": "x"}, name="o.jsonl")).overlap
+    )
+    assert "test.jsonl:2" in refused(path, evaluation=jsonl({"prompt": "c"}, {"prompt": 3}, name="test.jsonl"))
+    assert refused(path, evaluation="nowhere.jsonl") == "task.evaluation: the file nowhere.jsonl does not exist"
+    broken = jsonl({"prompt": "c"}, *["{"] * 3, *({"prompt": f"p{n}"} for n in range(96)), name="broken.jsonl")
+    assert dataset(path, evaluation=broken, lenient=True).left_out == {"not valid JSON": 3}
