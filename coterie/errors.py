@@ -20,12 +20,16 @@ class RewardError(Exception):
     """A reward could not say anything of a completion: its worker died, its service failed. That completion abstains."""
 
 
+_LONGEST, _MOST = 100, 60  # of names that are compared and listed: more are nobody's help, and take their time
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """A clause that helps after a misspelt name: the closest allowed one, then all of them."""
-    choices = sorted(allowed)
-    close = closest(name, choices)
+    choices = sorted(choice for choice in allowed if len(choice) <= _LONGEST)
+    close = closest(name, choices) if len(name) <= _LONGEST else None
     guess = f"did you mean {close!r}? " if close else ""
-    return f"{guess}allowed: {', '.join(choices)}"
+    more = f" and {len(choices) - _MOST:,} more" if len(choices) > _MOST else ""
+    return f"{guess}allowed: {', '.join(choices[:_MOST])}{more}"
 
 
 def closest(name: str, choices: Iterable[str], cutoff: float = 0.5) -> str | None:

@@ -19,6 +19,7 @@ from coterie.algorithms.presets import CHOSEN_BY_OBJECTIVE, OBJECTIVE_SETTINGS, 
 from coterie.errors import UserError, nearest
 from coterie.keys import keys_in
 from coterie.older import of_older
+from coterie.reading import MAX_DEPTH, read_yaml, read_yaml_file, short
 from coterie.settings import (
     KL,
     Advantage,
@@ -308,21 +309,6 @@ class Recipe(Settings):
         return f"preset {self.preset}, seed {self.seed}: {' '.join(values)}"
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """YAML without its silent habit of letting a later key replace an earlier equal one."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise UserError(f"line {key_node.start_mark.line + 1}: the key {key!r} stands twice")
-            seen.add(key if isinstance(key, str) else str(key))
-        return super().construct_mapping(node, deep=deep)
-
-
 def find_recipe(name: str) -> Path:
     """The file behind a path or the name of a bundled recipe. Raises UserError where there is none."""
     path = Path(name)
@@ -344,18 +330,7 @@ def find_recipe(name: str) -> Path:
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override (`section.key=value`), fill in from the preset, and check. Raises UserError that names the key."""
     path = find_recipe(name)
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    except RecursionError:
-        raise UserError(f"{path}: is nested too deeply for a recipe") from None
+    values = read_yaml_file(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of settings, not {type(values).__name__}")
     if "made_with" in values:  # a run's own
@@ -381,7 +356,7 @@ def make_recipe(values: Mapping[str, Any], *, source: str = "recipe", folder: Pa
     merged = {key: dict(value) if isinstance(value, dict) else value for key, value in given_values.items()}
     preset = merged.get("preset", "grpo")
     if isinstance(preset, str) and preset not in PRESETS:
-        raise UserError(f"{source}: preset: there is no {preset!r}; {nearest(preset, PRESETS)}")
+        raise UserError(f"{source}: preset: there is no {short(preset)}; {nearest(preset, PRESETS)}")
     for section, settings in PRESETS.get(preset, {}).items() if isinstance(preset, str) else ():
         given = merged.get(section)
         if not isinstance(settings, dict):
@@ -404,21 +379,21 @@ def make_recipe(values: Mapping[str, Any], *, source: str = "recipe", folder: Pa
 def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise UserError(f"--set {override!r}: write section.key=value, as in --set loss.clip_high=0.3")
+    if not equals or not all(parts) or len(parts) > MAX_DEPTH:
+        raise UserError(f"--set {short(override)}: write section.key=value, as in --set loss.clip_high=0.3")
     try:
-        value = yaml.load(text, Loader=_StrictLoader)
+        value = read_yaml(text)
     except UserError as error:
-        raise UserError(f"--set {override!r}: {error}") from None
-    except (yaml.YAMLError, RecursionError):
-        raise UserError(f"--set {override!r}: {text!r} is not a YAML value; quote it if it is text") from None
+        raise UserError(f"--set {short(override)}: {error}; quote the value if it is text") from None
     here = values
     for part in parts[:-1]:
         inner = here.get(part)
         if inner is None:
             inner = {}
         elif not isinstance(inner, dict):
-            raise UserError(f"--set {override!r}: {part} is {inner!r} in the recipe, which has no settings inside")
+            raise UserError(
+                f"--set {short(override)}: {part[:80]} is {short(inner)} in the recipe, which has no settings inside"
+            )
         here[part] = dict(inner)
         here = here[part]
     here[parts[-1]] = value
@@ -514,9 +489,12 @@ _KINDS = {"int_type": "a whole number", "int_parsing": "a whole number", "int_fr
 def _explain(error: ValidationError, source: str) -> str:
     """One sentence for each wrong setting: its key, what was given, and what is allowed."""
     lines: list[str] = []
-    for problem in error.errors():
+    problems = error.errors()
+    for problem in problems[:_MAX_EXPLAINED]:
         place = [
-            part for part in map(str, problem["loc"]) if part not in _UNION_TAGS and not part.startswith("literal[")
+            part[:80]
+            for part in map(str, problem["loc"])
+            if part not in _UNION_TAGS and not part.startswith("literal[")
         ]
         key, kind, given = ".".join(place), problem["type"], problem.get("input")
         if kind == "extra_forbidden":
@@ -529,16 +507,19 @@ def _explain(error: ValidationError, source: str) -> str:
             line = f"{key}: is missing, and has no default"
         elif kind == "literal_error":
             choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
-            line = f"{key}: {given!r} is not allowed; {nearest(str(given), choices)}"
+            line = f"{key}: {short(given)} is not allowed; {nearest(given if isinstance(given, str) else short(given), choices)}"
         elif kind in _KINDS:
-            line = f"{key}: {given!r} is not {_KINDS[kind]}"
+            line = f"{key}: {short(given)} is not {_KINDS[kind]}"
         else:
-            line = f"{key}: {given!r} is not allowed; {problem['msg'][0].lower() + problem['msg'][1:]}"
+            line = f"{key}: {short(given)} is not allowed; {problem['msg'][0].lower() + problem['msg'][1:]}"
         if line not in lines:
             lines.append(line)
+    if len(problems) > _MAX_EXPLAINED:
+        lines.append(f"and {len(problems) - _MAX_EXPLAINED:,} more")
     return f"{source}: " + "\n".join(_without_union_noise(lines))
 
 
+_MAX_EXPLAINED = 10  # problems, in one error
 _UNION_TAGS = {"ModelShape", "DatasetTask", "str"}
 
 

@@ -1,7 +1,9 @@
 """Recipes (R8, R30, R35): strict, explained, and the same after a round trip."""
 
+import os
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import get_args
@@ -552,3 +554,65 @@ def test_r22_files_that_a_reward_s_options_name_are_found_beside_the_recipe(tmp_
     assert judge.options == {"model": "model", "cache": str(tmp_path / "judge")}
     rewards[1]["options"]["device"] = "auto"
     assert make_recipe(values, folder=tmp_path).rewards[1].options["device"] == "auto"
+
+
+def _bomb(line):
+    """Ten names of ten names of ...: 10**12 values in a few hundred bytes."""
+    levels = [f"a{n}: &a{n} " + line(n) for n in range(1, 13)]
+    return "\n".join(["a0: &a0 [x]", *levels])
+
+
+HUGE = {
+    "lists of aliases": _bomb(lambda n: "[" + ", ".join([f"*a{n - 1}"] * 10) + "]"),
+    "merged aliases": "a0: &a0 {x: 1}\n"
+    + "\n".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 9)),
+    "what holds itself": "a: &a [*a]",
+    "what holds itself in a mapping": "a: &a {b: *a}",
+    "deep lists": "[" * 50_000,
+    "deep mappings": "{a: " * 5000,
+    "forty levels": "a: " + "[" * 40 + "]" * 40,
+    "unknown settings": "\n".join(f"setting_{n}: 1" for n in range(5000)),
+    "unknown settings inside": "model: {type: gpt2}\nloss:\n" + "\n".join(f"  setting_{n}: 1" for n in range(4000)),
+    "too many values": "a: [" + "1, " * 20_000 + "]",
+    "a huge file": "a: " + "x" * 10_000_000,
+    "a long name": "x" * 1000 + ": 1",
+    "a long text": "steps: " + "x" * 90_000,
+    "many digits": "steps: " + "9" * 50_000,
+    "many hexadecimal digits": "steps: 0x" + "f" * 50_000,
+    "base sixty": "steps: " + ":".join(["59"] * 20_000),
+    "a number that is too large": "steps: 1000000000000000000000000",
+    "an infinite number": "loss: {clip_low: 1.0e+999}",
+    "a date that there is not": "seed: 2001-99-99",
+    "bytes": "seed: !!binary ////",
+    "an object": "seed: !!python/object/apply:os.system [x]",
+    "no character": "seed: '\x00'",
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+@pytest.mark.parametrize("where", ["file", "set"])
+def test_a_recipe_of_any_size_is_refused_at_once_in_a_short_paragraph(tmp_path, name, where):
+    start = time.perf_counter()
+    path, overrides = tmp_path / "recipe.yaml", []
+    path.write_text(HUGE[name] if where == "file" else "model: {type: gpt2}\ntask: equations\n", encoding="utf-8")
+    if where == "set":
+        value = HUGE[name].partition(": ")[2] if name in ("many digits", "base sixty", "a long text") else HUGE[name]
+        overrides = [f"steps={value}"]
+    with pytest.raises(UserError) as error:
+        load_recipe(str(path), overrides)
+    assert len(str(error.value)) < 3000
+    assert time.perf_counter() - start < 5
+
+
+def test_aliases_and_merges_of_a_usual_size_are_read(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        "model: {type: gpt2}\ntask: equations\nrewards:\n- &first {function: steps, name: one, options: {}}\n- {<<: *first, name: two}\n"
+    )
+    assert [spec.name for spec in load_recipe(str(tmp_path / "recipe.yaml")).rewards] == ["one", "two"]
+
+
+def test_a_pipe_or_a_device_is_no_recipe(tmp_path):
+    os.mkfifo(tmp_path / "recipe.yaml")
+    for path in (tmp_path / "recipe.yaml", "/dev/zero"):
+        with pytest.raises(UserError, match=r"was not found|no plain file"):
+            load_recipe(str(path))
