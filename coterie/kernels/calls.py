@@ -6,7 +6,7 @@ Legend: T tokens of a stream, D width, H heads, K key-value heads, E width of a 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from coterie.kernels.build import library
+from coterie.kernels.structs import Stream
 
+MOST_WIDTH = 512  # of a head that is turned: kernels.c has arrays of this size
+_NO_MEMORY, _NO_ROOM = 1, 2
 _long, _pointer, _double = ctypes.c_long, ctypes.c_void_p, ctypes.c_double
 
 
@@ -23,6 +26,11 @@ def served(*tensors: Tensor | None) -> bool:
     first = next(x for x in tensors if x is not None)
     alike = all(x is None or (x.dtype == first.dtype and x.device.type == "cpu") for x in tensors)
     return alike and library(first.dtype) is not None
+
+
+def turns(width: int) -> bool:
+    """Whether heads of this width can be turned: an even number, up to what the kernels have arrays for."""
+    return width <= MOST_WIDTH and width % 2 == 0
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -75,14 +83,6 @@ def gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tens
     return of_gate, of_up
 
 
-class _Stream(ctypes.Structure):
-    _fields_ = [
-        *((name, _long) for name in ("tokens", "num_groups", "heads", "kv_heads", "width", "window", "longest")),
-        ("scaling", _double),
-        *((name, _pointer) for name in ("starts", "prompts", "rows", "lengths")),
-    ]
-
-
 @dataclass(frozen=True)
 class Groups:
     """A stream's groups as the kernels read them: where each starts, the length of its prompt, which rows are its, and the
@@ -120,9 +120,9 @@ def attend_backward(
     return found
 
 
-def _about(groups: Groups, q: Tensor, k: Tensor, scaling: float, window: int | None) -> _Stream:
+def _about(groups: Groups, q: Tensor, k: Tensor, scaling: float, window: int | None) -> Stream:
     (tokens, heads, width), arrays = q.shape, [x.data_ptr() for x in groups.tensors]
-    return _Stream(
+    return Stream(
         tokens, len(groups.tensors[0]), heads, k.shape[1], width, window or 0, groups.longest, scaling, *arrays
     )
 
@@ -134,11 +134,19 @@ def _rooms(x: Tensor, width: int) -> Tensor:
     return x.new_empty(found.max_threads(), width)
 
 
+def run(function: Callable[..., int | None], *arguments: object) -> None:
+    """Call a kernel. MemoryError where it finds none; AssertionError for sizes that it would overrun."""
+    state = function(*arguments)
+    if state == _NO_MEMORY:
+        raise MemoryError("a compiled loop can't allocate memory for its keys and values")
+    assert state != _NO_ROOM, "a compiled loop was handed sizes that it has no room for"
+
+
 def _call(name: str, *arguments: Tensor | int | ctypes.Structure | ctypes._SimpleCData | None) -> None:
     """A kernel of the first tensor's type."""
     found = library(next(x.dtype for x in arguments if isinstance(x, Tensor)))
     assert found is not None
-    getattr(found, name)(*map(_as_argument, arguments))
+    run(getattr(found, name), *map(_as_argument, arguments))
 
 
 def _as_argument(x: Tensor | int | ctypes.Structure | ctypes._SimpleCData | None) -> object:

@@ -4,10 +4,13 @@
    is compiled for one type, `real`: float, or double for exactness tests. Arrays are dense and row by row. Each output element is
    written by one thread, and sums over tokens are added in the order of the threads, so equal inputs give equal bits.
 
+   A loop that needs memory, or takes sizes that it could overrun, returns one of the values below.
+
    Legend: T tokens of a stream, D width, H heads, K key-value heads, E width of a head, F width of the gated layer,
    P prompts or groups, R rows being decoded, S longest prompt, C columns of the cache. */
 #include <math.h>
 #include <omp.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -22,7 +25,8 @@ typedef float real;
 typedef real vec __attribute__((vector_size(BYTES)));
 #define UNREAD ((real)-1e30)
 #define ROWS 4             /* queries that share one pass over the keys */
-#define MOST_WIDTH 512     /* of a head */
+#define MOST_WIDTH 512     /* of a head that is turned */
+enum { DONE, NO_MEMORY, NO_ROOM };
 #define WORTH_THREADS 8192 /* elements below which a second thread costs more than it saves */
 
 static inline vec load(const real *p) {
@@ -106,6 +110,9 @@ static inline real sigmoid(real x) { return 1 / (1 + exp_(-x)); }
 
 long max_threads(void) { return omp_get_max_threads(); }
 
+/* Whether a head of this width can be turned: its halves are swapped, in arrays of a fixed size. */
+static inline int turns(long width) { return width >= 0 && width <= MOST_WIDTH && width % 2 == 0; }
+
 /* A thread's share of n things: from *first to what is returned. */
 static inline long share(long n, long *first) {
     long threads = omp_get_num_threads(), me = omp_get_thread_num();
@@ -128,7 +135,7 @@ static inline real inverse_root(const real *x, long width, double epsilon) {
 }
 
 /* RMS norm: x [T, D], weight [D] -> out [T, D], and scale [T], what each row was multiplied with. */
-void norm_forward(const real *x, const real *weight, double epsilon, real *out, real *scale, long rows, long width) {
+int norm_forward(const real *x, const real *weight, double epsilon, real *out, real *scale, long rows, long width) {
 #pragma omp parallel for schedule(static) if (rows * width > WORTH_THREADS)
     for (long t = 0; t < rows; t++) {
         const real *in = x + t * width, s = inverse_root(in, width, epsilon);
@@ -136,10 +143,11 @@ void norm_forward(const real *x, const real *weight, double epsilon, real *out, 
         scale[t] = s;
         for (long i = 0; i < width; i++) to[i] = in[i] * s * weight[i];
     }
+    return DONE;
 }
 
 /* grad, x, of_x [T, D]; of_weight [D]; room [threads, D]. */
-void norm_backward(const real *grad, const real *x, const real *weight, const real *scale, real *of_x, real *of_weight,
+int norm_backward(const real *grad, const real *x, const real *weight, const real *scale, real *of_x, real *of_weight,
                    real *room, long rows, long width) {
     long threads = 1;
 #pragma omp parallel if (rows * width > WORTH_THREADS)
@@ -162,6 +170,7 @@ void norm_backward(const real *grad, const real *x, const real *weight, const re
         }
     }
     add_up(room, threads, width, of_weight);
+    return DONE;
 }
 
 /* A head's norm, where the model has one, and rotary positions: x [T, H, E], weight [E] or none, cos and sin [T, E], sin
@@ -193,13 +202,15 @@ static inline void turn_tokens(const real *x, const real *weight, double epsilon
         }
 }
 
-void turn_forward(const real *x, const real *weight, double epsilon, const real *cosine, const real *sine, real *out,
-                  real *scale, long tokens, long heads, long width) {
+int turn_forward(const real *x, const real *weight, double epsilon, const real *cosine, const real *sine, real *out,
+                 real *scale, long tokens, long heads, long width) {
+    if (!turns(width)) return NO_ROOM;
 #pragma omp parallel if (tokens * heads * width > WORTH_THREADS)
     {
         long first, last = share(tokens, &first);
         turn_tokens(x, weight, epsilon, cosine, sine, out, scale, first, last, heads, width);
     }
+    return DONE;
 }
 
 static inline void turn_tokens_back(const real *grad, const real *x, const real *restrict weight, const real *cosine, const real *sine, const real *scale,
@@ -229,9 +240,10 @@ static inline void turn_tokens_back(const real *grad, const real *x, const real 
 }
 
 /* room [threads, E]. */
-void turn_backward(const real *grad, const real *x, const real *weight, const real *cosine, const real *sine,
-                   const real *scale, real *of_x, real *of_weight, real *room, long tokens, long heads, long width) {
+int turn_backward(const real *grad, const real *x, const real *weight, const real *cosine, const real *sine,
+                  const real *scale, real *of_x, real *of_weight, real *room, long tokens, long heads, long width) {
     long threads = 1;
+    if (!turns(width)) return NO_ROOM;
 #pragma omp parallel if (tokens * heads * width > WORTH_THREADS)
     {
         long first, last = share(tokens, &first);
@@ -242,21 +254,24 @@ void turn_backward(const real *grad, const real *x, const real *weight, const re
         turn_tokens_back(grad, x, weight, cosine, sine, scale, of_x, sums, first, last, heads, width);
     }
     if (weight) add_up(room, threads, width, of_weight);
+    return DONE;
 }
 
 /* silu(gate) * up, n elements, and its gradients. */
-void gated_forward(const real *gate, const real *up, real *out, long n) {
+int gated_forward(const real *gate, const real *up, real *out, long n) {
 #pragma omp parallel for simd schedule(static) if (n > WORTH_THREADS)
     for (long i = 0; i < n; i++) out[i] = gate[i] * sigmoid(gate[i]) * up[i];
+    return DONE;
 }
 
-void gated_backward(const real *grad, const real *gate, const real *up, real *of_gate, real *of_up, long n) {
+int gated_backward(const real *grad, const real *gate, const real *up, real *of_gate, real *of_up, long n) {
 #pragma omp parallel for simd schedule(static) if (n > WORTH_THREADS)
     for (long i = 0; i < n; i++) {
         real s = sigmoid(gate[i]), scaled = grad[i] * s;
         of_up[i] = scaled * gate[i];
         of_gate[i] = scaled * up[i] * (1 + gate[i] * (1 - s));
     }
+    return DONE;
 }
 
 /* Attention over a stream of groups. A group is a prompt and its completions, one after another; a completion's token reads the
@@ -281,10 +296,12 @@ typedef struct {
     real *block;                       /* [3, ROWS, E]: queries, gradients, and what is made of them */
 } Room;
 
+/* Without memory for it, `keys` is none. */
 static Room make_room(const Stream *s) {
     Room r = {.size = padded(s->longest), .wide = padded(s->width)};
     long by_place = r.size * r.wide;
     real *all = calloc(6 * by_place + 2 * ROWS * r.size + 3 * ROWS * r.wide, sizeof(real));
+    if (!all) return r;
     real **parts[] = {&r.keys, &r.values, &r.across_keys, &r.across_values, &r.of_keys, &r.of_values};
     for (int i = 0; i < 6; i++) *parts[i] = all + i * by_place;
     r.weights = all + 6 * by_place;
@@ -414,16 +431,22 @@ static inline void group_forward(const Stream *s, const Room *r, const real *q, 
     }
 }
 
-void attend_forward(const Stream *s, const real *q, const real *k, const real *v, real *out, real *normaliser) {
+int attend_forward(const Stream *s, const real *q, const real *k, const real *v, real *out, real *normaliser) {
+    int state = DONE;
 #pragma omp parallel if (s->tokens * s->heads * s->width > WORTH_THREADS)
     {
         Room r = make_room(s);
+        if (!r.keys) {
+#pragma omp atomic write
+            state = NO_MEMORY;
+        }
 #pragma omp for schedule(dynamic, 1)
         for (long item = 0; item < s->num_groups * s->kv_heads; item++) {
-            group_forward(s, &r, q, k, v, out, normaliser, item / s->kv_heads, item % s->kv_heads, s->width);
+            if (r.keys) group_forward(s, &r, q, k, v, out, normaliser, item / s->kv_heads, item % s->kv_heads, s->width);
         }
         free(r.keys);
     }
+    return state;
 }
 
 static inline void read_backward(const Stream *s, const Room *r, const real *q, const real *out, const real *normaliser, const real *grad,
@@ -494,17 +517,23 @@ static inline void group_backward(const Stream *s, const Room *r, const real *q,
     take(s, r, of_k, of_v, head, start, 0, prompt);
 }
 
-void attend_backward(const Stream *s, const real *q, const real *k, const real *v, const real *out, const real *normaliser,
+int attend_backward(const Stream *s, const real *q, const real *k, const real *v, const real *out, const real *normaliser,
                      const real *grad, real *of_q, real *of_k, real *of_v) {
+    int state = DONE;
 #pragma omp parallel if (s->tokens * s->heads * s->width > WORTH_THREADS)
     {
         Room r = make_room(s);
+        if (!r.keys) {
+#pragma omp atomic write
+            state = NO_MEMORY;
+        }
 #pragma omp for schedule(dynamic, 1)
         for (long item = 0; item < s->num_groups * s->kv_heads; item++) {
-            group_backward(s, &r, q, k, v, out, normaliser, grad, of_q, of_k, of_v, item / s->kv_heads, item % s->kv_heads, s->width);
+            if (r.keys) group_backward(s, &r, q, k, v, out, normaliser, grad, of_q, of_k, of_v, item / s->kv_heads, item % s->kv_heads, s->width);
         }
         free(r.keys);
     }
+    return state;
 }
 
 /* Decoding. Each thread takes some of the rows from token to token, and needs nothing of the others. */
@@ -522,7 +551,7 @@ typedef struct {
 } Cache;
 
 typedef struct {
-    long num_layers, rows, width, heads, kv_heads, head_width, gated, vocabulary;
+    long num_layers, rows, width, heads, kv_heads, head_width, gated, vocabulary, positions;
     long columns, now, slots, longest_prompt, num_steps, max_tokens, num_ends, draws, greedy;
     double epsilon, temperature;
     const real *embeddings, *final_norm, *head, *head_bias; /* [V, D], [D], [V, D], [V] or none */
@@ -689,12 +718,14 @@ static int64_t draw(const Step *s, real *logits, long row, long number, long at)
 }
 
 /* The slots first .. last, which are one thread's, through all steps. */
-static void decode_rows(const Step *s, const Layer *layers, const Cache *caches, long first, long last) {
+static int decode_rows(const Step *s, const Layer *layers, const Cache *caches, long first, long last) {
     long n = last - first, width = s->head_width, of_q = s->heads * width, of_k = s->kv_heads * width, live = 0;
     long prompt_size = padded(s->longest_prompt), wide = padded(width);
     long attention_room = ROWS * (prompt_size + padded(s->now + s->num_steps)) + (width + wide) * prompt_size + 2 * ROWS * wide;
     long size = n * (2 * s->width + 2 * of_q + 2 * of_k + 2 * s->gated + s->vocabulary) + attention_room + width;
-    real *all = malloc((size + 1) * sizeof(real) + n * sizeof(int64_t)), *x = all, *inner = x + n * s->width, *q = inner + n * s->width;
+    real *all = malloc((size + 1) * sizeof(real) + n * sizeof(int64_t)), *x = all;
+    if (!all) return NO_MEMORY;
+    real *inner = x + n * s->width, *q = inner + n * s->width;
     real *k = q + n * of_q, *v = k + n * of_k, *attended = v + n * of_k, *gate = attended + n * of_q, *up = gate + n * s->gated;
     real *logits = up + n * s->gated, *room = logits + n * s->vocabulary, *turned = room + attention_room;
     int64_t *slots = (int64_t *)(all + size + size % 2);
@@ -755,15 +786,56 @@ static void decode_rows(const Step *s, const Layer *layers, const Cache *caches,
     }
     for (long i = 0; i < live; i++) memcpy(s->logits + slots[i] * s->vocabulary, logits + i * s->vocabulary, s->vocabulary * sizeof(real));
     free(all);
+    return DONE;
 }
 
 /* Steps of decoding. In each a row draws its next token from its logits, or takes the one it is given, and if it has not ended the
    token goes through the layers: its keys and values to the step's column, `now` and on, and new logits to the row's. */
-void decode(const Step *s, const Layer *layers, const Cache *caches) {
+int decode(const Step *s, const Layer *layers, const Cache *caches) {
     long threads = min_(omp_get_max_threads(), (s->rows + 3) / 4);
+    int state = DONE;
+    if (!turns(s->head_width) || s->now + s->num_steps > s->columns) return NO_ROOM;
+    for (long row = 0; row < s->rows; row++) {
+        long written = s->now - s->starts[row], more = s->draws ? min_(s->num_steps, s->max_tokens - 1 - written) : s->num_steps;
+        if (s->live[row] && s->prompts[row] + written + more > s->positions) return NO_ROOM;
+    }
 #pragma omp parallel num_threads(threads)
     {
         long first, last = share(s->rows, &first);
-        if (first < last) decode_rows(s, layers, caches, first, last);
+        if (first < last && decode_rows(s, layers, caches, first, last) != DONE) {
+#pragma omp atomic write
+            state = NO_MEMORY;
+        }
     }
+    return state;
 }
+
+/* How this compiler lays out what is handed over from Python, which compares it with its own. A size by itself has no place. */
+typedef struct {
+    const char *name;
+    long place, size;
+} Field;
+
+#define WHOLE(type) {#type, -1, sizeof(type)}
+#define FIELD(type, name) {#type "." #name, offsetof(type, name), sizeof(((type *)0)->name)}
+static const Field FIELDS[] = {
+    WHOLE(Stream), FIELD(Stream, tokens), FIELD(Stream, num_groups), FIELD(Stream, heads), FIELD(Stream, kv_heads),
+    FIELD(Stream, width), FIELD(Stream, window), FIELD(Stream, longest), FIELD(Stream, scaling), FIELD(Stream, starts),
+    FIELD(Stream, prompts), FIELD(Stream, rows), FIELD(Stream, lengths),
+    WHOLE(Layer), FIELD(Layer, before_attention), FIELD(Layer, before_mlp), FIELD(Layer, q_norm), FIELD(Layer, k_norm),
+    FIELD(Layer, q), FIELD(Layer, k), FIELD(Layer, v), FIELD(Layer, o), FIELD(Layer, gate), FIELD(Layer, up), FIELD(Layer, down),
+    FIELD(Layer, q_bias), FIELD(Layer, k_bias), FIELD(Layer, v_bias), FIELD(Layer, o_bias), FIELD(Layer, gate_bias),
+    FIELD(Layer, up_bias), FIELD(Layer, down_bias), FIELD(Layer, epsilon_attention), FIELD(Layer, epsilon_mlp),
+    FIELD(Layer, epsilon_q), FIELD(Layer, epsilon_k), FIELD(Layer, scaling), FIELD(Layer, window),
+    WHOLE(Cache), FIELD(Cache, keys), FIELD(Cache, values), FIELD(Cache, prompt_keys), FIELD(Cache, prompt_values),
+    WHOLE(Step), FIELD(Step, num_layers), FIELD(Step, rows), FIELD(Step, width), FIELD(Step, heads), FIELD(Step, kv_heads),
+    FIELD(Step, head_width), FIELD(Step, gated), FIELD(Step, vocabulary), FIELD(Step, positions), FIELD(Step, columns),
+    FIELD(Step, now), FIELD(Step, slots), FIELD(Step, longest_prompt), FIELD(Step, num_steps), FIELD(Step, max_tokens),
+    FIELD(Step, num_ends), FIELD(Step, draws), FIELD(Step, greedy), FIELD(Step, epsilon), FIELD(Step, temperature),
+    FIELD(Step, embeddings), FIELD(Step, final_norm), FIELD(Step, head), FIELD(Step, head_bias), FIELD(Step, cosine),
+    FIELD(Step, sine), FIELD(Step, firsts), FIELD(Step, starts), FIELD(Step, prompts), FIELD(Step, keys), FIELD(Step, ends),
+    FIELD(Step, live), FIELD(Step, logits), FIELD(Step, tokens), FIELD(Step, logprobs), FIELD(Step, entropies),
+    FIELD(Step, was_live), FIELD(Step, ended), FIELD(Step, gemm), {NULL, 0, 0},
+};
+
+const Field *fields(void) { return FIELDS; }

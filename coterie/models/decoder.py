@@ -17,38 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from coterie.kernels.build import library, matrix_product
+from coterie.kernels.calls import run, turns
+from coterie.kernels.structs import Cache, Layer, Step
 from coterie.models.policy import Policy
 from coterie.settings import Sampling
 
-_long, _pointer, _double = ctypes.c_long, ctypes.c_void_p, ctypes.c_double
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _FIXED_ROTARY = ("default", "linear", "llama3", "yarn")  # whose angles depend on the position alone
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = [
-        *((name, _pointer) for name in ("before_attention", "before_mlp", "q_norm", "k_norm")),
-        *((name, _pointer) for name in _PROJECTIONS),
-        *((f"{name}_bias", _pointer) for name in _PROJECTIONS),
-        *((name, _double) for name in ("epsilon_attention", "epsilon_mlp", "epsilon_q", "epsilon_k", "scaling")),
-        ("window", _long),
-    ]
-
-
-class _Cache(ctypes.Structure):
-    _fields_ = [(name, _pointer) for name in ("keys", "values", "prompt_keys", "prompt_values")]
-
-
-class _Step(ctypes.Structure):
-    _fields_ = [
-        *((name, _long) for name in ("num_layers", "rows", "width", "heads", "kv_heads", "head_width", "gated")),
-        *((name, _long) for name in ("vocabulary", "columns", "now", "slots", "longest_prompt", "num_steps")),
-        *((name, _long) for name in ("max_tokens", "num_ends", "draws", "greedy")),
-        *((name, _double) for name in ("epsilon", "temperature")),
-        *((name, _pointer) for name in ("embeddings", "final_norm", "head", "head_bias", "cosine", "sine")),
-        *((name, _pointer) for name in ("firsts", "starts", "prompts", "keys", "ends", "live", "logits", "tokens")),
-        *((name, _pointer) for name in ("logprobs", "entropies", "was_live", "ended", "gemm")),
-    ]
 
 
 @dataclass(frozen=True)
@@ -98,7 +73,7 @@ class Decoder:
         model: Any = policy.model.base_model
         layer, self._dtype = model.layers[0], head.weight.dtype
         settings = policy.body.settings
-        self._layers = (_Layer * len(settings))(*(_layer(one, settings[i]) for i, one in enumerate(model.layers)))
+        self._layers = (Layer * len(settings))(*(_layer(one, settings[i]) for i, one in enumerate(model.layers)))
         cos, sin = model.rotary_emb(head.weight[:1, None], torch.arange(longest)[None])
         half = cos.shape[2] // 2
         sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], 1)
@@ -110,6 +85,7 @@ class Decoder:
             "head_width": cos.shape[2],
             "gated": layer.mlp.gate_proj.weight.shape[0],
             "vocabulary": head.weight.shape[0],
+            "positions": longest,
             "epsilon": model.norm.variance_epsilon,
             "embeddings": _at(model.embed_tokens.weight),
             "final_norm": _at(model.norm.weight),
@@ -135,6 +111,7 @@ class Decoder:
         plain = all(type(module) is nn.Linear for layer in model.layers for module in _projections(layer))
         plain &= type(model.embed_tokens) is nn.Embedding and model.rotary_emb.rope_type in _FIXED_ROTARY
         plain &= all(settings.plain for settings in policy.body.settings.values())
+        plain &= turns(2 * len(model.rotary_emb.inv_freq))
         if not plain or library(dtype) is None or matrix_product(dtype) is None:
             return None
         return cls(policy, longest)
@@ -172,11 +149,11 @@ class Decoder:
 
     def _run(self, rows: CachedRows, num_steps: int, tokens: Tensor, **how: float | None) -> None:
         own, prompts = rows.own, rows.prompts
-        caches = (_Cache * len(own))(
-            *(_Cache(*map(_at, (*own[i], *prompts.get(i, (None, None))))) for i in range(len(own)))
+        caches = (Cache * len(own))(
+            *(Cache(*map(_at, (*own[i], *prompts.get(i, (None, None))))) for i in range(len(own)))
         )
         _, kv_heads, columns, _ = own[0][1].shape
-        step = _Step(
+        step = Step(
             **self._model,
             **how,
             rows=len(rows.live),
@@ -195,15 +172,15 @@ class Decoder:
         )
         compiled = library(self._dtype)
         assert compiled is not None
-        compiled.decode(ctypes.byref(step), self._layers, caches)
+        run(compiled.decode, ctypes.byref(step), self._layers, caches)
 
 
-def _layer(layer: Any, settings: Any) -> _Layer:
+def _layer(layer: Any, settings: Any) -> Layer:
     attention = layer.self_attn
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     projections = _projections(layer)
-    return _Layer(
+    return Layer(
         *(_at(norm.weight) if norm is not None else None for norm in norms),
         *(_at(module.weight) for module in projections),
         *(_at(module.bias) for module in projections),

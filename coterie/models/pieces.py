@@ -28,7 +28,7 @@ def turned_heads(x: Tensor, weight: Tensor | None, epsilon: float, cos: Tensor, 
 
     x * cos + (halves of each head swapped) * sin; the sines of the first halves are negative.
     """
-    if calls.served(x, weight, cos, sin):
+    if calls.turns(cos.shape[1]) and calls.served(x, weight, cos, sin):
         return _CompiledTurn.apply(x.contiguous(), weight, epsilon, cos, sin)
     if weight is not None:
         x = rms_norm(x.view(-1, len(weight)), weight, epsilon).view_as(x)

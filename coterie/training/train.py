@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from coterie.errors import UserError
 from coterie.evals.evaluate import Evaluation, answer_examples, evaluate, heldout_prompts
-from coterie.kernels.build import library
+from coterie.kernels.build import why_missing
 from coterie.keys import hidden_in
 from coterie.models.adapters import num_in_experts
 from coterie.models.codec import Codec
@@ -128,10 +128,8 @@ def _train(run: Run, rewards: list[Reward], codec: Codec, task: Task) -> None:
     policy = tried_policy(model, console)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     console.say(f"run {run.folder}: {type(model).__name__}, {num_parameters:,} parameters, on {device}")
-    if device.type == "cpu" and library(torch.float32) is None:
-        console.say(
-            "no C compiler (cc, with OpenMP) was found: tensor operations do what its loops would do, more slowly"
-        )
+    if device.type == "cpu" and (why := why_missing(torch.float32)) is not None:
+        console.say(f"{why}: tensor operations do what compiled loops would do, more slowly")
     console.say(recipe.in_short())
     for reason, count in task.left_out.items() if isinstance(task, Dataset) else ():
         console.warn(f"task.data: {count} rows are left out: {reason}")

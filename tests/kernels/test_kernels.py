@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from coterie.kernels import build, calls
+from coterie.kernels import build, calls, structs
 from coterie.models.attention import AttentionSettings
 from coterie.models.cascade import Cascade
 from coterie.models.decoder import CachedRows, Decoder
@@ -16,6 +16,7 @@ from coterie.models.pieces import CompiledAttention, gated, rms_norm, turned_hea
 from coterie.models.policy import Policy
 from coterie.noise import key, mix
 from coterie.rollouts.engine import sample_tokens
+from coterie.rollouts.native import NativeEngine
 from coterie.settings import Sampling
 
 SEGMENTS = [(5, (4, 17, 1)), (11, (2, 3)), (3, (9,)), (1, (6, 30, 8, 2)), (23, (5, 5)), (7, ())]
@@ -154,6 +155,129 @@ def test_drawing_step_by_step_in_one_call_is_drawing_from_the_models_logits(make
             with torch.no_grad():
                 logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
     assert not rows.live.any()
+
+
+@pytest.mark.parametrize("width", [512, 520, 1024])
+def test_heads_of_any_width_are_turned(width):
+    x, weight, cos, sin = randoms((6, 2 * width), (width,), (6, width), (6, width))
+    cos, sin = cos.detach(), sin.detach()
+    ours = with_gradients(lambda a, w: turned_heads(a, w, 1e-6, cos, sin), [x, weight])
+    plain = with_gradients(lambda a, w: plain_turn(a, cos, sin, w), [x, weight])
+    for mine, theirs in zip(ours, plain, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("width", [514, 7])
+def test_a_head_that_the_loops_have_no_room_for_is_refused_by_them(width):
+    x, cos = torch.zeros(2, width), torch.zeros(2, width)
+    with pytest.raises(AssertionError, match="no room"):
+        calls.turn(x, None, 0.0, cos, cos)
+    with pytest.raises(AssertionError, match="no room"):
+        calls.turn_backward(x, x, None, cos, cos, None)
+
+
+@pytest.mark.parametrize("width", [512, 520])
+def test_a_model_with_wide_heads_samples_what_it_is(make_model, width):
+    """With 512 through the decoder, above through tensor operations, and both as the plain model."""
+    model = make_model("qwen3", head_dim=width)
+    policy = Policy.of(model)
+    assert (Decoder.of(policy, 16) is not None) == (width == 512)
+    keys = mix(torch.tensor(key("wide")), torch.arange(3))[None]
+    (group,) = NativeEngine(policy).generate([[5, 6, 7]], keys, Sampling(max_new_tokens=6), [])
+    for completion in group:
+        row = torch.tensor([[5, 6, 7, *completion.tokens]])
+        with torch.no_grad():
+            logprobs = model(row, use_cache=False).logits[0, 2:-1].log_softmax(1)
+        found = logprobs.gather(1, row[0, 3:, None])[:, 0]
+        torch.testing.assert_close(found, completion.logprobs, rtol=0, atol=1e-5)
+
+
+def test_memory_that_is_not_there_is_an_error_and_no_crash():
+    q = torch.zeros(NUM_TOKENS, 2, 8)
+    groups = calls.Groups(calls.Groups.of(SEGMENTS).tensors, longest=1 << 44)
+    with pytest.raises(MemoryError, match="allocate memory"):
+        calls.attend(groups, q, q, q, 1.0, None)
+    with pytest.raises(MemoryError, match="allocate memory"):
+        calls.attend_backward(groups, [q, q, q, q, torch.zeros(NUM_TOKENS, 2)], q, 1.0, None)
+    ones, live = torch.ones(1, dtype=torch.int64), torch.ones(1, dtype=torch.bool)
+    step = {"rows": 1, "heads": 1, "kv_heads": 1, "head_width": 8, "num_steps": 1, "positions": 9, "columns": 16}
+    step |= {name: ones.data_ptr() for name in ("starts", "prompts", "firsts")} | {"live": live.data_ptr()}
+    decode = build.library(torch.float32).decode
+    with pytest.raises(MemoryError, match="allocate memory"):
+        calls.run(decode, ctypes.byref(structs.Step(**step, vocabulary=1 << 44)), None, None)
+    for little in ({"columns": 0}, {"positions": 0}, {"head_width": 514}):
+        with pytest.raises(AssertionError, match="no room"):
+            calls.run(decode, ctypes.byref(structs.Step(**{**step, **little})), None, None)
+
+
+@pytest.mark.parametrize("struct", ["Stream", "Layer", "Cache", "Step"])
+def test_a_struct_that_python_and_c_lay_out_otherwise_is_noticed(monkeypatch, struct):
+    fields = getattr(structs, struct)._fields_
+    for other in (fields[:-1], [fields[1], fields[0], *fields[2:]], [*fields, ("more", ctypes.c_long)]):
+        monkeypatch.setattr(structs, struct, type(struct, (ctypes.Structure,), {"_fields_": list(other)}))
+        with pytest.raises(AssertionError, match=f"structs.py differ in .*{struct}"):
+            structs.check_layout(build.library(torch.float32))
+
+
+@pytest.fixture
+def fresh_cache(monkeypatch, tmp_path):
+    """A folder of its own for what is compiled, and nothing loaded yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build.library.cache_clear()
+    yield tmp_path / "coterie"
+    build.library.cache_clear()
+
+
+CHANGES = {
+    "empty": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2],
+    "flipped": lambda content: content[:5000] + bytes([content[5000] ^ 1]) + content[5001:],
+    "text": lambda content: b"not a library",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_damaged_build_is_built_again(fresh_cache, change):
+    """In a process of its own, where the damage would be a signal."""
+    code = (
+        "import torch; from coterie.kernels import calls; x = torch.ones(9, 8)\n"
+        "assert calls.served(x); print(calls.rms_norm(x, x[0], 0.0)[0].sum().item())"
+    )
+
+    def used():
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+    assert used() == "72.0\n"
+    (built,) = fresh_cache.iterdir()
+    whole = built.read_bytes()
+    built.write_bytes(CHANGES[change](whole))
+    assert used() == "72.0\n"
+    (again,) = fresh_cache.iterdir()
+    assert again.stem.endswith(build._hash(again))
+
+
+def test_each_reason_to_do_without_is_said(fresh_cache, monkeypatch, tmp_path):
+    def reason(**patches):
+        build.library.cache_clear()
+        with monkeypatch.context() as patched:
+            for name, value in patches.items():
+                patched.setattr(build, name, value)
+            assert build.library(torch.float32) is None
+            return build.why_missing(torch.float32)
+
+    trial = tmp_path / "trial.py"
+    trial.write_text("import os, signal; os.kill(os.getpid(), signal.SIGBUS)")
+    assert "dies of SIGBUS" in reason(_TRIAL=trial)
+    trial.write_text("assert False, 'norm'")
+    assert "does not pass its trial: AssertionError: norm" in reason(_TRIAL=trial)
+    assert "the C compiler (cc, which needs OpenMP) failed" in reason(_FLAGS=("-no-such-flag",))
+    assert list(fresh_cache.iterdir()) == []
+    monkeypatch.setenv(build.SWITCH, "off")
+    assert reason() == "COTERIE_KERNELS is off"
+    monkeypatch.delenv(build.SWITCH)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert reason() == "no C compiler (cc) was found"
 
 
 def test_where_the_compiler_fails_or_the_folder_is_not_the_users_own_nothing_breaks(monkeypatch, tmp_path):
