@@ -1,38 +1,44 @@
 """An end for what hangs: the moment at which the process ends, if it hangs where no exception can reach it, in C or with the lock
-held; and a limit on what Python code may compute."""
+held; and a limit on what Python code may compute.
+
+Time for which the process is stopped (Ctrl-Z, SIGSTOP, a frozen container) does not count, where there is a C compiler: the clock is
+a thread in C. Without one the time counts, and Python's own watchdog ends the process.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
+import os
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-_moments: list[float] = []  # of the blocks under way, monotonic
+_SOURCE = Path(__file__).with_suffix(".c")
+_DUMP = signal.SIGRTMIN + 7 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2  # one that nobody sends
+
+_moments: list[float] = []  # of the blocks under way, as `running` counts
 
 
 @contextmanager
 def hard_deadline(seconds: float) -> Iterator[None]:
     """End the process, status 1, if the block takes longer: every thread's stack is printed first. Blocks may be nested."""
-    _moments.append(time.monotonic() + seconds)
+    _moments.append(running() + seconds)
     _arm()
     try:
         yield
     finally:
         _moments.pop()
         _arm()
-
-
-def _arm() -> None:
-    if not _moments or sys.__stderr__ is None:
-        faulthandler.cancel_dump_traceback_later()
-    else:
-        left = max(0.001, min(_moments) - time.monotonic())
-        faulthandler.dump_traceback_later(left, exit=True, file=sys.__stderr__)
 
 
 @contextmanager
@@ -53,3 +59,51 @@ def cpu_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before or signal.SIG_DFL)
+
+
+def running() -> float:
+    """Seconds on a clock that stands still while the process is stopped."""
+    clock = _clock()
+    return float(clock.running()) if clock is not None else time.monotonic()
+
+
+def _arm() -> None:
+    clock = _clock()
+    if clock is not None:
+        clock.end_at(min(_moments, default=-1.0))
+    elif not _moments or sys.__stderr__ is None:
+        faulthandler.cancel_dump_traceback_later()
+    else:
+        left = max(0.001, min(_moments) - running())
+        faulthandler.dump_traceback_later(left, exit=True, file=sys.__stderr__)
+
+
+@cache
+def _clock() -> ctypes.CDLL | None:
+    """The clock, compiled and begun; None where it can't be. A tenth of a second, once a process."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        return None
+    try:
+        with tempfile.TemporaryDirectory(prefix="coterie-") as folder:
+            built = Path(folder) / "deadline.so"
+            command = [compiler, "-O1", "-w", "-fPIC", "-shared", "-pthread", str(_SOURCE), "-o", str(built)]
+            subprocess.run(command, check=True, capture_output=True, timeout=60)
+            clock = ctypes.CDLL(str(built))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    clock.running.restype, clock.end_at.argtypes = ctypes.c_double, [ctypes.c_double]
+    output = -1
+    if sys.__stderr__ is not None:
+        output = sys.__stderr__.fileno()
+        faulthandler.register(_DUMP, file=sys.__stderr__, all_threads=True)
+    return clock if clock.begin(int(_DUMP), output) == 0 else None
+
+
+def _as_in_any_process() -> None:
+    """A forked process has no such thread: its blocks begin anew, with a clock of its own."""
+    _moments.clear()
+    _clock.cache_clear()
+
+
+os.register_at_fork(after_in_child=_as_in_any_process)

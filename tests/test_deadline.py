@@ -38,6 +38,56 @@ def test_a_block_that_ended_in_time_leaves_nothing_armed():
     assert (done.returncode, done.stdout) == (0, "alive\n")
 
 
+STOPPED = """
+import os, signal, subprocess, sys, time
+from coterie.rewards.limits import TookTooLong, time_limit
+from coterie.deadline import running
+def stop():
+    subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -STOP {os.getpid()}; sleep 2; kill -CONT {os.getpid()}"])
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "stop()\nwith hard_deadline(1.5): time.sleep(3.3)",  # a sleep's time goes on
+        "stop()\nwith time_limit(1.5):\n    for _ in range(10): time.sleep(0.1)",
+        "start, ran = time.monotonic(), running(); stop(); time.sleep(2.8)\n"
+        "assert running() - ran < 1.5 < 2.5 < time.monotonic() - start, running() - ran",
+    ],
+)
+def test_time_for_which_the_process_is_stopped_does_not_count(code):
+    done, seconds = run(IMPORT + STOPPED + code + "\nprint('alive')")
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
+    assert seconds > 2
+
+
+def test_what_ran_into_its_limit_after_a_stop_ends_all_the_same():
+    code = "stop()\ntry:\n    with time_limit(1.5): time.sleep(30)\nexcept TookTooLong: print('late')"
+    done, seconds = run(IMPORT + STOPPED + code)
+    assert done.stdout == "late\n", done.stderr
+    assert 3 < seconds < 20
+    done, seconds = run(IMPORT + HANGS + STOPPED + "stop()\nwith hard_deadline(1): hang()")
+    assert (done.returncode, "Timeout" in done.stderr) == (1, True)
+    assert 3 < seconds < 20
+
+
+def test_the_end_waits_for_no_reader_of_its_stacks():
+    """Standard error is a full pipe."""
+    code = "import os; os.set_blocking(2, False)\ntry:\n    while True: os.write(2, b'x' * 4096)\nexcept BlockingIOError: os.set_blocking(2, True)\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", IMPORT + HANGS + code + "with hard_deadline(0.3): hang()"], stderr=subprocess.PIPE
+    )
+    assert process.wait(25) == 1
+    process.stderr.close()
+
+
+def test_without_a_compiler_it_ends_too():
+    code = "import os; os.environ['PATH'] = ''\nwith hard_deadline(0.3): hang()"
+    done, _ = run(IMPORT + HANGS + code)
+    assert (done.returncode, "Timeout" in done.stderr) == (1, True)
+
+
 def test_what_a_run_that_failed_leaves_behind_ends_nobody(tmp_path):
     """An exception is kept, as a notebook does: the step's time limit must not outlive the run with it."""
     code = f"""

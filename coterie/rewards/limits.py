@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from coterie.deadline import hard_deadline
+from coterie.deadline import hard_deadline, running
 
 _GRACE = 20.0  # seconds in which Python code can answer the alarm
 _AGAIN = 0.2  # the alarm rings on, for code that catches everything
@@ -29,8 +29,13 @@ def time_limit(seconds: float | None) -> Iterator[None]:
         yield
         return
 
+    end = running() + seconds
+
     def ring(*_: Any) -> None:
-        raise TookTooLong
+        left = end - running()
+        if left < _AGAIN:
+            raise TookTooLong
+        signal.setitimer(signal.ITIMER_REAL, left, _AGAIN)  # the process was stopped meanwhile
 
     before = signal.signal(signal.SIGALRM, ring)
     with hard_deadline(seconds + _GRACE):

@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
+from coterie.deadline import running
 from coterie.errors import RewardError, UserError
 from coterie.rewards.worker import FAILURE, LENGTH
 
@@ -129,7 +130,7 @@ class _Round:
                 if worker.unsent:
                     selector.register(worker.into, selectors.EVENT_WRITE)
             first = min((worker.deadline or 0.0 for worker in busy), default=0.0)
-            selector.select(max(0.0, first - time.monotonic()))
+            selector.select(max(0.0, first - running()))
 
     def _look_after(self, worker: _Worker) -> None:
         if worker.deadline is None:
@@ -139,7 +140,7 @@ class _Round:
             self._heard(worker, message)
         elif worker.ended:
             self._lost(worker, f"the worker died: {worker.last_words()}")
-        elif time.monotonic() >= worker.deadline:
+        elif running() >= worker.deadline:
             self._lost(worker, f"took longer than {self.seconds if worker.ready else _START_SECONDS:g} s")
 
     def _heard(self, worker: _Worker, message: dict[str, Any]) -> None:
@@ -218,7 +219,7 @@ class _Worker:
         self.unsent, self._received = b"", bytearray()
         self.call: int | None = None
         self.ready = self.ended = False
-        self.deadline: float | None = time.monotonic() + _START_SECONDS
+        self.deadline: float | None = running() + _START_SECONDS
 
     @property
     def idle(self) -> bool:
@@ -234,7 +235,7 @@ class _Worker:
         """Begin a call. Raises what pickling its arguments raises."""
         data = pickle.dumps(call)
         self.unsent = LENGTH.pack(len(data)) + data
-        self.call, self.deadline = index, time.monotonic() + seconds
+        self.call, self.deadline = index, running() + seconds
         self._write()
 
     def rest(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import signal
 import sqlite3
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from coterie import stopping
-from coterie.deadline import hard_deadline
+from coterie.deadline import hard_deadline, running
 from coterie.errors import UserError
 from coterie.evals.evaluate import Evaluation
 from coterie.faults import at_step, strikes
@@ -94,7 +93,7 @@ class Run:
         self._stop_requested = False
         self._stops = False  # decided once a step, so that a run that stops has saved
         self._seconds_before = 0.0
-        self._started = time.monotonic()
+        self._started = running()
         self._watch: Watch | None = None  # made when the first figures come: a resume cuts run.db back before
         self._state: TrainState | None = None  # of the stage under way
         self._under_way: str | None = None  # the stage of the step under way
@@ -208,8 +207,8 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """How long the run has taken, all sessions together."""
-        return self._seconds_before + time.monotonic() - self._started
+        """How long the run has taken, all sessions together, without what it was stopped for."""
+        return self._seconds_before + running() - self._started
 
     @property
     def stop_signal(self) -> int | None:
