@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any, Literal
 import httpx
 
 from coterie.errors import RewardError, UserError
+from coterie.rewards.code.blocks import program_in
 from coterie.rewards.code.sandbox import TOKEN_VARIABLE, Limits, Outcome, Program, Sandbox, make_sandbox
 from coterie.rewards.code.verdict import Policy, Test, passes, read_tests
 from coterie.rewards.text_of import Chat, completion_text
@@ -27,8 +27,6 @@ _UNASKED = {
     "output_bytes": 100_000_000,
     "workers": 256,
 }
-_PYTHON = ("python", "python3", "py")
-_FENCE = re.compile(r"^ {0,3}```[ \t]*(\w*)[^`\n]*$")
 
 
 @dataclass
@@ -43,7 +41,8 @@ class _Holder:
 class Code:
     """The share of a row's tests that the program in a completion passes, or with score "all" 1 for every one of them.
 
-    The program is the last block fenced as Python, or the whole completion where there is none. Columns: tests, a list of
+    The program is the last block fenced as Python that defines the function, with the earlier ones that it needs, or the whole
+    completion where there is none (blocks.program_in). Columns: tests, a list of
     {"args": [...], "expected": ...} for a function or {"stdin": "...", "stdout": "..."} for a whole program; and function,
     its name, where the rows differ, otherwise the option of that name. A program that fails, hangs or attacks fails its tests;
     a sandbox that fails abstains. Equal programs with equal inputs are run once a step.
@@ -148,11 +147,11 @@ class Code:
         names = [name or self.function or None for name in function or [None] * len(completions)]
         wanted = [read_tests(one) for one in tests]
         return [
-            (self._program(extract_python(completion_text(completion)), row, name), row)
+            (self._program(completion_text(completion), row, name), row)
             for completion, row, name in zip(completions, wanted, names, strict=True)
         ]
 
-    def _program(self, source: str, tests: Sequence[Test], function: str | None) -> Program:
+    def _program(self, text: str, tests: Sequence[Test], function: str | None) -> Program:
         """The program with what its tests give it, and without what they expect."""
         whole = tests[0].whole
         if not whole and function is None:
@@ -164,7 +163,9 @@ class Code:
             json.dumps(given)
         except (TypeError, ValueError) as error:
             raise UserError(f"code: the arguments of a test must be JSON: {error}") from error
-        return Program(source, given, None if whole else function, self._limits)
+        called = None if whole else function
+        source = program_in(text, called, reads=whole and any(test.given for test in tests))
+        return Program(source, given, called, self._limits)
 
     def _judge(self, outcome: Outcome, tests: Sequence[Test]) -> float | Exception:
         if outcome.failed is not None:
@@ -187,27 +188,3 @@ class Code:
         if self._holder.sandbox is not None:
             self._holder.sandbox.close()
             self._holder.sandbox = None
-
-
-def extract_python(text: str) -> str:
-    """The last block fenced as Python, else the last one fenced as nothing in particular, else the whole text.
-
-    A block that is never closed goes to the end, as it does where a completion was cut off.
-    """
-    blocks: list[tuple[str, list[str]]] = []
-    inside = False
-    for line in text.split("\n"):
-        fence = _FENCE.match(line)
-        if inside:
-            if fence and not fence[1]:
-                inside = False
-            else:
-                blocks[-1][1].append(line)
-        elif fence:
-            blocks.append((fence[1].lower(), []))
-            inside = True
-    for languages in (_PYTHON, ("",)):
-        found = ["\n".join(lines) for language, lines in blocks if language in languages]
-        if found:
-            return found[-1] + "\n"
-    return text

@@ -1,5 +1,6 @@
 """The built-in reward `code` (R20): honest programs are rewarded, cheating ones are not, and a broken sandbox abstains."""
 
+import json
 import math
 import sqlite3
 from concurrent.futures import Future
@@ -11,7 +12,7 @@ from cheating import ADD, CHEATS, FORGE, HONEST
 import coterie
 from coterie.errors import RewardError, UserError
 from coterie.rewards.builtin import make_builtin
-from coterie.rewards.code.reward import Code, extract_python
+from coterie.rewards.code.reward import Code
 from coterie.rewards.code.sandbox import Outcome, Output, make_sandbox
 from coterie.rewards.code.verdict import Policy, Test, equal, passes, read_tests
 
@@ -224,9 +225,15 @@ def test_what_counts_as_equal_can_be_said():
 
 
 @pytest.mark.parametrize(
-    ("text", "code"),
-    [("x = 1", "x = 1"), ("a\n```\ny\n```", "y\n"), ("```python\nx\n```\n```bash\nls\n```", "x\n"), ("```py\nx\n  y", "x\n  y\n"),
-     ("```\ny\n```\n```Python\nx\n```\n```\nz\n```", "x\n"), ("```json\n{}\n```", "```json\n{}\n```"), ("```python\n```", "\n")],
+    ("value", "expected", "given", "right"),
+    [
+        (0.0, 1e-12, [], False), (1e-12, 0.0, [], False), (1.1e-12, 1e-12, [], False), (1e-12 * (1 + 1e-10), 1e-12, [], True),
+        (2e-300, 1e-300, [], False), (0.0, 1e-300, [1e6], False), (-0.0, 0.0, [], True), (5.6e-17, 0.0, [], True),
+        (1.2e-16, 0.0, [3.14], True), (6e-9, 0.0, [5e4], False), (6e-9, 0.0, [5e4, 1e5], True), (1e12 + 1, 1e12, [], True),
+        (math.inf, math.inf, [], True), (-math.inf, math.inf, [], False), (1.0, math.inf, [], False), (math.inf, 1.0, [], False),
+    ],
 )  # fmt: skip
-def test_the_program_is_the_last_block_of_python(text, code):
-    assert extract_python(text) == code
+def test_floats_are_compared_at_their_own_size_and_zero_at_that_of_the_test(value, expected, given, right):
+    output = Output(json.dumps([value]))
+    test = Test([given], [expected], whole=False)
+    assert passes(output, test, Policy()) is right
