@@ -9,10 +9,12 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
+from inspect import Parameter, Signature
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,9 @@ import httpx
 from coterie.errors import RewardError, UserError, nearest
 from coterie.keys import conceal
 from coterie.noise import permutation
+from coterie.rewards.arguments import GIVEN
 from coterie.rewards.judge_cache import Cache, default_folder
-from coterie.rewards.judge_client import Client, Service
+from coterie.rewards.judge_client import Client, DeclinedError, Service
 from coterie.rewards.judge_request import (
     Form,
     Question,
@@ -45,12 +48,14 @@ Verdicts = Mapping[Question, Any]  # a RewardError where the judge said nothing 
 class Judge:
     """What a language model makes of each completion by a rubric: a number from 0 to 1, or a failure where it says nothing.
 
+    One that is too long for it, or that it declines, has 0, the lowest: to abstain would let it escape. An outage is a failure.
+
     model, url: the model's name, and the endpoint up to /chat/completions. key_variable: the environment variable that holds
     the key; empty for none. rubric: what is good. mode: absolute, each on the scale from `lowest` to `highest`; pairwise, each
     against the reference, or against others of its group in at most `max_pairs` pairs, always in both orders; ranking, a group
     in one request, asked in `orders` orders. reference: the column with a reference answer. reason: the judge writes its reason
     before its verdict. temperature: null sends none. extra: further fields of a request. max_characters: of a text; a longer
-    completion is a failure. concurrency: requests at the same time. attempts: for each question. request_seconds,
+    completion has 0. concurrency: requests at the same time. attempts: for each question. request_seconds,
     step_seconds: for an attempt, and for all questions of a step. failures_in_a_row: so many, and nothing is asked for
     pause_seconds. cache: the folder of the verdicts; none for no cache, empty for one in the user's cache folder.
     """
@@ -80,6 +85,9 @@ class Judge:
     _asked: dict[Question, tuple[Future[list[Any]], int]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+    _declined: list[None] = field(
+        default_factory=list, init=False, repr=False, compare=False
+    )  # one each, to be counted
 
     def __post_init__(self) -> None:
         for wrong in _wrong(self):
@@ -102,7 +110,28 @@ class Judge:
             for batch, _ in self._asked.values():
                 batch.cancel()
             self._asked.clear()
-        return [value for plan in plans for value in plan.values(verdicts)]
+        values = [value for plan in plans for value in plan.values(verdicts)]
+        self._say_declined([value for value in values if isinstance(value, DeclinedError)])
+        return [0.0 if isinstance(value, DeclinedError) else value for value in values]
+
+    def _say_declined(self, declined: Sequence[DeclinedError]) -> None:
+        """Warn when there are 1, 2, 4, 8 ... of them since the start."""
+        before, now = len(self._declined), len(self._declined) + len(declined)
+        self._declined.extend([None] * len(declined))
+        if declined and before.bit_length() < now.bit_length():
+            warnings.warn(
+                f"judge: {now} completions so far have the lowest value, since they were too long for it or it declined them; "
+                f"the last: {declined[-1]}",
+                stacklevel=3,
+            )
+
+    @property
+    def __signature__(self) -> Signature:
+        """With the reference's column by its name, so that data without it are refused before training."""
+        named = [self.reference] if self.reference.isidentifier() else []
+        parameters = [Parameter(name, Parameter.KEYWORD_ONLY) for name in ("prompts", "completions", *named)]
+        rest = [Parameter("columns", Parameter.VAR_KEYWORD)] if self.reference and not named else []
+        return Signature([*parameters, *rest])
 
     def begin(self, prompts: Sequence[str | Chat], completions: Sequence[str | Chat], **columns: Sequence[Any]) -> None:
         """Ask about these groups already. The next call, which has them among others, waits for the answers that are not there."""
@@ -228,9 +257,8 @@ def _unfit(judge: Judge, prompt: str, reference: str | None, text: str) -> Rewar
         return RewardError(f"has no reference answer in the column {judge.reference}")
     for name, given in {"prompt": prompt, "reference answer": reference or "", "completion": text}.items():
         if len(given) > judge.max_characters:
-            return RewardError(
-                f"the {name} has {len(given)} characters, more than max_characters ({judge.max_characters})"
-            )
+            kind = DeclinedError if name == "completion" else RewardError
+            return kind(f"the {name} has {len(given)} characters, more than max_characters ({judge.max_characters})")
     return None
 
 
@@ -305,7 +333,7 @@ def _mean(values: Sequence[Value]) -> Value:
     numbers = [value for value in values if isinstance(value, float)]
     if numbers:
         return sum(numbers) / len(numbers)
-    return values[0] if values else None
+    return next((value for value in values if isinstance(value, DeclinedError)), values[0] if values else None)
 
 
 def _rounds(size: int) -> Iterator[tuple[int, int]]:
@@ -347,6 +375,8 @@ def _wrong(judge: Judge) -> Iterator[str]:
     for name in ("key_variable", "reference", "cache"):
         if not isinstance(getattr(judge, name), str):
             yield f"{name}: {getattr(judge, name)!r} is no text"
+    if judge.reference in GIVEN:
+        yield f"reference: {judge.reference!r} can't be the name of a column"
     for name in ("max_pairs", "orders", "max_characters", "concurrency", "attempts", "failures_in_a_row"):
         if type(getattr(judge, name)) is not int or getattr(judge, name) < 1:
             yield f"{name}: {getattr(judge, name)!r} is no whole number above 0"

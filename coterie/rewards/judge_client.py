@@ -12,6 +12,7 @@ import email.utils
 import json
 import math
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,10 +33,15 @@ from tenacity import (
 
 from coterie.errors import RewardError
 from coterie.keys import MASK, hidden
-from coterie.rewards.judge_request import Question, ReplyError
+from coterie.rewards.judge_request import Question, QuotationError, ReplyError
 
 MAX_BODY = 1_000_000  # bytes of an answer
 _PARTING = 5.0  # seconds for connections to close
+_OF_THE_TEXT = re.compile(  # what servers say of a request whose texts are too long, or not to be read
+    r"context.?(?:length|window|size|limit)|too (?:long|large|many (?:input )?tokens)|content.?(?:policy|filter|management)"
+    r"|moderation|flagged",
+    re.IGNORECASE,
+)
 _FORMATS = ("json_schema", "json_object", "plain")  # each for servers that refuse the one before
 
 
@@ -51,8 +57,20 @@ class UnreadableError(AgainError):
     """The service answered, and not what it was asked for. Another try may give something better."""
 
 
+class QuotedError(UnreadableError):
+    """Its verdict stands in what it was given to judge, word for word: it may be a quotation."""
+
+
 class UnjudgedError(Exception):
     """The service refuses this question, and would again."""
+
+
+class UnfitError(UnjudgedError):
+    """The service refuses this question for the text that it is to judge: too long, or nothing that it wants to read."""
+
+
+class DeclinedError(RewardError):
+    """There is no verdict because of what was to be judged, and not because of an outage."""
 
 
 class RefusedError(Exception):
@@ -193,6 +211,9 @@ class Client:
             verdict: Any = await retrying(self._attempt, question, until)
         except RewardError as error:  # not asked at all
             return error
+        except (QuotedError, UnfitError) as error:
+            self._breaker.succeeded()
+            return DeclinedError(self._clean(f"the judge {error}"))
         except (UnreadableError, UnjudgedError) as error:  # it is up, and that is what the breaker asks
             self._breaker.succeeded()
             return RewardError(self._clean(f"the judge {error}"))
@@ -229,6 +250,8 @@ class Client:
         self._format = max(self._format, number)
         try:
             return question.read(_reply_in(body), prose=_FORMATS[number] == "plain")
+        except QuotationError as error:
+            raise QuotedError(f"gave a reply that {error}") from None
         except ReplyError as error:
             raise UnreadableError(f"gave a reply that {error}") from None
 
@@ -263,7 +286,8 @@ class Client:
         if 300 <= status < 400:
             return RefusedError(f"answered {status}, a redirect, which is not followed")
         said = " ".join(self._clean(body[:4000].decode("utf-8", "replace")).split())
-        kind = UnjudgedError if status in (400, 413, 422) else RefusedError
+        unfit = status == 413 or (status in (400, 422) and _OF_THE_TEXT.search(said))
+        kind = UnfitError if unfit else UnjudgedError if status in (400, 422) else RefusedError
         return kind(f"answered {status}: {said[:200]}")
 
     def _clean(self, reason: str) -> str:
@@ -272,7 +296,7 @@ class Client:
 
 
 def _reply_in(body: bytes) -> str:
-    """What the model wrote, in a chat completion. Raises UnreadableError, and UnjudgedError where it did not want to."""
+    """What the model wrote, in a chat completion. Raises UnreadableError, and UnfitError where it did not want to."""
     try:
         (choice,) = json.loads(body)["choices"]
         message = choice["message"]
@@ -280,7 +304,7 @@ def _reply_in(body: bytes) -> str:
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         raise UnreadableError("gave a reply that is no chat completion") from None
     if refusal or ended == "content_filter":
-        raise UnjudgedError("does not want to judge this")
+        raise UnfitError("does not want to judge this")
     if ended == "length":
         raise UnreadableError("gave a reply that its length limit cut")
     if not isinstance(content, str):

@@ -6,20 +6,27 @@ that depends on its own content, which it can't contain, and the tokens that par
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, ClassVar
 
 from coterie.rewards.text_of import Chat
 
 _MAX_PROSE = 20_000  # characters of a reply that is searched for its object
+_MAX_OBJECTS = 1000  # in the data, that a verdict is compared with
 
 
 class ReplyError(Exception):
     """A judge's reply is not of the form that was asked for."""
+
+
+class QuotationError(ReplyError):
+    """A judge's verdict is one that stands in what it was given."""
 
 
 @dataclass(frozen=True)
@@ -128,14 +135,32 @@ class Question:
 
     def read(self, reply: str, *, prose: bool = False) -> Any:
         """The verdict in a reply. prose: other text may stand around its one object. Raises ReplyError."""
-        answer = _only_object(_bare(reply), prose=prose)
+        bare = _bare(reply)
+        answer = _only_object(bare, prose=prose)
         wanted = set(self.schema["properties"])
         if set(answer) != wanted:
             raise ReplyError(f"has the keys {sorted(answer)!r:.80}, and not {sorted(wanted)}")
         if self.with_reason and not isinstance(answer["reason"], str):
             raise ReplyError(f"reason is {answer['reason']!r:.60}, not text")
-        return self.form.check(answer[self.form.key])
+        verdict = self.form.check(answer[self.form.key])
+        if prose and self._may_quote(answer, alone=bare.startswith("{")):
+            raise QuotationError("repeats a verdict that stands in what it was given")
+        return verdict
 
+    def _may_quote(self, answer: Mapping[str, Any], *, alone: bool) -> bool:
+        """Whether a verdict in plain text may be an answer's own, repeated: the same with its reason stands there, or, where other
+        words stand around it, the same without."""
+        given = self.user.rpartition(_END)[0]
+        if self.with_reason and answer in _objects_in(given):
+            return True
+        key, value = re.escape(self.form.key), answer[self.form.key]
+        values = [re.escape(str(one)) for one in (value if isinstance(value, list) else [value])]
+        spelled = r"[\s,]*".join(rf"[\"']?{one}[\"']?" for one in values)
+        claimed = rf"{key}[\"'\s]*(?:[:=]|is|of)?[\s\[]*{spelled}(?![\d.]*\d)"
+        return not alone and re.search(claimed, given, re.IGNORECASE) is not None
+
+
+_END = "The data has ended."
 
 TASKS = {
     Score: "You judge one answer to a prompt.",
@@ -165,7 +190,7 @@ def make_question(
         f"{reply}"
     )
     fenced = [f"{boundary} {name} begins\n{text}\n{boundary} {name} ends" for name, text in parts.items()]
-    return Question(system, "\n\n".join([*fenced, f"The data has ended. {reply}"]), form, with_reason)
+    return Question(system, "\n\n".join([*fenced, f"{_END} {reply}"]), form, with_reason)
 
 
 def conversation(prompt: str | Chat) -> str:
@@ -176,13 +201,20 @@ def conversation(prompt: str | Chat) -> str:
 
 
 _NAMES = (
-    "s|S|bos|eos|pad|unk|mask|sep|cls|(?:start|begin|end)_of_[a-z_]+|(?:begin|end)of[a-z]+|unused[0-9]+|extra_id_[0-9]+"
+    "s|S|bos|eos|pad|unk|mask|sep|cls|eot|eod|eom|eop|sop|turn|user|assistant|system|human|bot|model|human|end|start|stop|"
+    "(?:begin|start|end)of[a-z]+|im[_-]?(?:start|end)|unused[0-9]+|0x[0-9A-Fa-f]{2}|[A-Z]{2,}[0-9]*"
 )
-_ROLE_TOKENS = re.compile(rf"<(?=[|｜])|<(?=/?(?:{_NAMES})>)|<(?=</?SYS>)|\[(?=/?(?:INST|[A-Z]+_[A-Z_]+)\])")
+_ANY = r"[^<>\s]{0,60}"
+# Whatever a template may part messages with, the judge's own being unknown: a name with a mark in it that words and HTML do not have,
+# names that are used for it, and capitals in square brackets.
+_ROLE_TOKENS = re.compile(
+    rf"<(?=[|｜])|<(?={_ANY}[|｜]>)|<(?=/?{_ANY}[_:▁@$#]{_ANY}>)|<(?=/?(?:{_NAMES})>)|<(?=<{_ANY}>>)"
+    r"|\[(?=/?[A-Za-z0-9_]{0,60}[A-Z]{2}[A-Za-z0-9_]{0,60}\])|\[(?=[|｜])"
+)
 
 
 def as_data(text: str) -> str:
-    """Text that no chat template or tokenizer takes for the end of a message: a space breaks the tokens that would be."""
+    """Text that no chat template or tokenizer takes for the end of a message: a space breaks the tokens that could be."""
     text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair has no UTF-8
     return _ROLE_TOKENS.sub(lambda found: f"{found.group()} ", text)
 
@@ -223,6 +255,15 @@ def _only_object(text: str, *, prose: bool) -> dict[str, Any]:
     if not isinstance(answer, dict) or ("{" in rest if prose else rest):
         raise ReplyError(f"is not one JSON object alone: {text!r:.60}")
     return answer
+
+
+def _objects_in(text: str) -> list[Any]:
+    """Every JSON object that begins somewhere in a text, of the first thousand places where one may."""
+    found = []
+    for place in islice(re.finditer(r"\{", text), _MAX_OBJECTS):
+        with contextlib.suppress(ValueError, RecursionError, ReplyError):
+            found.append(_DECODER.raw_decode(text, place.start())[0])
+    return found
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
