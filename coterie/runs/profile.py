@@ -54,7 +54,9 @@ def profile_panel(folder: Path) -> str:
         return ""
     parts = ["<h2>Where a step goes</h2>"]
     for name, stage in profile["stages"].items():
-        parts.append(f"<h3>{html.escape(name.replace('_', ' ').capitalize())}</h3><p class='note'>{_note(stage)}</p>")
+        parts.append(
+            f"<h3>{html.escape(name.replace('_', ' ').capitalize())}</h3><p class='note'>{html.escape(_note(stage))}</p>"
+        )
         parts.append(_bars(stage["sections"]))
         parts.append(f"<div class='profile'>{_sections(stage)}{_operators(stage)}</div>")
     return "\n".join(parts)
@@ -79,8 +81,8 @@ def _bars(sections: list[dict[str, Any]]) -> str:
 
     by_time = sorted(sections, key=lambda section: section["seconds"])
     bar = go.Bar(
-        x=[section["seconds"] for section in by_time],
-        y=[section["name"] for section in by_time],
+        x=[float(section["seconds"]) for section in by_time],
+        y=[html.escape(str(section["name"]), quote=False) for section in by_time],
         orientation="h",
         text=[f"{duration(section['seconds'])}  {section['share']:.1%}" for section in by_time],
         textposition="outside",
@@ -124,7 +126,7 @@ def _operators(stage: Mapping[str, Any]) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{name}</th>" for name in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<div><table class='figures'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 

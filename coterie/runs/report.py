@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from coterie.errors import UserError
+from coterie.keys import hidden
 from coterie.recipe import load_recipe
 from coterie.runs.profile import profile_panel
 from coterie.runs.signs import SIGN
@@ -20,7 +22,30 @@ _SMOOTHED_FROM = 60  # steps from which a running mean is drawn over the single 
 
 
 def write_report(folder: Path) -> Path:
-    """Write the report of a run and return its path. Raises FileNotFoundError where there is no run."""
+    """Write the report of a run and return its path. Raises FileNotFoundError where there is no run.
+
+    The folder may be somebody else's: all of it is text, none of it a part of the page. UserError for what no run writes.
+    """
+    try:
+        return _write_report(folder)
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        sqlite3.Error,
+    ) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{folder}: its report can't be made: run.db, summary.json or profile.json holds what no run writes: "
+            f"{type(error).__name__}: {str(error)[:200]}"
+        ) from error
+
+
+def _write_report(folder: Path) -> Path:
     recipe = load_recipe(str(folder / "recipe.yaml"))
     store = Store(folder / "run.db", read_only=True)
     try:
@@ -33,7 +58,7 @@ def write_report(folder: Path) -> Path:
             profile_panel(folder),
             _groups(store),
             _events(store),
-            f"<h2>Recipe</h2><pre class='recipe'>{html.escape((folder / 'recipe.yaml').read_text('utf-8'))}</pre>",
+            f"<h2>Recipe</h2><pre class='recipe'>{_text((folder / 'recipe.yaml').read_text('utf-8'))}</pre>",
             "</main></body></html>",
         ]
     finally:
@@ -44,10 +69,20 @@ def write_report(folder: Path) -> Path:
     return path
 
 
+def _text(value: object) -> str:
+    """Text of a run's as text of the page."""
+    return html.escape(hidden(str(value)))
+
+
+def _label(name: str) -> str:
+    """A name in a chart, where plotly reads some HTML."""
+    return html.escape(hidden(str(name)), quote=False).replace("_", " ")
+
+
 def _head(name: str) -> str:
-    title = html.escape(name)
+    title = _text(name)
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title} · coterie</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body><main>
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body><main>
 <h1>{title}</h1>"""
 
 
@@ -55,11 +90,11 @@ def _results(folder: Path, preset: str) -> str:
     """The figures before and after, and the answers to the examples."""
     path = folder / "summary.json"
     if not path.is_file():
-        return f"<p class='note'>preset {html.escape(preset)}; the run is not finished</p>"
+        return f"<p class='note'>preset {_text(preset)}; the run is not finished</p>"
     summary = json.loads(path.read_text("utf-8"))
     names = [name for name in summary["after"] if not name.endswith("_interval")]
     rows = [
-        f"<tr><th>{html.escape(name.replace('_', ' '))}</th>"
+        f"<tr><th>{_text(name.replace('_', ' '))}</th>"
         + "".join(f"<td>{_figure(summary[when], name)}</td>" for when in ("before", "after"))
         + "</tr>"
         for name in names
@@ -73,12 +108,12 @@ def _results(folder: Path, preset: str) -> str:
         else "<p class='note'>no prompts were held out</p>"
     )
     examples = "".join(
-        f"<section class='example'><h3>{html.escape(example['prompt'])}</h3><div class='pair'>"
-        f"<figure><figcaption>before</figcaption><pre>{html.escape(example['before'])}</pre></figure>"
-        f"<figure><figcaption>after</figcaption><pre>{html.escape(example['after'])}</pre></figure></div></section>"
+        f"<section class='example'><h3>{_text(example['prompt'])}</h3><div class='pair'>"
+        f"<figure><figcaption>before</figcaption><pre>{_text(example['before'])}</pre></figure>"
+        f"<figure><figcaption>after</figcaption><pre>{_text(example['after'])}</pre></figure></div></section>"
         for example in summary["examples"]
     )
-    return f"<p class='note'>{html.escape(note)}</p><h2>Results</h2>{table}<div class='examples'>{examples}</div>"
+    return f"<p class='note'>{_text(note)}</p><h2>Results</h2>{table}<div class='examples'>{examples}</div>"
 
 
 def _figure(figures: dict[str, Any], name: str) -> str:
@@ -95,7 +130,7 @@ def _signs(store: Store) -> str:
         looked = "reward/mean" in _names(store)
         return "<p class='note'>No signs of reward hacking were seen.</p>" if looked else ""
     entries = "".join(
-        f"<li><b>{html.escape(kind.removeprefix(SIGN).replace('_', ' '))}</b> from step {step}: {html.escape(message)}</li>"
+        f"<li><b>{_text(kind.removeprefix(SIGN).replace('_', ' '))}</b> from step {_text(step)}: {_text(message)}</li>"
         for step, kind, message in rows
     )
     return (
@@ -169,7 +204,7 @@ def _curves(store: Store, names: list[str], go: Any) -> list[Any]:
     traces = []
     for colour, name in zip(_COLOURS * 3, names, strict=False):
         steps, values = _series(store, name)
-        label = name.partition("/")[2].replace("_", " ")
+        label = _label(name.partition("/")[2])
         faint = len(steps) >= _SMOOTHED_FROM and name != "optimiser/learning_rate"
         line = {"color": colour, "width": 1 if faint else 2}
         traces.append(
@@ -197,7 +232,7 @@ def _evaluations(store: Store, go: Any) -> list[Any]:
             "thickness": 1,
         }
         traces.append(
-            go.Scatter(x=[row["step"] for row in points], y=value, error_y=spread, name=name.replace("_", " "),
+            go.Scatter(x=[row["step"] for row in points], y=value, error_y=spread, name=_label(name),
                        mode="lines+markers", line={"color": colour}))  # fmt: skip
     return traces
 
@@ -224,7 +259,7 @@ def _groups(store: Store) -> str:
             step,
             _GROUPS_PER_STEP,
         )
-        parts.append(f"<h3>Step {step}</h3>")
+        parts.append(f"<h3>Step {_text(step)}</h3>")
         for row in prompts:
             completions = store.read(
                 "SELECT * FROM completions WHERE stage = 'train' AND step = ? AND prompt_number = ? "
@@ -233,7 +268,7 @@ def _groups(store: Store) -> str:
                 row["prompt_number"],
             )
             cards = "".join(_card(completion) for completion in completions)
-            prompt = html.escape(completions[0]["prompt"])
+            prompt = _text(completions[0]["prompt"])
             parts.append(f"<div class='group'><p class='prompt'>{prompt}</p><div class='cards'>{cards}</div></div>")
     return "\n".join(parts)
 
@@ -242,7 +277,11 @@ def _card(row: sqlite3.Row) -> str:
     """One completion: its reward and parts, why it ended, and its tokens."""
     advantage = row["advantage"]
     tokens = []
-    for piece, logprob in zip(json.loads(row["pieces"]), json.loads(row["sampler_logprobs"]), strict=True):
+    pieces, logprobs = json.loads(row["pieces"]), json.loads(row["sampler_logprobs"])
+    whole = "".join(pieces)
+    if hidden(whole) != whole:  # a key goes over several tokens
+        pieces, logprobs = [hidden(whole)], [0.0]
+    for piece, logprob in zip(pieces, logprobs, strict=True):
         shown = html.escape(piece).replace("\n", "⏎\n")
         surprise = min(1.0, -logprob / 3)
         tokens.append(
@@ -251,11 +290,11 @@ def _card(row: sqlite3.Row) -> str:
     strength = min(1.0, abs(advantage) / 2)
     side = "better" if advantage > 0 else "worse"
     given = " · ".join(
-        f"{html.escape(name.replace('_', ' '))} {'–' if value is None else f'{value:.2f}'}"
+        f"{_text(name.replace('_', ' '))} {'–' if value is None else f'{value:.2f}'}"
         for name, value in json.loads(row["reward_parts"]).items()
     )
     reward = "abstains" if row["reward"] is None else f"reward {row['reward']:.2f}"
-    failure = f"<p class='failure'>{html.escape(row['failure'])}</p>" if row["failure"] else ""
+    failure = f"<p class='failure'>{_text(row['failure'])}</p>" if row["failure"] else ""
     return (
         f"<div class='card {side}' style='--a:{strength:.2f}'><p><b>{reward}</b> advantage {advantage:+.2f}</p>"
         f"<p class='note'>{given} · ended by {'the length limit' if row['ended'] == 'length' else 'itself'}</p>"
@@ -268,7 +307,7 @@ def _events(store: Store) -> str:
     rows = store.read(query, f"{SIGN}%")
     if not rows:
         return ""
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(value))}</td>" for value in row) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(f"<td>{_text(str(value))}</td>" for value in row) + "</tr>" for row in rows)
     return (
         "<h2>Events</h2><table><thead><tr><th>stage</th><th>step</th><th>kind</th><th>what</th></tr></thead>"
         f"<tbody>{body}</tbody></table>"
@@ -279,9 +318,9 @@ def _names(store: Store) -> list[str]:
     return [row["name"] for row in store.read("SELECT DISTINCT name FROM metrics WHERE stage = 'train' ORDER BY name")]
 
 
-def _series(store: Store, name: str) -> tuple[list[int], list[float]]:
+def _series(store: Store, name: str) -> tuple[list[int], list[float | None]]:
     rows = store.read("SELECT step, value FROM metrics WHERE stage = 'train' AND name = ? ORDER BY step", name)
-    return [row["step"] for row in rows], [row["value"] for row in rows]
+    return [int(row["step"]) for row in rows], [None if row["value"] is None else float(row["value"]) for row in rows]
 
 
 def _running_mean(values: Sequence[float | None], width: int = 15) -> list[float | None]:
@@ -292,6 +331,11 @@ def _running_mean(values: Sequence[float | None], width: int = 15) -> list[float
     return means
 
 
+# The page asks the network for nothing, whatever stands in it
+_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:; "
+    "form-action 'none'; base-uri 'none'"
+)
 _STYLE = """
 :root { --ink: #1f2937; --soft: #6b7280; --edge: #e5e7eb; --paper: #ffffff; --tint: #f9fafb; }
 body { margin: 0; background: var(--tint); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }

@@ -74,15 +74,27 @@ class Store:
         self._into = "main"
         if read_only:
             self._db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None)
+            self._refuse_programs()
             self._version()
         else:
             self._db = sqlite3.connect(path, isolation_level=None)
             self._db.execute(f"PRAGMA busy_timeout={_PATIENCE * 1000:.0f}")
+            self._refuse_programs()
             version = self._version()
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._migrate(version)
         self._db.row_factory = sqlite3.Row
+
+    def _refuse_programs(self) -> None:
+        """UserError for a database that would do something when it is read or written to, which may be somebody else's."""
+        self._db.execute("PRAGMA trusted_schema=OFF")
+        found = self._db.execute(
+            "SELECT type, name FROM sqlite_schema WHERE type NOT IN ('table', 'index') OR sql LIKE 'CREATE VIRTUAL%'"
+        ).fetchone()
+        if found is not None:
+            self._db.close()
+            raise UserError(f"{self.path}: holds the {found[0]} {found[1]!r:.80}, which no run writes; it is not used")
 
     def _version(self) -> int:
         version = int(self._db.execute("PRAGMA user_version").fetchone()[0])

@@ -1,7 +1,14 @@
 """The report shows what a model wrote, and runs none of it."""
 
+import contextlib
+import json
+import sqlite3
+from html.parser import HTMLParser
+
+import pytest
 import torch
 
+from coterie.errors import UserError
 from coterie.recipe import make_recipe
 from coterie.runs.report import write_report
 from coterie.runs.store import Store
@@ -77,3 +84,150 @@ def test_r33_signs_of_reward_hacking_stand_above_the_curves_and_not_among_the_ev
     assert "not finite" in events
     assert "length" not in events.partition("<h2>Recipe")[0]
     assert "No signs" not in page
+
+
+SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(2)>'\" onmouseover='alert(3)"
+
+
+def write_whole_run(folder):
+    """With everything that the report reads."""
+    write_run(folder)
+    figures = {"accuracy": 0.5, "accuracy_interval": [0.4, 0.6]}
+    summary = {"before": figures, "after": figures, "seed": 1, "seconds": 2.0,
+               "examples": [{"prompt": "p", "before": "b", "after": "a"}]}  # fmt: skip
+    section = {"name": "sample", "seconds": 1.0, "share": 1.0, "calls": 2.0, "peak_bytes": 5}
+    stage = {"steps": [1, 2], "step_seconds": 1.0, "bare_step_seconds": {"timed": 1.0, "traced": 2.0}, "traced_step": 2,
+             "sections": [section], "operators": [{"name": "mm", "calls": 1, "seconds": 1.0, "device_seconds": None}]}  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "profile.json").write_text(json.dumps({"stages": {"train": stage}}))
+    store = Store(folder / "run.db")
+    store.evaluation("train", 1, "sampled", "accuracy", 0.5, 0.4, 0.6, 9)
+    store.event("train", 1, "sign/length_drift", "longer")
+    store.event("train", 1, "limit", "much")
+    store.close()
+
+
+def places_in(value, path=()):
+    """The path to every key and every plain value in JSON."""
+    for name, inner in (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    ):
+        yield ("key", *path, name)
+        yield from places_in(inner, (*path, name))
+    if not isinstance(value, dict | list):
+        yield ("value", *path)
+
+
+def changed(value, kind, *path):
+    value = json.loads(json.dumps(value))
+    *before, last = path
+    owner = value
+    for name in before:
+        owner = owner[name]
+    if kind == "value":
+        owner[last] = SCRIPT
+    elif isinstance(owner, dict):
+        owner[SCRIPT] = owner.pop(last)
+    return value
+
+
+class Page(HTMLParser):
+    """What a browser would take for elements, attributes and scripts."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.attributes, self.scripts = set(), set(), []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attributes}
+
+    def handle_data(self, data):
+        if self.lasttag == "script":
+            self.scripts.append(data.strip())
+
+
+def assert_harmless(folder):
+    """The report is refused in a sentence, or nothing in it is a part of the page."""
+    (folder / "report.html").unlink(missing_ok=True)
+    try:
+        page = Page(write_report(folder).read_text("utf-8"))
+    except UserError as error:
+        said = str(error)
+        assert "no run writes" in said
+        return
+    assert "img" not in page.tags
+    assert not [name for name in page.attributes if name.startswith("on") and name != "onchange"]
+    assert not [script for script in page.scripts if script.startswith("alert")]
+
+
+@pytest.fixture
+def quick_plotly(monkeypatch):
+    """The page without the library itself, which is 4 MB."""
+    monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "")
+
+
+@pytest.mark.slow
+def test_nothing_in_a_sent_runs_json_is_a_part_of_the_page(tmp_path, quick_plotly):
+    write_whole_run(tmp_path)
+    write_report(tmp_path)
+    for name in ("summary.json", "profile.json"):
+        whole = json.loads((tmp_path / name).read_text())
+        for place in places_in(whole):
+            (tmp_path / name).write_text(json.dumps(changed(whole, *place)))
+            assert_harmless(tmp_path)
+        for text in ("[]", "null", "[" * 100_000, "{", '{"after": 1}', '{"stages": []}'):
+            (tmp_path / name).write_text(text)
+            assert_harmless(tmp_path)
+        (tmp_path / name).write_text(json.dumps(whole))
+
+
+@pytest.mark.slow
+def test_nothing_in_a_sent_runs_database_is_a_part_of_the_page(tmp_path, quick_plotly):
+    """Whatever its tables say that their columns hold."""
+    write_whole_run(tmp_path)
+    whole = (tmp_path / "run.db").read_bytes()
+    for table in ("metrics", "completions", "evaluations", "events"):
+        (tmp_path / "run.db").write_bytes(whole)
+        with contextlib.closing(sqlite3.connect(tmp_path / "run.db")) as db:
+            columns = [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
+        for column in columns:
+            for given in (SCRIPT, json.dumps([SCRIPT, SCRIPT]), json.dumps({SCRIPT: 1}), None):
+                (tmp_path / "run.db").write_bytes(whole)
+                with contextlib.closing(sqlite3.connect(tmp_path / "run.db")) as db:
+                    rows = db.execute(f"SELECT * FROM {table}").fetchall()
+                    db.execute(f"DROP TABLE {table}")
+                    db.execute(f"CREATE TABLE {table} ({', '.join(columns)})")  # of no type, without keys
+                    db.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(columns))})", rows)
+                    db.execute(f"UPDATE {table} SET {column} = ?", (given,))
+                    db.commit()
+                assert_harmless(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "CREATE TRIGGER theirs AFTER INSERT ON events BEGIN UPDATE events SET step = 'x'; END",
+        "CREATE VIEW theirs AS SELECT 1",
+        "ALTER TABLE metrics RENAME TO kept; CREATE VIEW metrics AS WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) "
+        "SELECT 'train' AS stage, i AS step, 'x' AS name, i AS value FROM n",
+        "CREATE VIRTUAL TABLE theirs USING fts5(text)",
+    ],
+)
+@pytest.mark.parametrize("read_only", [True, False])
+def test_a_database_that_does_something_when_it_is_used_is_refused(tmp_path, statement, read_only):
+    write_run(tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "run.db")) as db:
+        db.executescript(statement)
+    with pytest.raises(UserError, match="which no run writes"):
+        Store(tmp_path / "run.db", read_only=read_only)
+
+
+def test_the_page_asks_the_network_for_nothing_and_shows_no_key(tmp_path, monkeypatch):
+    write_whole_run(tmp_path)
+    monkeypatch.setenv("MY_TOKEN", HOSTILE[:20])
+    page = write_report(tmp_path).read_text()
+    assert "default-src 'none'" in page
+    assert "***" in page
+    assert "&lt;script&gt;alert(1)" not in page
