@@ -218,10 +218,13 @@ def _same_equation(one: Any, other: Any) -> bool:
         return _same_expression(one.lhs, other.lhs) and _same_expression(one.rhs, other.rhs)
     ratio = None
     for a, b in _values(first, second):
-        if abs(b) < _NOTHING or abs(a) < _NOTHING or not _close(a / b, ratio or a / b):
+        zeros = [abs(each) < _NOTHING for each in (a, b)]
+        if all(zeros):
+            continue
+        if any(zeros) or not _close(a / b, ratio or a / b):
             return False
         ratio = ratio or a / b
-    return True
+    return ratio is not None
 
 
 def _same_expression(one: Any, other: Any) -> bool:

@@ -43,7 +43,7 @@ _NUMBER = re.compile(
 )
 _OPERATOR = re.compile(
     r"\s*(?:[*×÷/+^=<>≈(]|[-−–]\s*[\d$(]|x\s*[\d$(]|\\(?:times|cdot|div|le|ge)|(?:or|to|and)\s+\$?\d|times\s+\d|plus|minus|divided"
-    r"|(?:[a-z]+\s+){0,3}?(?:or (?:more|less|fewer|so|higher|lower)\b|than\s+\$?\d)|(?:below|squared|cubed|percentage|factorial)\b|and a half)",
+    r"|(?:[a-z]+\s+){0,3}?(?:or (?:more|less|fewer|so|higher|lower)\b|than\s+\$?\d)|(?:below|squared|cubed|percentage|factorial|tens|mod|modulo|\w*[jz]illions?)\b|and a half)",
     re.IGNORECASE,
 )
 _UNIT = re.compile(
@@ -57,7 +57,7 @@ _NOUN_END = re.compile(  # a verb or preposition behind what is counted
 # What makes a number that stands behind or before it no answer.
 _DENIED = re.compile(
     r"(?:\b(?:not|cannot|never|neither|nor|hardly|except|unlikely|impossible|doubt|wrong|incorrect|false|refuse|other than|instead of"
-    r"|rather than|far from|(?:any|every|no)(?:thing|one|body)? but)\b|n['’]t\b|(?:不可能|不会|不应|不是|不为|不等于|并非|绝非|并不)\w{0,3}?)"
+    r"|rather than|far from|no way|no chance|(?:any|every|no)(?:thing|one|body)? but)\b|n['’]t\b|(?:不可能|不会|不应|不是|不为|不等于|并非|绝非|并不)\w{0,3}?)"
     r"[\s,:'\"]*(?:(?!only|just)\w+[\s,:'\"]+){0,6}?$",
     re.IGNORECASE,
 )
@@ -79,7 +79,7 @@ _BOUND = re.compile(
     re.IGNORECASE,
 )
 _CONTEXT = re.compile(
-    r"\b(?:these|those|the|other|first|next|each|every|per|in|for|after|within|at|from|than|with|out of|week|day|year|month|step|part|problem|if|to|to [a-z]+|their|his|her|by|another|and|or|a)\s+$",
+    r"\b(?:these|those|the|other|first|next|each|every|per|in|for|after|within|at|from|than|with|out of|week|day|year|month|step|part|problem|if|to|to [a-z]+|their|his|her|by|another|a)\s+$",
     re.IGNORECASE,
 )
 _COPULA = re.compile(
@@ -199,7 +199,7 @@ def _without_reason(sentence: str) -> str:
     found = re.fullmatch(r"(.*[\w%.$€}])\s+[(\[]([^()]*(?:\([^()]*\)[^()]*)*)[)\]](\W*)", sentence)
     if (
         found
-        and re.search(r"[A-Za-z]{3,}|=", found[2])
+        and re.search(r"[A-Za-z]{3,}|=|\d\s[A-Za-z]{2}", found[2])
         and not re.match(r"\W*(?:or|and|not|mod|maybe|perhaps|if)\b", found[2])
     ):
         sentence = found[1]
@@ -270,7 +270,7 @@ def _from_words(sentence: str, line: str) -> str:
         return _without_digits(sentence, line)
     if len(numbers) > 1:
         *_, clause = re.split(r",\s+", sentence)
-        if clause != sentence and re.match(r"\s*[A-Za-z']+\s+[a-z]+", clause) and len(_NUMBER.findall(clause)) == 1:
+        if clause != sentence and re.match(r"[A-Za-z'’]+\s", clause) and len(_NUMBER.findall(clause)) == 1:
             return _from_words(clause, line)
         because = re.fullmatch(r".*(?:=|\bequals?|\bis)\s*(\S+?)\W*", line)
         value = (
@@ -279,7 +279,7 @@ def _from_words(sentence: str, line: str) -> str:
             else None
         )
         kept = [found for found in numbers if value is not None and number(re.sub("[$,]", "", found[0])) == value]
-        kept = kept[:1] or [found for found in numbers if not _CONTEXT.search(sentence[: found.start()])]
+        kept = kept[:1] or _without_context(numbers, sentence)
         numbers = kept if len(kept) == 1 else numbers
     if len(numbers) > 1 or _OPERATOR.match(sentence, numbers[0].end()):
         return sentence
@@ -288,6 +288,16 @@ def _from_words(sentence: str, line: str) -> str:
     if _BOUND.search(before) or _DENIED.search(_clause(before)) or _DENIED_AFTER.search(after):
         return sentence
     return _with_unit(found[0], after, line)
+
+
+def _without_context(numbers: list[re.Match[str]], sentence: str) -> list[re.Match[str]]:
+    """The numbers that no word before them tells to be given: `33 ounces in those 3 boxes`, `840 minutes for 5 dogs and 3 cats`."""
+    kept, given = [], False
+    for found in numbers:
+        before = sentence[: found.start()]
+        given = bool(_CONTEXT.search(before)) or (given and bool(re.search(r"\b(?:and|or)\s+$", before)))
+        kept += [] if given else [found]
+    return kept
 
 
 def _without_digits(sentence: str, line: str) -> str:

@@ -31,7 +31,7 @@ _ENGLISH = (
 _ONES, _TENS, _ORDINALS = (words.split() for words in _ENGLISH)
 _SCALES = {
     "hundred": 10**2, "thousand": 10**3, "lakh": 10**5, "million": 10**6, "crore": 10**7, "billion": 10**9, "bn": 10**9,
-    "trillion": 10**12, "quadrillion": 10**15, "quintillion": 10**18, "googol": 10**100, "dozen": 12, "gross": 144,
+    "trillion": 10**12, "quadrillion": 10**15, "quintillion": 10**18, "googol": 10**100, "dozen": 12, "score": 20, "gross": 144,
 }  # fmt: skip
 _PARTS = {
     "half": 2,

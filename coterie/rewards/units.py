@@ -60,8 +60,9 @@ _UNITS: dict[str, list[Unit]] = {}
 for _dimension, _rows in re.findall(r"(\w+): ([^:]+)(?:\n|$)", re.sub(r"\n +", " ", _TABLE)):
     for _size, *_names in (_row.split() for _row in _rows.split(";")):
         for _name in _names:
-            _long = len(_name.strip("*")) > 3
-            _all = {"": 0} | {p: e for p, e in _PREFIXES.items() if (len(p) > 1) == _long and _name.endswith("*")}
+            _length = len(_name.strip("*"))  # names take whole prefixes, symbols letters, and `amp` and `cal` both
+            _fits = {True: _length > 2, False: _length < 4}
+            _all = {"": 0} | {p: e for p, e in _PREFIXES.items() if _fits[len(p) > 1] and _name.endswith("*")}
             for _prefix, _exponent in _all.items():
                 _unit = Unit(((_dimension, 1),), Fraction(_size) * Fraction(10) ** _exponent)
                 _UNITS.setdefault(_prefix + _name.strip("*").replace("-", " "), []).append(_unit)
@@ -74,7 +75,7 @@ CHINESE_UNITS = sorted((name for name in _UNITS if re.match("[\u4e00-\u9fff]", n
 _ENDING = """in of for on at from by with to left total altogether together remaining more each every who that which when while
 during after before and so as because since if overall instead now then there here all away apart long tall high wide deep old only too"""
 _CHANGING = """or not is are was were be isn't squared cubed below above less fewer than minus plus under over short percentage factorial
-wrong incorrect maybe mod modulo base negative no"""
+wrong incorrect maybe mod modulo base negative no zillion gazillion bazillion jillion"""
 ENDS = frozenset(_ENDING.split())
 _CHANGES = frozenset(_CHANGING.split()) | NUMBER_WORDS
 
@@ -138,7 +139,9 @@ def _noun(text: str) -> list[Unit] | None:
     power = 1
     if len(words) > 1 and (known := _product(" ".join(words), lone=True) if len(words) < len(text.split()) else None):
         return known
-    if any(word in _CHANGES for word in words) or any(len(word) < 2 for word in words if word.isascii()):
+    if any({word, word.removesuffix("s")} & _CHANGES for word in words) or any(
+        len(word) < 2 for word in words if word.isascii()
+    ):
         return None
     if not words:
         return [Unit(())]
