@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ class Codec:
         chat: Chat | None = None,
         vocabulary_size: int | None = None,
     ) -> Codec:
-        """A turn ends with any of the tokens that the tokenizer and its chat template end one with, and of those that are `stated` to by
-        a model's files. Raises UserError where there is none, or none that the model knows."""
+        """A turn ends with any of the tokens that the tokenizer and its chat template end one with, and with those that a
+        model's files state. Raises UserError where there is none, or none that the model knows."""
         template = ChatTemplate(tokenizer, chat or Chat())
         listed = [
             token
@@ -159,9 +160,22 @@ class Codec:
     @cached_property
     def _beginning(self) -> list[int]:
         """What the tokenizer puts before a text: the token that begins one, or several, or nothing."""
-        bare, whole = (list(self.tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (False, True))
+        found = self._before("a")
+        if found is None:  # a small vocabulary may have no a
+            words = (
+                word for word in sorted(self.tokenizer.get_vocab()) if word not in self.tokenizer.all_special_tokens
+            )
+            found = next((start for start in map(self._before, islice(words, 100)) if start is not None), [])
+        return found
+
+    def _before(self, text: str) -> list[int] | None:
+        """What the tokenizer puts before this text; None where it can't encode it."""
+        try:
+            bare, whole = (list(self.tokenizer(text, add_special_tokens=added)["input_ids"]) for added in (False, True))
+        except Exception:  # the tokenizers' own kind
+            return None
         places = (place for place in range(len(whole)) if bare and whole[place : place + len(bare)] == bare)
-        return whole[: next(places, 0)]
+        return next((whole[:place] for place in places), None)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """The tokens of each text, and nothing around them."""
@@ -184,23 +198,23 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, kno
     """The token that the template ends an answer's turn with; None where it writes none there.
 
     It is looked for first in what stands after an answer whatever follows; then in what stands after the last one; then in
-    what begins the turn that follows, where a template writes nothing else between two turns. A token counts that was added to the
-    vocabulary, or is written like a mark: <...> or [...].
+    what begins the turn that follows, where a template writes nothing else between two turns.
     """
-    others = {tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
-    added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.content.strip()}
-    marks = ({*added, *tokenizer.all_special_ids} - others) | set(known)
-
-    def counts(token: int) -> bool:
-        piece = str(tokenizer.convert_ids_to_tokens(token))
-        return token in marks or (token not in others and re.fullmatch(r"<.+>|\[.+\]", piece) is not None)
-
-    last, amid = (list(tokenizer(tail, add_special_tokens=False)["input_ids"]) for tail in template.tails)
+    last, amid = (_marks(tokenizer, tail, known) for tail in template.tails)
     for tail, which in ((last[: _num_shared(last, amid)], -1), (last, 0), (amid, 0)):
-        ends = [token for token in tail if counts(token)]
-        if ends:
-            return next((token for token in ends if token in known), ends[which])
+        if tail:
+            return next((token for token in tail if token in known), tail[which])
     return None
+
+
+def _marks(tokenizer: PreTrainedTokenizerBase, text: str, known: Sequence[int]) -> list[int]:
+    """The tokens in a text that were added to the vocabulary, or are in it and written like a mark: <...> or [...]."""
+    others = {None, tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id} - {*known}
+    names = {entry.content for entry in tokenizer.added_tokens_decoder.values() if entry.content.strip()}
+    names |= {name for name in map(tokenizer.convert_ids_to_tokens, known) if isinstance(name, str)}
+    patterns = [*map(re.escape, sorted(names, key=len, reverse=True)), r"<[^<>\s]+>", r"\[[^\[\]\s]+\]"]
+    found = map(tokenizer.convert_tokens_to_ids, re.findall("|".join(patterns), text))
+    return [token for token in found if token not in others]
 
 
 def _num_shared(one: Sequence[int], other: Sequence[int]) -> int:

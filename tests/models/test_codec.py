@@ -169,6 +169,26 @@ def test_a_text_begins_once_and_does_not_end():
     assert codec.encode_demonstration("2 + 2 =", " 4<eos>") == ([bos, *plain], [*answer, eos])
 
 
+def test_a_small_vocabulary_without_an_unknown_token_will_do():
+    """It can take neither an a nor a line break, and says so where a text holds one."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(
+        models.WordLevel({word: place for place, word in enumerate(("<s>", "</s>", "<|end|>", "2", "+", "4"))})
+    )
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %} {{ m.content }} <|end|> {% endfor %}"
+    codec = Codec.of(tokenizer)
+    assert codec.end_tokens == (1, 2)
+    assert codec.encode_prompt("2 + 2") == codec.encode_prompt("<s> 2 + 2") == [0, 3, 4, 3]
+    assert codec.encode_demonstration([{"role": "user", "content": "2 + 2"}], "4") == ([3, 4, 3, 2], [5, 2])
+    with pytest.raises(UserError, match="fails on this text"):
+        codec.encode_prompt("3 + 3")
+
+
 def test_a_text_and_its_answer_are_the_text_of_both():
     """A tokenizer that begins every text with a space, as SentencePiece does, must not put one between them."""
     from tokenizers import Tokenizer, decoders, models
