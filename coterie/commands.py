@@ -61,7 +61,8 @@ def check_recipe(name: str, overrides: Sequence[str]) -> None:
             shown = _check_group(recipe, rewards, codec, task, policy)
     for text in (recipe.to_yaml(), *shown):
         console.say(text)
-    console.say("everything that can be checked without training works")
+    if not any(text.endswith(_GOES_ON) for text in shown):
+        console.say("everything that can be checked without training works")
 
 
 def _check_group(recipe: Recipe, rewards: list[Reward], codec: Codec, task: Task, policy: Policy) -> list[str]:
@@ -79,6 +80,9 @@ def _check_group(recipe: Recipe, rewards: list[Reward], codec: Codec, task: Task
     return [*_lines_of(scored, advantages), *_what_teaches_nothing(scored)]
 
 
+_GOES_ON = "A run in which that goes on is ended"
+
+
 def _what_teaches_nothing(scored: Scored) -> list[str]:
     """What is to be said of a group whose rewards abstain, or tell nothing apart."""
     size, num_given = scored.rewards.shape[1], int(scored.valid.sum())
@@ -88,8 +92,7 @@ def _what_teaches_nothing(scored: Scored) -> list[str]:
         shown.append(f"reward {failure.reward} failed for completion {failure.completion + 1}: {failure.reason}")
     if not num_given:
         shown.append(
-            f"all {size} completions of this group abstain, since no reward has a value for them: it would teach nothing. A run "
-            "in which that goes on is ended"
+            f"all {size} completions of this group abstain, since no reward has a value for them: it would teach nothing. {_GOES_ON}"
         )
     elif num_given < min(size, 2):
         shown.append(f"only {num_given} of {size} completions of this group has a reward: there is nothing to compare")

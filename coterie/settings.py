@@ -308,6 +308,6 @@ class Limits(Settings):
         (), description="which of these end the run; the newest checkpoint stands"
     )
     skipped_steps: PositiveInt = Field(
-        5, description="steps in a row with a loss that is not finite, which end the run"
+        5, description="steps in a row that teach nothing, having no finite loss or no reward, which end the run"
     )
     step_seconds: Positive = Field(3600.0, description="what a step may take; then the run ends and says where it hung")

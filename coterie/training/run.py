@@ -49,6 +49,7 @@ from coterie.training.folder import (
 )
 from coterie.training.inputs import at_home, check_inputs, inputs_of, portable
 from coterie.training.profile import Profiler
+from coterie.training.silence import watch_silence
 from coterie.training.surroundings import surroundings, what_differs
 from coterie.training.watch import HISTORY, alarms, usual_norm
 from coterie.trust import check_links
@@ -83,7 +84,7 @@ class Run:
         self._begins_with: Beginning | None = None  # of a resume
         self._changes: list[str] = []  # of a resume, that were allowed
         self._due = False  # a checkpoint
-        self._silent: set[str] = set()  # streams that can't be written, and that an event tells of
+        self._silent: set[str] = set()  # streams that can't be written and rewards that failed, once told of
         self._undeleted: list[str] = []  # old checkpoints that could not be deleted, to be told of
         self.profiler: Profiler | None = None  # watches some of the steps, if one is put here
         self.position: Position | None = None  # of the checkpoint that was resumed from
@@ -275,7 +276,12 @@ class Run:
             self._give(watch.add(step, metrics) if watch else [])
             for failure in scored.failures[:3] if scored else ():
                 where = f"prompt {failure.group + 1}, completion {failure.completion + 1}"
-                self.store.event(stage, step, "reward_failure", f"{failure.reward}, {where}: {failure.reason}")
+                words = f"{failure.reward}, {where}: {failure.reason}"
+                self.store.event(stage, step, "reward_failure", words)
+                if f"reward {failure.reward}" not in self._silent:
+                    self.console.warn(f"step {step}: a reward failed: {words}")
+                    self._silent.add(f"reward {failure.reward}")
+            watch_silence(self.store, self.console, self.recipe, stage, step, metrics)
             self._watch_skipped(stage, step, metrics, scored, rows, pieces)
             self._watch_limits(stage, step, metrics)
             for name, trouble in troubles().items():
