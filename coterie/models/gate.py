@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,7 +32,7 @@ from coterie.models.lengths import Lengths
 from coterie.models.policy import Policy, context_length_of
 
 _SMALL = 1 << 25  # parameters of a model that is copied
-_ALLOWED = 1e-3  # of the largest output, or of 1, in float32: rounding is a hundredth of it, and mistakes in grown weights a hundred times
+_ALLOWED = 1e-3  # of the largest output, or of 1, in float32: rounding is a hundredth of it, and a mistake a hundred times where weights are large
 _SEED = 0
 
 
@@ -42,12 +42,12 @@ def serve(model: PreTrainedModel) -> Policy:
     with torch.random.fork_rng(devices=[]), _without_gradients(model):
         specimen = _specimen(model)
         with _without_gradients(specimen):
-            _check_causal(specimen, type(model).__name__)
+            trial = _Trial.of(specimen, type(model).__name__)
             try:
-                return _on_stream(model, specimen)
+                return _on_stream(model, trial)
             except Exception as error:  # a model's code may raise anything where it meets what it was not made for
                 why = _in_a_line(error)
-            alone = _differs_beside_others(specimen)
+            alone = _differs_beside_others(trial)
     warnings.warn(
         f"{type(model).__name__} can't share prompts ({why}); it is sampled and trained padded, which is slower",
         stacklevel=3,
@@ -55,27 +55,23 @@ def serve(model: PreTrainedModel) -> Policy:
     return Policy(model, "padded", lengths=replace(Lengths.of(model), alone=alone))
 
 
-def _on_stream(model: PreTrainedModel, specimen: PreTrainedModel) -> Policy:
+def _on_stream(model: PreTrainedModel, trial: _Trial) -> Policy:
     """Raises where the stream does not serve."""
-    settings = observed(specimen)
+    settings = observed(trial.model)
     windows = {layer: one.window for layer, one in settings.items()}
-    trial = Policy(specimen, "stream", windows, lengths=Lengths.of(specimen))
-    _check_isolated(trial)
-    sample = _Sample.of(specimen)
-    allowed = _ALLOWED
-    for shift in (0, *_shifts(specimen)):
-        difference = _largest_difference(trial, sample, shift)
-        if not difference <= allowed:
-            raise UnservedModelError(
-                f"outputs differ by {difference:.2g}" + (f" from position {shift} on" if shift else "")
-            )
-    ours = Policy(model, "stream", windows, lengths=Lengths.of(model))
-    body = Body.of(specimen.base_model, settings)
-    if body is not None and all(
-        _largest_difference(replace(trial, body=body), sample, shift) <= allowed for shift in (0, *_shifts(specimen))
-    ):
-        return replace(ours, body=Body.of(model.base_model, observed(model)))
-    return ours
+    policy = Policy(trial.model, "stream", windows, lengths=Lengths.of(trial.model))
+    _check_isolated(policy, trial.sample)
+    body = Body.of(trial.model.base_model, settings)
+    for shift in (0, *_shifts(trial.model)):
+        alone = trial.alone(shift)
+        difference = trial.difference(policy, alone, shift)
+        if not difference <= trial.allowed:
+            since = f" from position {shift} on" if shift else ""
+            raise UnservedModelError(f"outputs differ by {difference:.2g}{since}")
+        if body is not None and not trial.difference(replace(policy, body=body), alone, shift) <= trial.allowed:
+            body = None
+    own = Body.of(model.base_model, observed(model)) if body is not None else None
+    return Policy(model, "stream", windows, own, Lengths.of(model))
 
 
 def _in_a_line(error: Exception) -> str:
@@ -100,9 +96,13 @@ def _without_gradients(model: PreTrainedModel) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def _is_small(model: PreTrainedModel) -> bool:
+    return sum(parameter.numel() for parameter in model.parameters()) <= _SMALL
+
+
 def _specimen(model: PreTrainedModel) -> PreTrainedModel:
     """What is tried in the model's place: a copy with larger weights in float32 where that is cheap, else itself."""
-    if sum(parameter.numel() for parameter in model.parameters()) > _SMALL:
+    if not _is_small(model):
         return model
     specimen = copy.deepcopy(model).float()
     generator = torch.Generator().manual_seed(_SEED)
@@ -123,11 +123,11 @@ class _Sample:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> _Sample:
-        small = sum(parameter.numel() for parameter in model.parameters()) <= _SMALL
         apart = Lengths.of(model)
-        longest = min(48 if small else 12, context_length_of(model.config) or 48, *apart.switches, *apart.stretches)
+        limits = (context_length_of(model.config) or 48, *apart.switches, *apart.stretches)
+        longest = max(2, min(48 if _is_small(model) else 8, *limits))
         prompt = max(1, longest // 3)
-        segments = [(prompt, [longest - prompt, max(1, longest // 4)]), (max(1, prompt - 2), [longest // 2, 1])]
+        segments = [(prompt, [longest - prompt, max(1, longest // 4)]), (max(1, prompt - 1), [longest // 2])]
         vocabulary = model.get_input_embeddings().weight.shape[0]
         generator = torch.Generator().manual_seed(_SEED)
         lengths = [length for prompt, of_prompt in segments for length in (prompt, *of_prompt)]
@@ -156,57 +156,92 @@ class _Sample:
         return found
 
 
+@dataclass(frozen=True)
+class _Trial:
+    """A model, a sample, and how far its outputs may differ: as a share of the largest of a row, or of 1."""
+
+    model: PreTrainedModel
+    sample: _Sample
+    allowed: float
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: PreTrainedModel, name: str) -> _Trial:
+        """Raises UserError where the model can't be run on tokens, or reads the tokens that it should predict."""
+        try:
+            sample = _Sample.of(model)
+            row = sample.rows[0][1]
+            kept = len(row) // 2
+            other = torch.cat([row[:kept], row[kept:].flip(0).roll(1)])
+            before, after = (_output(model, input_ids=tokens[None])[0] for tokens in (row, other))
+            noise = 0.0 if model.dtype in (torch.float32, torch.float64) else _noise(model, row, before)
+        except Exception as error:  # each architecture asks for what it needs in its own way
+            raise UserError(
+                f"model: {name} can't be run on tokens alone, as a language model is: {_in_a_line(error)}"
+            ) from error
+        trial = cls(model, sample, max(_ALLOWED, 3 * noise))
+        if not _difference(after[:kept], before[:kept]) <= trial.allowed:
+            decoder = "; its is_decoder is false" if getattr(model.config, "is_decoder", None) is False else ""
+            raise UserError(
+                f"model: {name} is no causal language model as it is configured: what it makes of a token changes with the "
+                f"tokens after it{decoder}"
+            )
+        return trial
+
+    @torch.no_grad()
+    def alone(self, shift: int = 0) -> list[Tensor]:
+        """What each row gives by itself, with positions that begin at `shift`: [length, V] of each completion."""
+        found, fresh = [], Lengths.of(self.model)
+        for place, row in self.sample.rows:
+            more = {"position_ids": torch.arange(shift, shift + len(row), device=row.device)[None]} if shift else {}
+            with fresh.fresh():
+                found.append(_output(self.model, input_ids=row[None], **more)[0, -len(self.sample.tokens[place]) :])
+        return found
+
+    @torch.no_grad()
+    def difference(self, policy: Policy, alone: Sequence[Tensor], shift: int) -> float:
+        """The largest between the stream's outputs and each row's alone."""
+        sample, device = self.sample, self.model.device
+        layout = StreamLayout(sample.segments, device)
+        hidden = policy.run(torch.cat(sample.tokens), sample.positions.to(device) + shift, layout)
+        outputs = policy.logits(hidden) if self.model.get_output_embeddings() is not None else hidden
+        parts = outputs.float().split([len(part) for part in sample.tokens])
+        differences = [
+            _difference(parts[place], by_itself) for (place, _), by_itself in zip(sample.rows, alone, strict=True)
+        ]
+        return max(differences, key=lambda x: (x != x, x))  # what is no number is the largest
+
+
 def _output(model: PreTrainedModel, **inputs: Any) -> Tensor:
     """Logits, or of a model without a head its last hidden states."""
     output = model(**{"use_cache": False, **inputs})
     return (output.logits if model.get_output_embeddings() is not None else output.last_hidden_state).float()
 
 
-@torch.no_grad()
-def _check_causal(model: PreTrainedModel, name: str) -> None:
-    """Raises UserError where the model can't be run on tokens, or reads the tokens that it should predict."""
+def _difference(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
+
+
+def _noise(model: PreTrainedModel, row: Tensor, output: Tensor) -> float:
+    """What rounding does to a model in half precision: how far its outputs move when its embeddings do by their last bit."""
+
+    def rounded(module: Any, inputs: Any, embeddings: Tensor) -> Tensor:
+        signs = torch.randint(2, embeddings.shape, generator=torch.Generator().manual_seed(_SEED)) * 2 - 1
+        return embeddings * (1 + torch.finfo(embeddings.dtype).eps * signs.to(embeddings))
+
+    hook = model.get_input_embeddings().register_forward_hook(rounded)
     try:
-        sample = _Sample.of(model)
-        row = sample.rows[0][1]
-        kept = len(row) // 2
-        other = torch.cat([row[:kept], row[kept:].flip(0).roll(1)])
-        before, after = (_output(model, input_ids=tokens[None])[0, :kept] for tokens in (row, other))
-    except Exception as error:  # each architecture asks for what it needs in its own way
-        raise UserError(
-            f"model: {name} can't be run on tokens alone, as a language model is: {_in_a_line(error)}"
-        ) from error
-    moved = (before - after).abs().max().item()
-    if not moved <= _ALLOWED * before.abs().max().clamp(min=1).item():
-        decoder = "; its is_decoder is false" if getattr(model.config, "is_decoder", None) is False else ""
-        raise UserError(
-            f"model: {name} is no causal language model as it is configured: what it makes of a token changes with the tokens "
-            f"after it{decoder}"
-        )
+        return _difference(_output(model, input_ids=row[None])[0], output)
+    finally:
+        hook.remove()
 
 
-@torch.no_grad()
-def _largest_difference(policy: Policy, sample: _Sample, shift: int = 0) -> float:
-    """Between the stream's outputs and each row's alone, as a share of the row's largest or of 1, with positions that begin at `shift`."""
-    model = policy.model
-    layout = StreamLayout(sample.segments, model.device)
-    hidden = policy.run(torch.cat(sample.tokens), sample.positions.to(model.device) + shift, layout)
-    outputs = policy.logits(hidden) if model.get_output_embeddings() is not None else hidden
-    parts = outputs.float().split([len(part) for part in sample.tokens])
-    errors = []
-    for place, row in sample.rows:
-        more = {"position_ids": torch.arange(shift, shift + len(row), device=row.device)[None]} if shift else {}
-        with policy.lengths.fresh():
-            alone = _output(model, input_ids=row[None], **more)[0, -len(parts[place]) :]
-        errors.append(((parts[place] - alone).abs().max() / alone.abs().max().clamp(min=1)).item())
-    return max(errors) if all(error == error for error in errors) else float("nan")
-
-
-def _check_isolated(policy: Policy) -> None:
+def _check_isolated(policy: Policy, sample: _Sample) -> None:
     """Raises UnservedModelError where a sequence of the stream has any effect on another than its prompt's on a completion.
 
     The gradient of what is computed for one with respect to the embeddings of the others is exactly zero, whatever the rounding.
     """
-    sample, model = _Sample.of(policy.model), policy.model
+    model = policy.model
     leaves: list[Tensor] = []
 
     def keep(module: Any, inputs: Any, output: Tensor) -> Tensor:
@@ -224,8 +259,7 @@ def _check_isolated(policy: Policy) -> None:
         hook.remove()
     (leaf,) = leaves
     owner = torch.arange(len(sample.tokens)).repeat_interleave(torch.tensor([len(part) for part in sample.tokens]))
-    seen = {0: (0,), 1: (0, 1), 2: (0, 2), 4: (3, 4)}  # of two groups of a prompt and two completions each
-    for sequence, allowed in seen.items():
+    for sequence, allowed in ((2, (0, 2)), (4, (3, 4))):  # of a prompt, two completions, a prompt, and one
         wanted = (owner == sequence).to(projected)
         (gradient,) = torch.autograd.grad(projected, leaf, wanted, retain_graph=True)
         touched = set(owner[(gradient.view(len(owner), -1) != 0).any(1).cpu()].tolist())
@@ -249,16 +283,15 @@ def _shifts(model: PreTrainedModel) -> list[int]:
 
 
 @torch.no_grad()
-def _differs_beside_others(model: PreTrainedModel) -> bool:
+def _differs_beside_others(trial: _Trial) -> bool:
     """Whether rows that are run side by side, padded, give something else than each alone."""
-    policy, rows = Policy(model, "padded", lengths=Lengths.of(model)), [row for _, row in _Sample.of(model).rows]
+    model, rows = trial.model, [row for _, row in trial.sample.rows]
+    policy = Policy(model, "padded", lengths=Lengths.of(model))
     try:
         outputs = policy.padded(lambda **inputs: _output(model, **inputs), rows)
     except Exception:  # a model that takes no mask, say
         return True
-    for row, beside in zip(rows, outputs, strict=True):
-        with policy.lengths.fresh():
-            alone = _output(model, input_ids=row[None])[0]
-        if not (beside - alone).abs().max() <= _ALLOWED * alone.abs().max().clamp(min=1):
+    for beside, alone in zip(outputs, trial.alone(), strict=True):
+        if not _difference(beside[-len(alone) :], alone) <= trial.allowed:
             return True
     return False
