@@ -43,6 +43,7 @@ def serve(model: PreTrainedModel) -> Policy:
         specimen = _specimen(model)
         with _without_gradients(specimen):
             trial = _Trial.of(specimen, type(model).__name__)
+            _check_type(model, trial.sample)
             try:
                 return _on_stream(model, trial)
             except Exception as error:  # a model's code may raise anything where it meets what it was not made for
@@ -172,7 +173,8 @@ class _Trial:
             sample = _Sample.of(model)
             row = sample.rows[0][1]
             kept = len(row) // 2
-            other = torch.cat([row[:kept], row[kept:].flip(0).roll(1)])
+            vocabulary = model.get_input_embeddings().weight.shape[0]
+            other = torch.cat([row[:kept], (row[kept:] + 1) % vocabulary])
             before, after = (_output(model, input_ids=tokens[None])[0] for tokens in (row, other))
             noise = 0.0 if model.dtype in (torch.float32, torch.float64) else _noise(model, row, before)
         except Exception as error:  # each architecture asks for what it needs in its own way
@@ -236,6 +238,33 @@ def _noise(model: PreTrainedModel, row: Tensor, output: Tensor) -> float:
         hook.remove()
 
 
+def _check_type(model: PreTrainedModel, sample: _Sample) -> None:
+    """Raises UserError where the model can't be run, or has no gradient, in its own precision."""
+    leaves: list[Tensor] = []
+    try:
+        with torch.enable_grad(), _embeddings_kept(model, leaves):
+            torch.autograd.grad(_output(model, input_ids=sample.rows[0][1][None]).sum(), leaves[0], allow_unused=True)
+    except Exception as error:
+        raise UserError(
+            f"model: {type(model).__name__} can't be trained with weights of the type {model.dtype}: {_in_a_line(error)}"
+        ) from error
+
+
+@contextmanager
+def _embeddings_kept(model: PreTrainedModel, leaves: list[Tensor]) -> Iterator[None]:
+    """Put what the model's embeddings give in `leaves`, and let gradients end there."""
+
+    def keep(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        leaves.append(output.detach().requires_grad_())
+        return leaves[-1].clone()  # which a model may change in place
+
+    hook = model.get_input_embeddings().register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def _check_isolated(policy: Policy, sample: _Sample) -> None:
     """Raises UnservedModelError where a sequence of the stream has any effect on another than its prompt's on a completion.
 
@@ -243,20 +272,11 @@ def _check_isolated(policy: Policy, sample: _Sample) -> None:
     """
     model = policy.model
     leaves: list[Tensor] = []
-
-    def keep(module: Any, inputs: Any, output: Tensor) -> Tensor:
-        leaves.append(output.detach().requires_grad_())
-        return leaves[-1]
-
-    hook = model.get_input_embeddings().register_forward_hook(keep)
-    try:
-        with torch.enable_grad():
-            layout = StreamLayout(sample.segments, model.device)
-            states = policy.run(torch.cat(sample.tokens), sample.positions.to(model.device), layout)
-            generator = torch.Generator().manual_seed(_SEED)
-            projected = (states * torch.randn(states.shape, generator=generator).to(states)).sum(1)  # [T]
-    finally:
-        hook.remove()
+    with torch.enable_grad(), _embeddings_kept(model, leaves):
+        layout = StreamLayout(sample.segments, model.device)
+        states = policy.run(torch.cat(sample.tokens), sample.positions.to(model.device), layout)
+        generator = torch.Generator().manual_seed(_SEED)
+        projected = (states * torch.randn(states.shape, generator=generator).to(states)).sum(1)  # [T]
     (leaf,) = leaves
     owner = torch.arange(len(sample.tokens)).repeat_interleave(torch.tensor([len(part) for part in sample.tokens]))
     for sequence, allowed in ((2, (0, 2)), (4, (3, 4))):  # of a prompt, two completions, a prompt, and one
@@ -275,7 +295,7 @@ def _shifts(model: PreTrainedModel) -> list[int]:
         for name, value in settings.items():
             if isinstance(value, Mapping):
                 look(value)
-            elif isinstance(value, int | float) and name in ("original_max_position_embeddings", "floor_scale"):
+            elif isinstance(value, int | float) and (name == "original_max_position_embeddings" or "floor" in name):
                 found.add(int(value))
 
     look(model.config.get_text_config().to_dict())

@@ -194,7 +194,8 @@ def quiet_transformers() -> None:
 def context_length_of(config: PretrainedConfig) -> int | None:
     """The most tokens that one sequence may have, or None where the configuration sets no limit."""
     text = config.get_text_config()
-    return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    limits = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions"))
+    return next((limit for limit in limits if limit and limit > 0), None)  # XLNet's is -1
 
 
 def _padded(rows: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -1,13 +1,23 @@
-"""Every architecture gives what its plain self gives, one sequence at a time, on the stream or padded, or is refused in a sentence."""
+"""Every architecture gives what its plain self gives, one sequence at a time, on the stream or padded, or is refused in a sentence.
+
+The table of docs/models.md is what is found here. `COTERIE_WRITE_MODELS=1` writes it anew:
+`COTERIE_WRITE_MODELS=1 python -m pytest -m slow tests/models/test_every_architecture.py`.
+"""
 
 from __future__ import annotations
 
+import copy
+import os
+import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
-from architectures import VOCABULARY, tiny_model
+import transformers
+from architectures import TYPES, VARIANTS, VOCABULARY, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,6 +29,8 @@ from coterie.rollouts.pack import Row, make_stream
 from coterie.settings import Sampling
 from coterie.types import Stream
 
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+Groups = list[tuple[list[int], list[list[int]]]]
 LOGPROBS, GRADIENTS = 2e-5, 2e-4
 SHAPES = ((9, (14, 5)), (4, (11, 3)))  # prompt, completions: past every small window and chunk
 
@@ -34,17 +46,17 @@ class Found:
     sampler: float = 0.0
 
 
-def some_groups() -> list[tuple[list[int], list[list[int]]]]:
+def some_groups() -> Groups:
     generator = torch.Generator().manual_seed(3)
     draw = lambda n: torch.randint(3, VOCABULARY, (n,), generator=generator).tolist()  # noqa: E731
     return [(draw(prompt), [draw(length) for length in lengths]) for prompt, lengths in SHAPES]
 
 
-def stream_of(groups: list[tuple[list[int], list[list[int]]]]) -> Stream:
+def stream_of(groups: Groups) -> Stream:
     return make_stream([(p, [Row(c, torch.zeros(len(c))) for c in cs]) for p, cs in groups])
 
 
-def plain_logprobs(model: PreTrainedModel, groups: list[tuple[list[int], list[list[int]]]]) -> Tensor:
+def plain_logprobs(model: PreTrainedModel, groups: Groups) -> Tensor:
     """Each sequence by itself through the model as transformers has it: [N]."""
     parts = []
     for prompt, completions in groups:
@@ -113,3 +125,93 @@ def check(found: Found) -> None:
 @pytest.mark.parametrize("architecture", QUICK)
 def test_it_gives_what_each_sequence_gives_alone(architecture: str) -> None:
     check(compare(tiny_model(architecture, grown=True)))
+
+
+def built(architecture: str, settings: dict[str, object]) -> PreTrainedModel:
+    try:
+        return tiny_model(architecture, grown=True, **settings)
+    except Exception as error:  # each configuration is refused in its own way
+        pytest.skip(f"this version of transformers does not build it: {error}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "settings"), VARIANTS.values(), ids=VARIANTS)
+def test_a_variant_gives_what_each_sequence_gives_alone(architecture: str, settings: dict[str, object]) -> None:
+    check(compare(built(architecture, settings)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", TYPES)
+def test_every_architecture_gives_what_each_sequence_gives_alone(architecture: str) -> None:
+    """And is served as the page says."""
+    found = compare(built(architecture, {}))
+    check(found)
+    FOUND[architecture] = found
+    version, table = page_table()
+    if at_least(version) and not os.environ.get("COTERIE_WRITE_MODELS"):
+        assert table.get(architecture) == found.served, found.why
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", TYPES)
+def test_half_precision_differs_by_no_more_than_rounding(architecture: str) -> None:
+    """By three times the plain model's own noise in bfloat16: what it differs from itself in float32, or where its sequences are run
+    in one batch, whichever is more."""
+    model, groups = built(architecture, {}), some_groups()
+    half = copy.deepcopy(model).bfloat16()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            policy = Policy.of(half)
+        except UserError:
+            return
+        found = token_logprobs(policy, stream_of(groups))
+        exact, plain = (plain_logprobs(one, groups) for one in (model, half))
+        beside = token_logprobs(Policy(half, "padded"), stream_of(groups))
+    noise = max((plain - other).abs().max().item() for other in (exact, beside))
+    assert (found - plain).abs().max().item() <= 3 * noise
+
+
+FOUND: dict[str, Found] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def write_the_page() -> Iterator[None]:
+    yield
+    if os.environ.get("COTERIE_WRITE_MODELS") and FOUND:
+        text = PAGE.read_text(encoding="utf-8")
+        before, _, rest = text.partition("<!-- models -->")
+        PAGE.write_text(
+            f"{before}<!-- models -->\n{table_of(FOUND)}<!-- end -->{rest.partition('<!-- end -->')[2]}",
+            encoding="utf-8",
+        )
+
+
+def table_of(findings: dict[str, Found]) -> str:
+    """Architectures by how they are served, and why so."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for name, found in sorted(findings.items()):
+        why = re.search(r"share prompts \((.*)\); it is", found.why) or re.search(r"^model: \w+ (.*)$", found.why)
+        reason = re.sub(r" by [\d.e-]+|\b[A-Z]\w+Attention\b ?", "", why[1]) if why else ""
+        rows.setdefault((found.served, reason), []).append(name)
+    order = sorted(rows.items(), key=lambda row: (("stream", "padded", "refused").index(row[0][0]), -len(row[1])))
+    lines = [
+        f"| {served} | {reason} | {', '.join(f'`{name}`' for name in names)} |" for (served, reason), names in order
+    ]
+    made = f"Made with transformers {transformers.__version__}.\n\n| served | why | architectures |\n|---|---|---|\n"
+    return made + "\n".join(lines) + "\n"
+
+
+def page_table() -> tuple[str, dict[str, str]]:
+    """The version that the page was made with, and how each architecture is served by it."""
+    text = PAGE.read_text(encoding="utf-8").partition("<!-- models -->")[2].partition("<!-- end -->")[0]
+    version = re.search(r"Made with transformers ([\d.]+)\.", text)
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith(("| stream", "| padded", "| refused"))]
+    return version[1] if version else "", {
+        name: row[0][2:] for row in rows for name in re.findall(r"`([^`]+)`", row[-1])
+    }
+
+
+def at_least(version: str) -> bool:
+    parts = lambda text: tuple(int(part) for part in re.findall(r"\d+", text)[:3])  # noqa: E731
+    return bool(version) and parts(transformers.__version__) >= parts(version)

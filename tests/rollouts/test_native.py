@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from architectures import tiny_model
 from conftest import SHAPES, some_quick
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
@@ -17,6 +18,7 @@ from coterie.rollouts.collect import collect, make_engine
 from coterie.rollouts.engine import StopStrings
 from coterie.rollouts.native import NativeEngine
 from coterie.rollouts.pack import Row, make_stream
+from coterie.rollouts.padded import PaddedEngine
 from coterie.settings import Sampling
 from coterie.tasks.equations import make_tokenizer
 from coterie.types import Prompt
@@ -329,3 +331,11 @@ def test_the_rows_under_way_and_their_prompts_stay_within_the_cache_s_limit():
         admitted = queue.admit(live)
         assert sum(job.count * 10_000 + 90_000 for job in admitted) <= max(0, room)
         queue.waiting = type(queue.waiting)(waiting)
+
+
+def test_a_model_that_decoding_changes_is_sampled_through_its_own_cache():
+    """Its convolutions read the token before, which stands elsewhere in the stream."""
+    model = tiny_model("lfm2", grown=True)
+    with pytest.warns(UserWarning, match="Lfm2ForCausalLM can't be decoded natively"):
+        engine = make_engine(Policy(model, "stream"))
+    assert isinstance(engine, PaddedEngine)

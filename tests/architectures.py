@@ -14,7 +14,7 @@ MOST_PARAMETERS = 20_000_000
 _WIDTH, _INNER, _LAYERS, _HEADS = 32, 48, 2, 4
 # Whatever of these an architecture has
 _SMALL = {
-    "vocab_size": VOCABULARY,
+    **dict.fromkeys(("vocab_size", "unpadded_vocab_size"), VOCABULARY),
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "word_embed_proj_dim"), _WIDTH),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "n_inner", "ffn_hidden_size", "decoder_ffn_dim"), _INNER),
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "encoder_layers"), _LAYERS),
@@ -28,6 +28,10 @@ _SMALL = {
     **dict.fromkeys(("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), None),
     **dict.fromkeys(("n_shared_experts", "n_group", "topk_group"), 1),
+    **dict.fromkeys(("chunk_size", "mamba_chunk_size", "ssm_state_size", "mamba_d_state", "state_size"), 8),
+    **dict.fromkeys(("linear_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 8),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
+    "moe_shared_expert_intermediate_size": 16,
     "num_key_value_heads": 2,
     "sliding_window": 5,
     "attention_chunk_size": 6,
@@ -45,6 +49,9 @@ _OWN: dict[str, dict[str, object]] = {
     **dict.fromkeys(("xlm-roberta", "xlm-roberta-xl", "xmod", "bert-generation"), _DECODER),
     "codegen": {"rotary_dim": 4},
     "gptj": {"rotary_dim": 4},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8},
+    "xlstm": {"mlstm_round_up_to_multiple_of": 8, "ffn_round_up_to_multiple_of": 8},
     "cwm": {"bos_token_id": 0, "eos_token_id": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 5},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "mamba_d_state": 8, "mamba_dt_rank": 4},
@@ -57,6 +64,69 @@ _OWN: dict[str, dict[str, object]] = {
     "rwkv": {"attention_hidden_size": 32, "context_length": 128},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
+
+_YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 8}
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 10000.0}
+# What an architecture's configuration can make of it
+VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
+    "llama, yarn": ("llama", {"rope_parameters": _YARN}),
+    "llama, llama3": ("llama", {"rope_parameters": {**_LLAMA3, "original_max_position_embeddings": 8}}),
+    "llama, linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}),
+    "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama, tied": ("llama", {"tie_word_embeddings": True}),
+    "llama, another activation": ("llama", {"hidden_act": "gelu"}),
+    "qwen2, windows in some layers": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]},
+    ),
+    "qwen3, windows": (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "mistral, no window": ("mistral", {"sliding_window": None}),
+    "mixtral, window": ("mixtral", {"sliding_window": 5}),
+    "starcoder2, window": ("starcoder2", {"sliding_window": 5}),
+    "phi3, window": ("phi3", {"sliding_window": 5}),
+    "phimoe, window": ("phimoe", {"sliding_window": 5}),
+    "smollm3, layers without rotary positions": ("smollm3", {"no_rope_layers": [0, 1]}),
+    "ministral3, scaled queries": ("ministral3", {"rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.4}}),
+    "gpt2, by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    "gpt2, unscaled": ("gpt2", {"scale_attn_weights": False}),
+    "gpt2, upcast": ("gpt2", {"reorder_and_upcast_attn": True}),
+    "gpt_bigcode, many heads": ("gpt_bigcode", {"multi_query": False}),
+    "gpt_neox, in turn": ("gpt_neox", {"use_parallel_residual": False}),
+    "falcon, alibi": ("falcon", {"alibi": True}),
+    "falcon, new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "stablelm, normalised heads": ("stablelm", {"qk_layernorm": True}),
+    "stablelm, parallel": ("stablelm", {"use_parallel_residual": True}),
+    "phi, normalised heads": ("phi", {"qk_layernorm": True}),
+    "cohere, normalised heads": ("cohere", {"use_qk_norm": True}),
+    "opt, norms after": ("opt", {"do_layer_norm_before": False}),
+    "olmo, clipped": ("olmo", {"clip_qkv": 0.5}),
+    "mpt, no alibi": ("mpt", {"attn_config": {"alibi": False}}),
+    "bloom, norms after": ("bloom", {"apply_residual_connection_post_layernorm": True}),
+    "granite, factors": (
+        "granite",
+        {"residual_multiplier": 0.5, "embedding_multiplier": 2.0, "attention_multiplier": 0.2},
+    ),
+    "minimax_m3_vl_text, sparse": (
+        "minimax_m3_vl_text",
+        {
+            "layer_types": ["full_attention", "minimax_m3_sparse"],
+            "index_block_size": 4,
+            "index_topk_blocks": 2,
+            "index_head_dim": 8,
+            "index_n_heads": 2,
+        },
+    ),
+    "deepseek_v32, few keys": ("deepseek_v32", {"index_topk": 4, "index_head_dim": 8, "index_n_heads": 2}),
+    "glm_moe_dsa, few keys": ("glm_moe_dsa", {"index_topk": 4, "index_head_dim": 8, "index_n_heads": 2}),
+    "llama4_text, scaled queries": (
+        "llama4_text",
+        {"attn_temperature_tuning": True, "floor_scale": 8, "no_rope_layers": [1, 0]},
+    ),
+    "bert, no decoder": ("bert", {"is_decoder": False}),
+}
 
 
 def tiny_config(architecture: str, **settings: object) -> PretrainedConfig:
@@ -92,6 +162,6 @@ def tiny_model(architecture: str, *, grown: bool = False, **settings: object) ->
         if grown:
             with torch.no_grad():
                 for parameter in model.parameters():
-                    scale = 0.5 * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.2
+                    scale = 0.5 * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1
                     parameter.add_(torch.randn_like(parameter) * scale)
     return model.eval()
