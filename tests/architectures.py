@@ -119,8 +119,8 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
             "index_n_heads": 2,
         },
     ),
-    "deepseek_v32, few keys": ("deepseek_v32", {"index_topk": 4, "index_head_dim": 8, "index_n_heads": 2}),
-    "glm_moe_dsa, few keys": ("glm_moe_dsa", {"index_topk": 4, "index_head_dim": 8, "index_n_heads": 2}),
+    "deepseek_v32, few keys": ("deepseek_v32", {"index_topk": 4, "index_head_dim": 8, "index_n_heads": 16}),
+    "glm_moe_dsa, few keys": ("glm_moe_dsa", {"index_topk": 4, "index_head_dim": 8, "index_n_heads": 16}),
     "llama4_text, scaled queries": (
         "llama4_text",
         {"attn_temperature_tuning": True, "floor_scale": 8, "no_rope_layers": [1, 0]},

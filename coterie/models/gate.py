@@ -30,6 +30,7 @@ from coterie.models.body import Body
 from coterie.models.layout import StreamLayout
 from coterie.models.lengths import Lengths
 from coterie.models.policy import Policy, context_length_of
+from coterie.models.rounding import rounding_of
 
 _SMALL = 1 << 25  # parameters of a model that is copied
 _ALLOWED = 1e-3  # of the largest output, or of 1, in float32: rounding is a hundredth of it, and a mistake a hundred times where weights are large
@@ -175,19 +176,20 @@ class _Trial:
             kept = len(row) // 2
             vocabulary = model.get_input_embeddings().weight.shape[0]
             other = torch.cat([row[:kept], (row[kept:] + 1) % vocabulary])
-            before, after = (_output(model, input_ids=tokens[None])[0] for tokens in (row, other))
-            noise = 0.0 if model.dtype in (torch.float32, torch.float64) else _noise(model, row, before)
+            before, after, start = (_output(model, input_ids=tokens[None])[0] for tokens in (row, other, row[:kept]))
+            noise = 0.0 if model.dtype in (torch.float32, torch.float64) else _noise(model, row)
         except Exception as error:  # each architecture asks for what it needs in its own way
             raise UserError(
                 f"model: {name} can't be run on tokens alone, as a language model is: {_in_a_line(error)}"
             ) from error
         trial = cls(model, sample, max(_ALLOWED, 3 * noise))
-        if not _difference(after[:kept], before[:kept]) <= trial.allowed:
-            decoder = "; its is_decoder is false" if getattr(model.config, "is_decoder", None) is False else ""
-            raise UserError(
-                f"model: {name} is no causal language model as it is configured: what it makes of a token changes with the "
-                f"tokens after it{decoder}"
-            )
+        decoder = "; its is_decoder is false" if getattr(model.config, "is_decoder", None) is False else ""
+        for found, what in ((after[:kept], "the tokens after it"), (start, "how many tokens come after it")):
+            if not _difference(found, before[:kept]) <= trial.allowed:
+                raise UserError(
+                    f"model: {name} is no causal language model as it is configured: what it makes of a token changes with "
+                    f"{what}{decoder}"
+                )
         return trial
 
     @torch.no_grad()
@@ -224,18 +226,10 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
 
 
-def _noise(model: PreTrainedModel, row: Tensor, output: Tensor) -> float:
-    """What rounding does to a model in half precision: how far its outputs move when its embeddings do by their last bit."""
-
-    def rounded(module: Any, inputs: Any, embeddings: Tensor) -> Tensor:
-        signs = torch.randint(2, embeddings.shape, generator=torch.Generator().manual_seed(_SEED)) * 2 - 1
-        return embeddings * (1 + torch.finfo(embeddings.dtype).eps * signs.to(embeddings))
-
-    hook = model.get_input_embeddings().register_forward_hook(rounded)
-    try:
-        return _difference(_output(model, input_ids=row[None])[0], output)
-    finally:
-        hook.remove()
+def _noise(model: PreTrainedModel, row: Tensor) -> float:
+    """What rounding does to a model in half precision, as `_difference`."""
+    plain, moved = rounding_of(model, lambda: _output(model, input_ids=row[None]), trials=2)
+    return (moved.max() / plain.abs().max().clamp(min=1)).item()
 
 
 def _check_type(model: PreTrainedModel, sample: _Sample) -> None:

@@ -11,6 +11,7 @@ import torch
 from coterie.models.codec import Codec
 from coterie.models.logprobs import token_logprobs
 from coterie.models.policy import Policy
+from coterie.models.rounding import TIMES, rounding_of
 from coterie.noise import key, mix
 from coterie.rollouts.engine import Engine
 from coterie.rollouts.native import NativeEngine
@@ -20,7 +21,7 @@ from coterie.sections import section
 from coterie.settings import Sampling
 from coterie.types import Completion, Group, Prompt
 
-_ALLOWED_GAP, _ALLOWED_GAP_IN_HALF = 1e-3, 0.5  # nats; a row that lost its keys is off by more
+_ALLOWED_GAP = 1e-3  # nats, in float32; a row that lost its keys is off by more
 
 
 def make_engine(policy: Policy) -> Engine:
@@ -29,8 +30,7 @@ def make_engine(policy: Policy) -> Engine:
     if policy.served == "padded":
         return PaddedEngine(policy)
     engine = NativeEngine(policy)
-    gap = _decoding_gap(engine)
-    allowed = _ALLOWED_GAP if policy.model.dtype in (torch.float32, torch.float64) else _ALLOWED_GAP_IN_HALF
+    gap, allowed = _decoding_gap(engine)
     if gap <= allowed:
         return engine
     warnings.warn(
@@ -42,16 +42,21 @@ def make_engine(policy: Policy) -> Engine:
 
 
 @torch.no_grad()
-def _decoding_gap(engine: NativeEngine) -> float:
-    """The largest difference, over two short groups of three tokens a row, between what sampling records and one pass gives."""
-    prompts = [[1, 2, 3], [2]]
-    if min(engine.policy.vocabulary_size, engine.policy.context_length or 6) < 6:
-        return 0.0
+def _decoding_gap(engine: NativeEngine) -> tuple[float, float]:
+    """The largest difference, over two short groups of three tokens a row, between what sampling records and one pass gives, and
+    how large it may be: in half precision, what rounding otherwise does."""
+    policy, prompts = engine.policy, [[1, 2, 3], [2]]
+    if min(policy.vocabulary_size, policy.context_length or 6) < 6:
+        return 0.0, 0.0
     made = engine.generate(prompts, torch.arange(4).view(2, 2), Sampling(max_new_tokens=3), [])
     rows = [[Row(one.tokens, one.logprobs) for one in of_prompt] for of_prompt in made]
-    stream = make_stream(list(zip(prompts, rows, strict=True)))
-    again = token_logprobs(engine.policy, stream.to(engine.policy.device)).cpu()
-    return (again - stream.sampler_logprobs).abs().max().item()
+    stream = make_stream(list(zip(prompts, rows, strict=True))).to(policy.device)
+    if policy.model.dtype in (torch.float32, torch.float64):
+        again, allowed = token_logprobs(policy, stream), _ALLOWED_GAP
+    else:
+        again, moved = rounding_of(policy.model, lambda: token_logprobs(policy, stream))
+        allowed = max(_ALLOWED_GAP, TIMES * moved.max().item())
+    return (again - stream.sampler_logprobs).abs().max().item(), allowed
 
 
 @section("sample")
