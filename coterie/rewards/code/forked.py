@@ -35,6 +35,7 @@ _INSIDE = Path(__file__).parent / "inside"
 _START_SECONDS = 60.0
 _GRACE = 10.0  # seconds in which a killed program must be gone
 _CHUNK = 1 << 16
+_SLACK = 0.5  # seconds in which a program is started, and the kernel ends one that has had its processor time
 _PACKAGES = ("site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo", "ensurepip")
 _ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PYTHONDONTWRITEBYTECODE": "1", "LANG": "C.UTF-8"}
 
@@ -65,7 +66,7 @@ class ForkServer:
                 complaints.seek(0)
                 said = complaints.read(2000).decode(errors="replace").strip()
                 raise SandboxError(" ".join(f"{error} {said}".split())) from error
-        _offer_when_memory_runs_out(self._process.pid)
+        self._server = _offer_when_memory_runs_out(self._process.pid)
 
     def _hello(self, readable: Sequence[str]) -> None:
         self._control.settimeout(_START_SECONDS)
@@ -104,19 +105,34 @@ class ForkServer:
         limits = program.limits
         poll = select.poll()
         poll.register(results, select.POLLIN)
-        deadline = time.monotonic() + limits.wall
+        started = time.monotonic()
+        deadline = started + limits.wall
+        share = math.inf if limits.wall_seconds is not None else limits.cpu_seconds + _SLACK  # computing and asleep
+        look = started + share
         most = limits.output_bytes + 200 * len(program.inputs)  # the records' own bytes
         data = bytearray()
         while True:
-            left = deadline - time.monotonic()
-            if left <= 0 or not poll.poll(1000 * left):
-                return bytes(data), f"took longer than {limits.wall:g} s"
+            now = time.monotonic()
+            if now >= look:
+                look = now + share - (now - started - self._kept_waiting(now - started))
+            if now >= min(deadline, look):
+                return bytes(data), f"took longer than {limits.wall if now >= deadline else limits.seconds:g} s"
+            if not poll.poll(1000 * (min(deadline, look) - now)):
+                continue
             more = os.read(results, _CHUNK)
             if not more:
                 return bytes(data), None
             data += more
             if len(data) > most:
                 return bytes(data[:most]), f"wrote more than {limits.output_bytes} bytes"
+
+    def _kept_waiting(self, most: float) -> float:
+        """Seconds in which the program could have run and had no core; all of `most` where the kernel does not say."""
+        try:
+            (program, *_) = _children(self._server)
+            return int(Path(f"/proc/{program}/schedstat").read_text().split()[1]) / 1e9
+        except (OSError, ValueError, IndexError):
+            return most
 
     def _wait(self, kill: bool) -> int:
         """The wait status of the program, which has closed its pipe or is killed."""
@@ -145,14 +161,19 @@ class ForkServer:
             self._process.wait()
 
 
-def _offer_when_memory_runs_out(pid: int) -> None:
-    """Let the kernel end a server and what it forks before it ends the trainer."""
+def _offer_when_memory_runs_out(pid: int) -> int:
+    """Let the kernel end a server and what it forks before it ends the trainer. Returns the last of the processes, the server."""
     family = [pid]
     for one in family:
         with contextlib.suppress(OSError):
-            family += map(int, Path(f"/proc/{one}/task/{one}/children").read_text().split())
+            family += _children(one)
         with contextlib.suppress(OSError):
             Path(f"/proc/{one}/oom_score_adj").write_text("500")
+    return family[-1]
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def _job_file(program: Program, mark: str) -> int:
@@ -262,7 +283,11 @@ class _Forked:
         """What a program may read: the standard library without the packages installed in it, and the time zones."""
         folders = _libraries()
         entries = [entry for folder in folders for entry in sorted(folder.iterdir()) if entry.name not in _PACKAGES]
-        return [*(f"{folder}/" for folder in folders), *map(str, entries), "/usr/share/zoneinfo", os.devnull]
+        return [
+            *map(str, entries),
+            "/usr/share/zoneinfo",
+            os.devnull,
+        ]  # no folder above: its rights would go for all below
 
     @contextlib.contextmanager
     def _server(self) -> Iterator[ForkServer]:

@@ -47,8 +47,8 @@ class Code:
     its name, where the rows differ, otherwise the option of that name. A program that fails, hangs or attacks fails its tests;
     a sandbox that fails abstains. Equal programs with equal inputs are run once a step.
 
-    sandbox: auto, bubblewrap, landlock, subprocess, or the address of a sandbox server. seconds: of the processor, for all tests
-    of a completion; wall_seconds: waiting included, three times as many where it is 0. tolerance, ints_are_floats,
+    sandbox: auto, bubblewrap, landlock, subprocess, or the address of a sandbox server. seconds: for all tests of a completion,
+    computing or asleep; where a busy machine keeps it waiting up to three times as many pass. wall_seconds: in place of that, of any kind. tolerance, ints_are_floats,
     tuples_are_lists, exact_text: what counts as equal, as verdict.Policy says.
     """
 

@@ -25,7 +25,8 @@ TOKEN_VARIABLE = "COTERIE_SANDBOX_TOKEN"  # the environment variable that holds 
 class Limits:
     """What one program may use, for all its inputs together.
 
-    seconds: of the processor, whole ones. wall_seconds: waiting included; three times as many where None. memory_megabytes:
+    seconds: of the processor, whole ones; and where wall_seconds is None of computing and sleep together, while a busy machine may
+    keep the program waiting until three times as many have passed. wall_seconds: until its end, whatever it does. memory_megabytes:
     beside the interpreter's own. output_bytes: of everything that it returns or prints.
     """
 

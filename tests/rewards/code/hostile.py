@@ -233,6 +233,30 @@ def attack(info):
         pass
     return done + (["%d MB in pipes" % (held >> 20)] if held > 64 << 20 else [])
 """,
+    "other processes": """
+def attack(info):
+    import resource
+    for pid in (info["pid"], info["victim"], os.getppid(), 1):
+        attempt("affinity %d" % pid, os.sched_getaffinity, pid)
+        attempt("limits %d" % pid, resource.prlimit, pid, resource.RLIMIT_NOFILE)
+        attempt("group %d" % pid, os.getpgid, pid)
+        attempt("session %d" % pid, os.getsid, pid)
+        for kind in (0, 1, 2, 4, 5, 6):
+            for ask in (time.clock_gettime, time.clock_getres):
+                attempt("clock %d" % pid, ask, (~pid << 3) | kind)
+            number("sleep by a clock", 230, 115, ctypes.c_int((~pid << 3) | kind), 1, ctypes.create_string_buffer(16), None)
+    return done
+""",
+    "installed packages": """
+def attack(info):
+    import importlib.metadata, pkgutil
+    library = os.path.dirname(os.__file__)
+    for folder in (library, library + "/site-packages", library + "/dist-packages", "/usr/lib/python3/dist-packages", *info["packages"]):
+        attempt("list " + folder, lambda: 1 / len(os.listdir(folder)))
+    attempt("distributions", lambda: 1 / len(list(importlib.metadata.distributions(path=info["packages"]))))
+    attempt("modules", lambda: 1 / len(list(pkgutil.iter_modules(info["packages"]))))
+    return done
+""",
     "other dangerous calls": """
 def attack(info):
     number("timer_create", 222, 107, 0, None, ctypes.byref(ctypes.c_int()))
@@ -340,6 +364,7 @@ class World:
         return {
             "pid": os.getpid(), "victim": self.victim.pid, "folder": self.folder, "secret": str(self.secret),
             "port": self.tcp.getsockname()[1], "marker": SECRET, "backend": backend, "package": __import__("coterie").__file__,
+            "packages": [path for path in sys.path if path.endswith("-packages")],
         }  # fmt: skip
 
     def harm(self):

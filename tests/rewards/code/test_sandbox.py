@@ -135,6 +135,49 @@ def test_r20_limits_are_those_of_the_program(box):
     assert box.run(large).outputs[0].value == 100 << 20
 
 
+@pytest.mark.slow
+def test_a_program_that_sleeps_holds_its_worker_for_its_limit_and_no_longer(box):
+    sleeps = "import time\ndef f():\n    time.sleep(60)"
+    stops = "import os, signal\ndef f():\n    os.kill(os.getpid(), signal.SIGSTOP)"
+    both = "import time\ndef f():\n    end = time.process_time() + 0.6\n    while time.process_time() < end: pass\n    time.sleep(60)"
+    for source in (sleeps, stops, both):
+        start = time.monotonic()
+        assert box.run(call(source, seconds=1)).outputs[0].error == "took longer than 1 s"
+        assert time.monotonic() - start < 2.5
+    longer = box.run(call("import time\ndef f():\n    time.sleep(1.7)\n    return 1", seconds=1, wall_seconds=20))
+    assert longer.outputs[0].value == 1
+
+
+@pytest.mark.slow
+def test_a_program_that_a_busy_machine_keeps_waiting_has_its_time(box):
+    """Six that spin share what cores there are with it, and what it computes is all that counts."""
+    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(6 * os.cpu_count())]
+    try:
+        spin = "import time\ndef f():\n    end = time.process_time() + 0.5\n    while time.process_time() < end: pass\n    return 1"
+        start = time.monotonic()
+        assert box.run(call(spin, seconds=2)).outputs[0].value == 1
+        assert time.monotonic() - start < 6.5
+    finally:
+        for process in spinning:
+            process.kill()
+            process.wait()
+
+
+def test_what_a_program_sets_on_its_descriptors_ends_with_it(box):
+    """All have /dev/null for their standard input and errors, and each has opened it for itself."""
+    source = """
+import fcntl, os
+def f(flags):
+    before = [fcntl.fcntl(fd, fcntl.F_GETFL) for fd in (0, 1, 2)]
+    for fd in (0, 1, 2):
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags)
+    return before
+"""
+    first, second, third = (box.run(call(source, os.O_NONBLOCK | os.O_APPEND)).outputs[0].value for _ in range(3))
+    assert first == second == third
+    assert not any(flags & (os.O_NONBLOCK | os.O_APPEND) for flags in first)
+
+
 def test_r20_outputs_before_the_end_count(box):
     source = "def f(n):\n    while n == 2: pass\n    return n"
     outcome = box.run(Program(source, [[1], [2], [3]], "f", Limits(wall_seconds=0.3)))
@@ -298,10 +341,12 @@ def decide(machine, number, *arguments, pid=77):
 
 
 @pytest.mark.parametrize(
-    ("machine", "openat", "kill", "prlimit", "clone", "execve", "socket"),
-    [("x86_64", 257, 62, 302, 56, 59, 41), ("aarch64", 56, 129, 261, 220, 221, 198)],
+    ("machine", "openat", "kill", "prlimit", "affinity", "clock", "clone", "execve", "socket"),
+    [("x86_64", 257, 62, 302, 204, 228, 56, 59, 41), ("aarch64", 56, 129, 261, 123, 113, 220, 221, 198)],
 )
-def test_the_filter_decides_alike_on_both_architectures(machine, openat, kill, prlimit, clone, execve, socket):
+def test_the_filter_decides_alike_on_both_architectures(
+    machine, openat, kill, prlimit, affinity, clock, clone, execve, socket
+):
     assert decide(machine, openat, -100 & (2**64 - 1), 0, os.O_CLOEXEC) == "allow"
     for flag in (os.O_WRONLY, os.O_RDWR, os.O_RDONLY | os.O_TRUNC, os.O_CREAT):
         assert decide(machine, openat, 0, 0, flag) == "refuse"
@@ -313,6 +358,12 @@ def test_the_filter_decides_alike_on_both_architectures(machine, openat, kill, p
     for number in (clone, execve, socket, 100_000):
         assert decide(machine, number) == "refuse"
     allowed = {numbers[list(confine._ARCHITECTURES).index(machine)] for numbers in syscalls.ALLOWED.values()}
+    for pid, decision in ((0, "allow"), (77, "allow"), (78, "refuse"), (1, "refuse")):
+        assert decide(machine, prlimit, pid, 7, 0, 1) == decision
+        assert decide(machine, affinity, pid) == decision
+        assert decide(machine, clock, ((~pid << 3) | 2) & (2**64 - 1)) == decision
+        assert decide(machine, clock, ((~pid << 3) | 6) & (2**64 - 1)) == decision
+    assert [decide(machine, clock, number) for number in (0, 1, 2, 11, 12)] == ["allow"] * 4 + ["refuse"]
     restricted = {numbers[list(confine._ARCHITECTURES).index(machine)] for numbers, *_ in syscalls.restricted(77)}
     assert {number for number in range(600) if decide(machine, number) == "allow"} <= allowed | restricted
     if machine == "x86_64":

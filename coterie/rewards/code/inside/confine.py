@@ -90,10 +90,7 @@ def landlock_version() -> int:
 
 
 def make_ruleset(readable: Iterable[str]) -> int:
-    """A file descriptor for `landlock`: under these files and folders reading, and nothing else anywhere.
-
-    Of a folder that ends in "/" only the list of its entries may be read, not what the files in it hold.
-    """
+    """A file descriptor for `landlock`: under these files and folders reading, and nothing else anywhere."""
     version = landlock_version()
     if not version:
         raise ConfineError("Landlock: this kernel has none, or does not let it be used")
@@ -108,7 +105,7 @@ def make_ruleset(readable: Iterable[str]) -> int:
         except OSError:
             continue
         try:
-            allowed = _READ_DIR if path.endswith("/") else _READ_FILE | (_READ_DIR if os.path.isdir(path) else 0)
+            allowed = _READ_FILE | (_READ_DIR if os.path.isdir(path) else 0)
             rule = struct.pack("=Qi", allowed, opened)
             _call(f"landlock_add_rule {path}", _LANDLOCK_ADD, ctypes.c_int(ruleset), 1, rule, ctypes.c_uint32(0))
         finally:
@@ -159,9 +156,10 @@ def make_filter(machine: str, pid: int) -> bytes:
     for numbers in syscalls.ALLOWED.values():
         if numbers[column] is not None:
             lines += _block(numbers[column], [(_RETURN, 0, 0, _ALLOW)])
-    for numbers, argument, rule in syscalls.restricted(pid):
+    for numbers, rules in syscalls.restricted(pid):
         if numbers[column] is not None:
-            lines += _block(numbers[column], _rule(argument, rule))
+            body = [line for argument, rule in rules.items() for line in _refuse_unless(argument, rule)]
+            lines += _block(numbers[column], [*body, (_RETURN, 0, 0, _ALLOW)])
     lines.append((_RETURN, 0, 0, _REFUSE))
     return b"".join(struct.pack("HBBI", *line) for line in lines)
 
@@ -172,15 +170,16 @@ def _block(number: int | None, body: Sequence[Instruction]) -> list[Instruction]
     return [(_EQUAL, 0, len(body), number), *body]
 
 
-def _rule(argument: int, rule: syscalls.Rule) -> list[Instruction]:
-    """Allow the call where the argument keeps to the rule. The kernel reads 32 bits of all but pointers, so no more is compared."""
+def _refuse_unless(argument: int, rule: syscalls.Rule) -> list[Instruction]:
+    """Refuse the call where the argument does not keep to the rule; go on where it does.
+
+    The kernel reads 32 bits of all but pointers, so no more is compared.
+    """
     low = _ARGUMENTS_AT + 8 * argument
-    body: list[Instruction] = [(_LOAD, 0, 0, low)]
+    load, refuse = (_LOAD, 0, 0, low), (_RETURN, 0, 0, _REFUSE)
     if rule.values is not None:
-        for value in rule.values:
-            body += [(_EQUAL, 0, 1, value), (_RETURN, 0, 0, _ALLOW)]
-        return [*body, (_RETURN, 0, 0, _REFUSE)]
+        count = len(rule.values)
+        return [load, *((_EQUAL, count - at, 0, value) for at, value in enumerate(rule.values)), refuse]
     if rule.null:
-        body += [(_EQUAL, 1, 0, 0), (_RETURN, 0, 0, _REFUSE), (_LOAD, 0, 0, low + 4)]
-        return [*body, (_EQUAL, 1, 0, 0), (_RETURN, 0, 0, _REFUSE), (_RETURN, 0, 0, _ALLOW)]
-    return [*body, (_ANY_BIT, 0, 1, rule.without), (_RETURN, 0, 0, _REFUSE), (_RETURN, 0, 0, _ALLOW)]
+        return [load, (_EQUAL, 1, 0, 0), refuse, (_LOAD, 0, 0, low + 4), (_EQUAL, 1, 0, 0), refuse]
+    return [load, (_ANY_BIT, 0, 1, rule.without), refuse]

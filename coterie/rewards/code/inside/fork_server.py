@@ -71,7 +71,7 @@ def serve(options: dict[str, Any]) -> None:
         server = os.getpid()
         child = os.fork()
         if child == 0:
-            _become(descriptors[0], descriptors[1], null, server, options, ruleset)
+            _become(descriptors[0], descriptors[1], server, options, ruleset)
         for descriptor in descriptors:
             os.close(descriptor)
         _watch(child, control, wake)
@@ -118,7 +118,7 @@ def _watch(child: int, control: socket.socket, wake: int) -> None:
                 os._exit(0)
 
 
-def _become(job_file: int, results: int, null: int, server: int, options: dict[str, Any], ruleset: int | None) -> None:
+def _become(job_file: int, results: int, server: int, options: dict[str, Any], ruleset: int | None) -> None:
     """In the child: read the job, give up everything else, and run the program. Does not return."""
     try:
         signal.set_wakeup_fd(-1)
@@ -129,7 +129,7 @@ def _become(job_file: int, results: int, null: int, server: int, options: dict[s
             job = json.load(file)
         channel = runner.Channel(results, job["mark"])
         try:
-            inputs = _prepare(job, results, null, server, options, ruleset)
+            inputs = _prepare(job, results, server, options, ruleset)
         except BaseException as error:
             channel.say(setup=f"{type(error).__name__}: {error}")
             _exit(1)
@@ -139,15 +139,14 @@ def _become(job_file: int, results: int, null: int, server: int, options: dict[s
         _exit(0)  # nothing of the program's runs at the end
 
 
-def _prepare(
-    job: dict[str, Any], results: int, null: int, server: int, options: dict[str, Any], ruleset: int | None
-) -> list[int]:
+def _prepare(job: dict[str, Any], results: int, server: int, options: dict[str, Any], ruleset: int | None) -> list[int]:
     """Everything that has to be given up before the program is looked at. Returns the descriptors of its inputs."""
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # where memory runs out, this process goes first
     whole = job["function"] is None
     kept = [results] + ([ruleset] if ruleset is not None else [])
     inputs = []
+    null = os.open(os.devnull, os.O_RDWR)  # opened for this program alone: what it sets on it ends with it
     for descriptor in (0, 2):
         os.dup2(null, descriptor)
     os.dup2(results if whole else null, 1)

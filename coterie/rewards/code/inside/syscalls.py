@@ -54,9 +54,6 @@ ALLOWED: dict[str, tuple[int, int | None]] = {
     "getitimer": (36, 102),
     "setitimer": (38, 103),
     "nanosleep": (35, 101),
-    "clock_nanosleep": (230, 115),
-    "clock_gettime": (228, 113),
-    "clock_getres": (229, 114),
     "gettimeofday": (96, 169),
     "times": (100, 153),
     "getrusage": (98, 165),
@@ -70,13 +67,10 @@ ALLOWED: dict[str, tuple[int, int | None]] = {
     "getgid": (104, 176),
     "getegid": (108, 177),
     "getgroups": (115, 158),
-    "getpgid": (121, 155),
-    "getsid": (124, 156),
     "uname": (63, 160),
     "sysinfo": (99, 179),
     "getcpu": (309, 168),
     "sched_yield": (24, 124),
-    "sched_getaffinity": (204, 123),
     "set_tid_address": (218, 96),
     "set_robust_list": (273, 99),
     "rseq": (334, 293),
@@ -103,6 +97,8 @@ _WRITING = 0o1 | 0o2 | 0o100 | 0o1000  # O_WRONLY, O_RDWR, O_CREAT, O_TRUNC: no 
 _DESCRIPTORS = (0, 1, 2, 3, 4, 1030, 1034)  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC, F_GET_SEALS
 _TERMINAL = (0x5401, 0x5413, 0x541B, 0x5450, 0x5451)  # TCGETS, TIOCGWINSZ, FIONREAD, FIONCLEX, FIOCLEX
 
+_CLOCKS = tuple(range(12))  # CLOCK_REALTIME to CLOCK_TAI, the machine's own
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -113,16 +109,31 @@ class Rule:
     without: int = 0
 
 
-def restricted(pid: int) -> list[tuple[tuple[int, int | None], int, Rule]]:
-    """Calls that are allowed to the process `pid` with some arguments: numbers, index of the argument, rule."""
+Call = tuple[int, int | None]
+
+
+def restricted(pid: int) -> list[tuple[Call, dict[int, Rule]]]:
+    """Calls that are allowed to the process `pid` with some arguments: numbers, and for an argument's index its rule."""
     reading, itself = Rule(without=_WRITING), Rule(values=(pid,))
+    own, clocks = Rule(values=(0, pid)), Rule(values=(*_CLOCKS, *_processor_clocks(0), *_processor_clocks(pid)))
     return [
-        ((257, 56), 2, reading),  # openat
-        ((2, None), 1, reading),  # open
-        ((16, 29), 1, Rule(values=_TERMINAL)),  # ioctl
-        ((72, 25), 1, Rule(values=_DESCRIPTORS)),  # fcntl
-        ((302, 261), 2, Rule(null=True)),  # prlimit64, to ask for limits, not to set them
-        ((62, 129), 0, itself),  # kill
-        ((200, 130), 0, itself),  # tkill
-        ((234, 131), 0, itself),  # tgkill
+        ((228, 113), {0: clocks}),  # clock_gettime
+        ((230, 115), {0: clocks}),  # clock_nanosleep
+        ((229, 114), {0: clocks}),  # clock_getres
+        ((257, 56), {2: reading}),  # openat
+        ((2, None), {1: reading}),  # open
+        ((16, 29), {1: Rule(values=_TERMINAL)}),  # ioctl
+        ((72, 25), {1: Rule(values=_DESCRIPTORS)}),  # fcntl
+        ((302, 261), {0: own, 2: Rule(null=True)}),  # prlimit64, to ask for its own limits, not to set them
+        ((204, 123), {0: own}),  # sched_getaffinity
+        ((121, 155), {0: own}),  # getpgid
+        ((124, 156), {0: own}),  # getsid
+        ((62, 129), {0: itself}),  # kill
+        ((200, 130), {0: itself}),  # tkill
+        ((234, 131), {0: itself}),  # tgkill
     ]
+
+
+def _processor_clocks(pid: int) -> list[int]:
+    """The clocks that say how much of the processor a process, and a thread of that number, has had; 0 is the caller."""
+    return [((~pid << 3) | kind) & 0xFFFFFFFF for kind in (0, 1, 2, 4, 5, 6)]
