@@ -56,7 +56,10 @@ def own_task(tmp_path_factory):
     """What `coterie init` writes, trained for a few steps."""
     home = tmp_path_factory.mktemp("own")
     assert run("init", "mytask", cwd=home).returncode == 0
-    trained = run_apart("train", "mytask/recipe.yaml", "--set", "steps=3", "--set", "evaluation.every=0", cwd=home)
+    few = ("steps=3", "evaluation.every=0", "cold_start.steps=3", "evaluation.prompts=4")
+    trained = run_apart(
+        "train", "mytask/recipe.yaml", *(word for setting in few for word in ("--set", setting)), cwd=home
+    )
     assert trained.returncode == 0, trained.stderr
     return home, trained.stdout
 
@@ -89,7 +92,6 @@ def test_r30_own_model_data_and_reward_from_init_to_sample(own_task):
     assert summary["after"]["reward"] >= 0
     sampled = run("sample", "runs/mytask", "Write the letter a: ", "-n", "2", "--max-new-tokens", "5", cwd=home)
     assert sampled.returncode == 0, sampled.stderr
-    assert sampled.stdout.count("letters") == 2
     assert sampled.stdout.count("wanted_letter") == 2
     measured = run("eval", "runs/mytask", "--task", "mytask/recipe.yaml", "--samples", "2", cwd=home)
     assert measured.returncode == 0, measured.stderr
@@ -100,6 +102,18 @@ def test_r30_own_model_data_and_reward_from_init_to_sample(own_task):
     again = run("train", "--resume", "runs/mytask", cwd=home)
     assert again.returncode == 0
     assert "is finished" in again.stdout
+
+
+@pytest.mark.slow
+def test_r30_what_init_writes_is_learned(tmp_path):
+    """With figures far from each other, for any seed: measured for four seeds 0.03 to 0.12 right before, and 0.88 to 0.92 after."""
+    assert run("init", "mytask", cwd=tmp_path).returncode == 0
+    trained = run("train", "mytask/recipe.yaml", "--set", "seed=7", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    summary = json.loads((tmp_path / "runs" / "mytask" / "summary.json").read_text())
+    assert summary["before"]["accuracy"] < 0.2
+    assert summary["after"]["accuracy"] > 0.7
+    assert all(example["before"] != example["after"] for example in summary["examples"])
 
 
 def test_the_trained_model_is_a_model_to_start_from(own_task):

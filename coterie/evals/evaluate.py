@@ -27,6 +27,8 @@ from coterie.settings import Sampling
 from coterie.tasks.base import Task
 from coterie.types import Prompt, RewardFailure, Scored
 
+NUM_EXAMPLES = 16  # held-out answers that are kept of the start and of the end, of which some are shown
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -102,13 +104,40 @@ def evaluate(
     return Evaluation(estimates, judged, num_samples, names, failures, num_completions, sorted(silent))
 
 
+@dataclass(frozen=True)
+class Example:
+    """A greedy answer to show. reward: None where it has none; correct: None where the task does not say."""
+
+    prompt: str
+    text: str
+    reward: float | None
+    correct: bool | None
+
+
+def example_prompts(task: Task, *, seed: int) -> list[Prompt]:
+    """The prompts whose answers may be shown: the task's examples, and some that are held out."""
+    shown = {id(prompt) for prompt in task.examples}
+    others = [prompt for prompt in heldout_prompts(task, NUM_EXAMPLES, seed=seed) if id(prompt) not in shown]
+    return [*task.examples, *others][:NUM_EXAMPLES]
+
+
 def answer_examples(
-    engine: Engine, prompts: Sequence[Prompt], codec: Codec, sampling: Sampling
-) -> list[tuple[str, str]]:
-    """The greedy answer to each prompt: (prompt, answer)."""
+    engine: Engine,
+    task: Task,
+    prompts: Sequence[Prompt],
+    rewards: Sequence[Reward],
+    codec: Codec,
+    sampling: Sampling,
+) -> list[Example]:
+    """The greedy answer to each prompt, with what it is worth."""
     greedy = sampling.model_copy(update={"temperature": 0.0})
-    groups = collect(engine, prompts, codec, greedy, num_completions=1, noise=("examples",))
-    return [(group.prompt.text, group.completions[0].text) for group in groups]
+    scored = score(collect(engine, prompts, codec, greedy, num_completions=1, noise=("examples",)), rewards)
+    correct = task.judge(scored).get("accuracy", [None] * len(prompts))
+    values = [value if math.isfinite(value) else None for value in scored.rewards[:, 0].tolist()]
+    return [
+        Example(group.prompt.text, group.completions[0].text, reward, right)
+        for group, reward, right in zip(scored.groups, values, correct, strict=True)
+    ]
 
 
 def estimates_of(

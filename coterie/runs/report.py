@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from coterie.runs.store import Store
 
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2")
 _GROUPS_PER_STEP = 2
+_LOOKED_BACK = 50  # steps, for the last one with a group whose completions differ
 _SMOOTHED_FROM = 60  # steps from which a running mean is drawn over the single values
 
 
@@ -109,11 +110,26 @@ def _results(folder: Path, preset: str) -> str:
     )
     examples = "".join(
         f"<section class='example'><h3>{_text(example['prompt'])}</h3><div class='pair'>"
-        f"<figure><figcaption>before</figcaption><pre>{_text(example['before'])}</pre></figure>"
-        f"<figure><figcaption>after</figcaption><pre>{_text(example['after'])}</pre></figure></div></section>"
+        + "".join(
+            f"<figure><figcaption class='{_side_of(example, when)}'>{when}{marks_of(example, when)}</figcaption><pre>{_text(example[when])}</pre></figure>"
+            for when in ("before", "after")
+        )
+        + "</div></section>"
         for example in summary["examples"]
     )
     return f"<p class='note'>{_text(note)}</p><h2>Results</h2>{table}<div class='examples'>{examples}</div>"
+
+
+def marks_of(example: Mapping[str, Any], when: str) -> str:
+    """Whether an example's answer is right, where the task says so, and its reward: what goes behind `before` or `after`."""
+    correct, reward = example.get(f"{when}_correct"), example.get(f"{when}_reward")
+    marks = [] if correct is None else ["right" if correct else "wrong"]
+    marks += [] if reward is None else [f"reward {reward:.2f}"]
+    return f": {', '.join(marks)}" if marks else ""
+
+
+def _side_of(example: Mapping[str, Any], when: str) -> str:
+    return {None: "", 0: "wrong", 1: "right"}[example.get(f"{when}_correct")]
 
 
 def _figure(figures: dict[str, Any], name: str) -> str:
@@ -141,15 +157,15 @@ def _signs(store: Store) -> str:
 
 def _charts(store: Store) -> str:
     """Learning curves; entropy, KL and clipping; length; signal; the optimiser; time."""
-    import plotly.graph_objects as go
     from plotly.offline import get_plotlyjs
-    from plotly.subplots import make_subplots
 
     of_rewards = [name for name in _names(store) if name.startswith("reward/") and "num_" not in name]
     spreads = [name for name in of_rewards if name.endswith("_group_std")]
-    rewards = [name for name in of_rewards if name not in (*spreads, "reward/std")]
+    of_all = ("reward/mean", "reward/std", "reward/highest", "reward/lowest")
+    parts = [name for name in of_rewards if name not in (*spreads, *of_all)]
     wanted: list[tuple[str, list[str]]] = [
-        ("Reward", rewards),
+        ("Reward, the weighted sum", ["reward/mean"]),
+        ("Each part of the reward, unweighted", parts),
         ("Std of each part within groups", spreads),
         (_HELD_OUT, []),
         ("Loss", ["loss/total"]),
@@ -173,34 +189,47 @@ def _charts(store: Store) -> str:
         for title, names in wanted
         if recorded.intersection(names) or (title == _HELD_OUT and has_evaluations)
     ]
-    num_rows = (len(panels) + 1) // 2
-    titles = [title for title, _ in panels]
-    figure = make_subplots(num_rows, 2, subplot_titles=titles, vertical_spacing=0.3 / num_rows)
-    for number, (title, names) in enumerate(panels):
-        place = {"row": number // 2 + 1, "col": number % 2 + 1}
-        legend = "legend" if number == 0 else f"legend{number + 1}"
-        traces = _evaluations(store, go) if title == _HELD_OUT else _curves(store, names, go)
-        for trace in traces:
-            figure.add_trace(trace.update(legend=legend), **place)
-        axis = "" if number == 0 else str(number + 1)
-        corner = {"x": figure.layout[f"xaxis{axis}"].domain[0], "y": figure.layout[f"yaxis{axis}"].domain[0]}
-        figure.update_layout({legend: {**corner, **_LEGEND, "y": corner["y"] - 0.07 / num_rows}})
+    charts = "".join(
+        _chart(title, _evaluations(store) if title == _HELD_OUT else _curves(store, names)) for title, names in panels
+    )
+    return f"<script>{get_plotlyjs()}</script><div class='charts'>{charts}</div>{_FIT}"
+
+
+def _chart(title: str, traces: Sequence[Any]) -> str:
+    """One panel, as wide as there is room. Its axes have plain numbers, and no room for rounding alone."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure(list(traces))
     figure.update_layout(
-        height=320 * num_rows,
+        title={"text": title, "font": {"size": 14}, "x": 0.02},
+        height=320,
         template="plotly_white",
         font={"family": "system-ui, sans-serif", "size": 12},
-        margin={"l": 40, "r": 20, "t": 40, "b": 60},
+        margin={"l": 10, "r": 10, "t": 40, "b": 10},
+        legend={"orientation": "h", "xanchor": "left", "x": 0, "yanchor": "top", "y": -0.12, "font": {"size": 11}},
+        xaxis={"exponentformat": "none", "automargin": True},
+        yaxis={"exponentformat": "none", "automargin": True, "range": _least_range(traces)},
     )
-    body = figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
-    return f"<script>{get_plotlyjs()}</script>{body}"
+    plot = figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True})
+    return f"<div class='chart'>{plot}</div>"
+
+
+def _least_range(traces: Sequence[Any]) -> list[float] | None:
+    """A range around 0 for values that are 0 but for rounding; None leaves it to the values."""
+    largest = max((abs(value) for trace in traces for value in trace.y if value is not None), default=1.0)
+    return [-0.001, 0.001] if largest < 1e-6 and not any(trace.name == "learning rate" for trace in traces) else None
 
 
 _HELD_OUT = "Held-out"
-_LEGEND = {"orientation": "h", "xanchor": "left", "yanchor": "top", "font": {"size": 11}}
+_FIT = """<script>addEventListener('load', () => {
+  for (const plot of document.querySelectorAll('.chart .plotly-graph-div')) Plotly.Plots.resize(plot);
+});</script>"""  # drawn while the page is still being laid out
 
 
-def _curves(store: Store, names: list[str], go: Any) -> list[Any]:
+def _curves(store: Store, names: list[str]) -> list[Any]:
     """A line for each metric; noisy ones faint, with their running mean over them."""
+    import plotly.graph_objects as go
+
     traces = []
     for colour, name in zip(_COLOURS * 3, names, strict=False):
         steps, values = _series(store, name)
@@ -216,8 +245,10 @@ def _curves(store: Store, names: list[str], go: Any) -> list[Any]:
     return traces
 
 
-def _evaluations(store: Store, go: Any) -> list[Any]:
+def _evaluations(store: Store) -> list[Any]:
     """Held-out shares with their intervals; the mean reward where there are no shares."""
+    import plotly.graph_objects as go
+
     rows = store.read("SELECT * FROM evaluations WHERE mode IN ('sampled', 'pairs') ORDER BY step")
     shares = sorted({row["name"] for row in rows} - {"reward", "tokens"}) or ["reward"]
     traces = []
@@ -238,13 +269,13 @@ def _evaluations(store: Store, go: Any) -> list[Any]:
 
 
 def _groups(store: Store) -> str:
-    """Groups at the start, in the middle and at the end, with every token coloured."""
+    """Groups of the first step, and of the last ones up to the middle and the end that differ in reward, with every token coloured."""
     steps = [
         row["step"] for row in store.read("SELECT DISTINCT step FROM completions WHERE stage = 'train' ORDER BY step")
     ]
     if not steps:
         return ""
-    chosen = list(dict.fromkeys((steps[0], steps[len(steps) // 2], steps[-1])))
+    chosen = list(dict.fromkeys((steps[0], _telling(store, steps[: len(steps) // 2 + 1]), _telling(store, steps))))
     parts = [
         "<h2>Groups</h2><p class='note'>Every completion that a prompt got, best first. Hover a token for its figures.</p>"
         "<p><label><input type='radio' name='by' checked onchange='document.body.dataset.by=\"logprob\"'> "
@@ -254,8 +285,8 @@ def _groups(store: Store) -> str:
     ]
     for step in chosen:
         prompts = store.read(
-            "SELECT prompt_number, MAX(advantage) - MIN(advantage) AS spread FROM completions WHERE stage = 'train' AND "
-            "step = ? GROUP BY prompt_number ORDER BY spread = 0, prompt_number LIMIT ?",
+            "SELECT prompt_number, MAX(reward) - MIN(reward) AS spread FROM completions WHERE stage = 'train' AND "
+            "step = ? GROUP BY prompt_number ORDER BY COALESCE(spread, 0) DESC, prompt_number LIMIT ?",
             step,
             _GROUPS_PER_STEP,
         )
@@ -267,14 +298,26 @@ def _groups(store: Store) -> str:
                 step,
                 row["prompt_number"],
             )
-            cards = "".join(_card(completion) for completion in completions)
+            alike: dict[tuple[str, float | None], list[sqlite3.Row]] = {}
+            for completion in completions:
+                alike.setdefault((completion["text"], completion["reward"]), []).append(completion)
+            cards = "".join(_card(same[0], len(same)) for same in alike.values())
             prompt = _text(completions[0]["prompt"])
             parts.append(f"<div class='group'><p class='prompt'>{prompt}</p><div class='cards'>{cards}</div></div>")
     return "\n".join(parts)
 
 
-def _card(row: sqlite3.Row) -> str:
-    """One completion: its reward and parts, why it ended, and its tokens."""
+def _telling(store: Store, steps: Sequence[int]) -> int:
+    """The last of these steps in which the completions of a group differ in reward; of the latest ones, where they are many."""
+    query = (
+        "SELECT 1 FROM completions WHERE stage = 'train' AND step = ? GROUP BY prompt_number "
+        "HAVING MAX(reward) > MIN(reward) LIMIT 1"
+    )
+    return next((step for step in reversed(steps[-_LOOKED_BACK:]) if store.read(query, step)), steps[-1])
+
+
+def _card(row: sqlite3.Row, count: int) -> str:
+    """A completion that was written `count` times: its reward and parts, why it ended, and its tokens."""
     advantage = row["advantage"]
     tokens = []
     pieces, logprobs = json.loads(row["pieces"]), json.loads(row["sampler_logprobs"])
@@ -296,7 +339,8 @@ def _card(row: sqlite3.Row) -> str:
     reward = "abstains" if row["reward"] is None else f"reward {row['reward']:.2f}"
     failure = f"<p class='failure'>{_text(row['failure'])}</p>" if row["failure"] else ""
     return (
-        f"<div class='card {side}' style='--a:{strength:.2f}'><p><b>{reward}</b> advantage {advantage:+.2f}</p>"
+        f"<div class='card {side}' style='--a:{strength:.2f}'><p><b>{reward}</b> advantage {advantage:+.2f}"
+        f"{f' · {count} times' if count > 1 else ''}</p>"
         f"<p class='note'>{given} · ended by {'the length limit' if row['ended'] == 'length' else 'itself'}</p>"
         f"<pre>{''.join(tokens)}</pre>{failure}</div>"
     )
@@ -342,21 +386,26 @@ body { margin: 0; background: var(--tint); color: var(--ink); font: 15px/1.5 sys
 main { max-width: 1120px; margin: 0 auto; padding: 2rem 1.5rem 4rem; }
 h1 { margin: 0; font-size: 1.8rem; } h2 { margin: 2.2rem 0 .6rem; font-size: 1.25rem; } h3 { margin: 1.2rem 0 .4rem; font-size: 1rem; }
 .note { color: var(--soft); font-size: .85rem; margin: .1rem 0; }
-table { border-collapse: collapse; background: var(--paper); border: 1px solid var(--edge); border-radius: 8px; }
+table { display: block; max-width: fit-content; overflow-x: auto; border-collapse: collapse; background: var(--paper); border: 1px solid var(--edge); border-radius: 8px; }
 th, td { text-align: left; padding: .35rem .9rem; border-bottom: 1px solid var(--edge); font-weight: normal; }
 thead th { color: var(--soft); font-size: .85rem; }
 pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.55 ui-monospace, monospace; }
 table.figures td:not(:first-child), table.figures th:not(:first-child) { text-align: right; font-variant-numeric: tabular-nums; }
 .profile { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; margin: .8rem 0; } .profile > div { overflow-x: auto; } .profile td, .profile th { white-space: nowrap; font-size: .85rem; padding: .2rem .7rem; }
 .profile td:first-child { white-space: normal; overflow-wrap: anywhere; }
-.examples { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 1rem; }
+.examples { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 1rem; }
 .signs { margin: .4rem 0; padding: .6rem .8rem .6rem 2rem; background: var(--paper); border: 1px solid #d97706; border-radius: 8px; }
 .signs li { margin: .2rem 0; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .6rem; }
 figure, .card, .recipe { margin: 0; background: var(--paper); border: 1px solid var(--edge); border-radius: 8px; padding: .6rem .8rem; }
-figcaption { color: var(--soft); font-size: .8rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 1rem; }
+.chart { min-width: 0; background: var(--paper); border: 1px solid var(--edge); border-radius: 8px; }
+h1, h3, li { overflow-wrap: anywhere; }
+@media (max-width: 600px) { main { padding: 1rem .7rem 3rem; } .pair { grid-template-columns: 1fr; } th, td { padding: .3rem .5rem; } }
+figcaption { color: var(--soft); font-size: .8rem; } .right, .wrong { font-weight: 600; }
+.right { color: #047857; } .wrong { color: #b91c1c; }
 .group { margin: 0 0 1.2rem; } .prompt { font-weight: 600; margin: .2rem 0 .4rem; white-space: pre-wrap; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: .6rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 250px), 1fr)); gap: .6rem; }
 .card p { margin: 0 0 .2rem; } .failure { color: #b91c1c; font-size: .85rem; }
 .card span, .key { border-radius: 3px; }
 .card span { background: rgba(217, 119, 6, calc(var(--s) * .75)); }

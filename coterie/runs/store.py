@@ -44,13 +44,14 @@ _MIGRATIONS: tuple[
         "CREATE TABLE IF NOT EXISTS events (time REAL, stage TEXT, step INTEGER, kind TEXT, message TEXT)",
     ),
     ("CREATE TABLE surroundings (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID",),
+    ("ALTER TABLE examples ADD COLUMN reward REAL", "ALTER TABLE examples ADD COLUMN correct INTEGER"),
 )
 _COLUMNS = {  # what is written as a run goes on; a table may hold more than this version knows
     "metrics": "stage, step, name, value",
     "completions": "stage, step, prompt_number, completion_number, prompt, text, tokens, pieces, sampler_logprobs, advantage, "
     "reward, reward_parts, ended, failure",
     "evaluations": "stage, step, mode, name, value, low, high, count",
-    "examples": "stage, step, number, prompt, text",
+    "examples": "stage, step, number, prompt, text, reward, correct",
     "events": "time, stage, step, kind, message",
 }
 _PATIENCE = 5.0  # seconds for which another program may hold the file before what is written is kept in memory
@@ -256,9 +257,11 @@ class Store:
         with self.transaction():
             self._insert("evaluations", [(stage, step, mode, name, value, low, high, count)])
 
-    def example(self, stage: str, step: int, number: int, prompt: str, text: str) -> None:
+    def example(
+        self, stage: str, step: int, number: int, prompt: str, text: str, reward: float | None, correct: bool | None
+    ) -> None:
         with self.transaction():
-            self._insert("examples", [(stage, step, number, prompt, text)])
+            self._insert("examples", [(stage, step, number, prompt, text, reward, correct)])
 
     def event(self, stage: str, step: int, kind: str, message: str) -> None:
         with self.transaction():

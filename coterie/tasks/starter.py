@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import string
 from pathlib import Path
 
 from coterie.errors import UserError
@@ -19,21 +20,22 @@ model: {{type: qwen3, hidden_size: 64, intermediate_size: 128, num_hidden_layers
 tokenizer: bytes
 
 # One JSON object a line. `prompt` is the column with the prompt: text, or a list of chat messages. The other columns are
-# handed to the rewards by name.
-task: {{data: prompts.jsonl, prompt: prompt, heldout: 0.25}}
+# handed to the rewards by name. A quarter of the rows is kept for evaluation, where a reward above 0.99 counts as correct.
+task: {{data: prompts.jsonl, prompt: prompt, answer: answer, heldout: 0.25, correct_above: 0.99}}
 
-# file.py:function, or package.module:function
-rewards:
-  - {{function: "rewards.py:letters", weight: 1}}
-  - {{function: "rewards.py:wanted_letter", weight: 1}}
+# A fresh model writes noise, from which rewards teach nothing: it first learns from the rows' answers, of which every other letter
+# is wrong. Leave this out, and task.answer, for a model that can write.
+cold_start: {{steps: 300, rows_per_step: 32, learning_rate: 3.0e-3, warmup_steps: 10}}
+
+rewards: ["rewards.py:wanted_letter"] # file.py:function, or package.module:function; several are added up
 
 loss: {{kl_weight: 0}} # nothing worth holding on to in a fresh model; leave this out for a real one
-steps: 60
-prompts_per_step: 6
+steps: 100
+prompts_per_step: 8
 group_size: 8
-sampling: {{max_new_tokens: 16}}
-optimiser: {{learning_rate: 3.0e-3, warmup_steps: 5, schedule: linear}} # a real model wants about 1.0e-6
-evaluation: {{every: 20}}
+sampling: {{max_new_tokens: 8}}
+optimiser: {{learning_rate: 1.0e-3, warmup_steps: 5, schedule: linear}} # a real model wants about 1.0e-6
+evaluation: {{every: 50}}
 """
 
 _REWARDS = '''\
@@ -43,13 +45,6 @@ _REWARDS = '''\
 data; take those that you need by name, and the rest with **columns.
 """
 
-import string
-
-
-def letters(completions, **columns):
-    """The share of a completion that is lower-case letters."""
-    return [sum(c in string.ascii_lowercase for c in text) / max(1, len(text)) for text in completions]
-
 
 def wanted_letter(completions, letter, **columns):
     """How much of a completion is the letter that its row asks for."""
@@ -57,14 +52,22 @@ def wanted_letter(completions, letter, **columns):
 '''
 
 
+def _sloppy(letter: str, place: int) -> str:
+    """Six letters of which every other one is wrong."""
+    others = string.ascii_lowercase.replace(letter, "")
+    wrong = [others[(7 * place + 11 * number + 3 * ord(letter)) % len(others)] for number in range(3)]
+    pairs = zip(wrong, letter * 3, strict=True)
+    return "".join(a + b if (place + number) % 2 else b + a for number, (a, b) in enumerate(pairs))
+
+
 def write_starter(folder: Path) -> None:
     """Write recipe.yaml, prompts.jsonl and rewards.py. Raises UserError where the folder is in use."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"init: {folder} is in use; name a folder that is new or empty")
     rows = [
-        {"prompt": f"{verb} the letter {letter}: ", "letter": letter}
-        for letter in "ae"
-        for verb in ("Write", "Type", "Repeat", "Print", "Say", "Spell")
+        {"prompt": f"{verb} the letter {letter}: ", "letter": letter, "answer": _sloppy(letter, place)}
+        for letter in string.ascii_lowercase
+        for place, verb in enumerate(("Write", "Type", "Repeat", "Print", "Say", "Spell"))
     ]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from coterie import stopping
 from coterie.deadline import hard_deadline, running
 from coterie.errors import UserError
-from coterie.evals.evaluate import Evaluation
+from coterie.evals.evaluate import Evaluation, Example
 from coterie.faults import at_step, strikes
 from coterie.recipe import Recipe, load_recipe
 from coterie.runs.console import Console
@@ -358,15 +358,15 @@ class Run:
 
     @section("record")
     def record_evaluation(
-        self, stage: str, step: int, evaluation: Evaluation, examples: list[tuple[str, str]] | None = None
+        self, stage: str, step: int, evaluation: Evaluation, examples: Sequence[Example] = ()
     ) -> None:
         watch = self._watching(stage)
         with self.writing(), self.store.transaction():
             for mode, estimates in evaluation.estimates.items():
                 for name, e in estimates.items():
                     self.store.evaluation(stage, step, mode, name, e.value, e.low, e.high, e.count)
-            for number, (prompt, text) in enumerate(examples or ()):
-                self.store.example(stage, step, number, prompt, text)
+            for number, shown in enumerate(examples):
+                self.store.example(stage, step, number, shown.prompt, shown.text, shown.reward, shown.correct)
         accuracy = evaluation.estimates.get("sampled", {}).get("accuracy")
         if watch and accuracy is not None:
             self._give(watch.add_accuracy(step, Accuracy(accuracy.value, accuracy.low, accuracy.high)))

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from coterie.errors import UserError
-from coterie.evals.evaluate import Evaluation, answer_examples, evaluate, heldout_prompts
+from coterie.evals.evaluate import Evaluation, answer_examples, evaluate, example_prompts, heldout_prompts
 from coterie.kernels.build import why_missing
 from coterie.keys import hidden_in
 from coterie.models.adapters import num_in_experts
@@ -28,7 +28,7 @@ from coterie.rollouts.collect import make_engine
 from coterie.runs.console import Console
 from coterie.runs.outlet import outliving_console
 from coterie.runs.profile import profile_table
-from coterie.runs.report import write_report
+from coterie.runs.report import marks_of, write_report
 from coterie.settings import ColdStart
 from coterie.tasks.base import Task
 from coterie.tasks.dataset import Dataset
@@ -43,6 +43,8 @@ from coterie.training.reference import make_reference
 from coterie.training.run import Run, RunFailedError, write_whole
 from coterie.training.saved import save_model
 from coterie.training.sft import train_sft
+
+_SHOWN_EXAMPLES = 4
 
 
 @outliving_console()
@@ -269,7 +271,6 @@ def _evaluate_and_record(
     recipe = run.recipe
     engine = make_engine(policy)
     prompts = heldout_prompts(task, recipe.evaluation.prompts, seed=recipe.seed)
-    examples = answer_examples(engine, task.examples, codec, recipe.sampling)
     if not prompts:
         return None
     run.console.say(f"evaluating {when} training: {len(prompts)} held-out prompts")
@@ -283,6 +284,8 @@ def _evaluate_and_record(
         num_samples=recipe.evaluation.samples,
         seed=recipe.seed,
     )
+    shown = example_prompts(task, seed=recipe.seed)
+    examples = answer_examples(engine, task, shown, rewards, codec, recipe.sampling)
     run.record_evaluation("train", step, evaluation, examples)
     return evaluation
 
@@ -298,14 +301,24 @@ def write_summary(run: Run) -> dict[str, Any]:
             entry[name] = row["value"]
             entry[f"{name}_interval"] = [row["low"], row["high"]]
     query = (
-        "SELECT a.prompt AS prompt, a.text AS before, b.text AS after FROM examples a JOIN examples b "
+        "SELECT a.prompt AS prompt, a.text AS before, a.reward AS before_reward, a.correct AS before_correct, "
+        "b.text AS after, b.reward AS after_reward, b.correct AS after_correct FROM examples a JOIN examples b "
         "ON a.number = b.number AND a.stage = b.stage WHERE a.step = 0 AND b.step = ? ORDER BY a.number"
     )
-    summary["examples"] = [dict(row) for row in run.store.read(query, run.recipe.steps)]
+    summary["examples"] = _telling_examples([dict(row) for row in run.store.read(query, run.recipe.steps)])
     summary["seconds"] = run.seconds
     summary["seed"] = run.recipe.seed
     write_whole(run.folder / "summary.json", json.dumps(hidden_in(summary), indent=2, ensure_ascii=False) + "\n")
     return summary
+
+
+def _telling_examples(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that show most of what has changed: for better or worse, then in reward, then in words; of equals the first."""
+
+    def change(example: dict[str, Any]) -> tuple[bool, ...]:
+        return tuple(example[f"before{of}"] != example[f"after{of}"] for of in ("_correct", "_reward", ""))
+
+    return sorted(examples, key=change, reverse=True)[:_SHOWN_EXAMPLES]
 
 
 def _say_results(run: Run, summary: dict[str, Any]) -> None:
@@ -326,7 +339,8 @@ def _say_results(run: Run, summary: dict[str, Any]) -> None:
         run.console.table("Held-out results (95 % intervals)", ("", "before", "after"), rows)
     for example in summary["examples"]:
         run.console.say(f"\n{example['prompt']}")
-        run.console.table("", ("before", "after"), _side_by_side(example["before"], example["after"]))
+        header = [f"{when}{marks_of(example, when)}" for when in ("before", "after")]
+        run.console.table("", header, _side_by_side(example["before"], example["after"]))
     run.console.say(f"\n{run.seconds:.0f} seconds. Report: {run.folder / 'report.html'}  Model: {run.folder / 'model'}")
 
 

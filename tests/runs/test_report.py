@@ -48,6 +48,74 @@ def test_what_a_model_writes_stays_text(tmp_path):
     assert "abstains" in page
 
 
+def write_summary(folder, **example):
+    of_text = {"prompt": HOSTILE, "before": "x = 2", "after": "x = 3"}
+    summary = {"before": {}, "after": {}, "seed": 0, "seconds": 1.0, "examples": [{**of_text, **example}]}
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
+def test_examples_are_marked_right_or_wrong_with_their_rewards(tmp_path):
+    write_run(tmp_path)
+    write_summary(tmp_path, before_reward=0.25, before_correct=0, after_reward=9.0, after_correct=1)
+    page = write_report(tmp_path).read_text()
+    assert "<figcaption class='wrong'>before: wrong, reward 0.25</figcaption>" in page
+    assert "<figcaption class='right'>after: right, reward 9.00</figcaption>" in page
+    write_summary(tmp_path)  # of a run that recorded neither
+    assert "<figcaption class=''>before</figcaption>" in write_report(tmp_path).read_text()
+
+
+def record_group(store, step, rewards, texts):
+    row = {
+        "prompt": f"prompt of step {step}",
+        "tokens": "[1]",
+        "pieces": '["x"]',
+        "sampler_logprobs": "[-0.1]",
+        "reward_parts": "{}",
+    }
+    for number, (reward, text) in enumerate(zip(rewards, texts, strict=True)):
+        columns = {"stage": "train", "step": step, "prompt_number": 0, "completion_number": number, "text": text, "advantage": 0.0,
+                   "reward": reward, "ended": "stop", **row}  # fmt: skip
+        with sqlite3.connect(store) as db:
+            db.execute(
+                f"INSERT INTO completions ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
+                [*columns.values()],
+            )
+
+
+def test_the_last_groups_shown_tell_completions_apart_and_equal_ones_are_one_card(tmp_path):
+    write_run(tmp_path, num_steps=0)
+    for step in range(1, 41):
+        told_apart = step in (1, 15, 33)
+        record_group(
+            tmp_path / "run.db", step, [1.0, 0.0 if told_apart else 1.0, 1.0], ["a", "b" if told_apart else "a", "a"]
+        )
+    page = write_report(tmp_path).read_text()
+    assert [step for step in range(1, 41) if f"<h3>Step {step}</h3>" in page] == [1, 15, 33]
+    assert page.count("class='card ") == 3 * 2
+    assert page.count("· 2 times") == 3
+
+
+def test_curves_have_plain_numbers_and_a_panel_each_for_the_sum_and_its_parts(tmp_path):
+    write_run(tmp_path)
+    store = Store(tmp_path / "run.db")
+    for step in (1, 2, 3):
+        store.metrics(
+            "train", step, {"reward/b": 0.5, "loss/total": -1e-8 * step, "optimiser/learning_rate": 1e-6 * step}
+        )
+    store.close()
+    page = write_report(tmp_path).read_text()
+    charts = {layout["title"]["text"]: layout for layout in layouts(page)}
+    assert {"Reward, the weighted sum", "Each part of the reward, unweighted", "Loss", "Learning rate"} <= charts.keys()
+    assert all(chart["yaxis"]["exponentformat"] == "none" for chart in charts.values())
+    assert charts["Loss"]["yaxis"]["range"] == [-0.001, 0.001]  # rounding is not blown up to a curve
+    assert "range" not in charts["Learning rate"]["yaxis"]
+
+
+def layouts(page):
+    for chart in page.split("<div class='chart'>")[1:]:
+        yield json.JSONDecoder().raw_decode(chart[chart.index('{"template"') :])[0]
+
+
 def test_what_is_kept_of_a_step_is_bounded_in_whole_groups(tmp_path):
     left_out = write_run(tmp_path, max_bytes=1500)
     store = Store(tmp_path / "run.db", read_only=True)
