@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -28,6 +29,7 @@ from coterie.rewards.expressions import (
     numbers,
     one_step,
 )
+from coterie.rewards.origins import Origins
 from coterie.rewards.steps import Report, check, parse_equation
 from coterie.rewards.text_of import completion_text, prompt_text
 
@@ -122,10 +124,11 @@ def check_arithmetic(prompt: str, answer: Fraction, text: str) -> Report:
     claims = [claim for line in lines_of(text) for claim in claims_of(line)]
     if len(claims) > _MAX_CLAIMS or not all(claim.holds for claim in claims):
         return Report(right, False, 0, False)
-    trail = _Trail(given_numbers(prompt))
+    stated = stated_numbers(prompt)
+    trail = _Trail(set(stated), Origins(stated, _CONSTANTS))
     for claim in claims:
         trail.follow(claim)
-    complete = trail.num_steps > 0 and not trail.gaps and abs(answer) in trail.made
+    complete = trail.num_steps > 0 and not trail.gaps and abs(answer) in trail.reached
     return Report(right, True, trail.num_steps if not right or trail.leads_to(abs(answer)) else 0, complete)
 
 
@@ -138,6 +141,7 @@ class _Trail:
     """Which numbers are known, which of them a step has made, and whether one came from nowhere."""
 
     known: set[Fraction]
+    origins: Origins
     made: set[Fraction] = field(default_factory=set)
     num_steps: int = 0
     gaps: bool = False
@@ -151,20 +155,29 @@ class _Trail:
         elif num_operations(left) > num_operations(right) and not is_idle(left):
             self.gaps |= not _one_operation_away(claim, left, right)
             self.num_steps += 1
+            self.origins.add(left, _numbers_of(right))
             self.made |= _numbers_of(right)
             self.known |= _numbers_of(right)
         elif _rewrites_fractions(left, right):
             self.known |= _numbers_of(right)
 
+    @property
+    def reached(self) -> set[Fraction]:
+        """What steps have made of what the problem states, and have not counted up to."""
+        return {number for number in self.made if not self.origins.counted(number)}
+
     def leads_to(self, answer: Fraction) -> bool:
         """Whether the steps have made the answer, or left one operation to it: true arithmetic beside a guess has not."""
-        numbers = self.known | _CONSTANTS
-        return answer in self.made or any(
-            answer in (one + other, abs(one - other), one * other)
-            or one == answer * other != 0
-            or other == answer * one != 0
-            for one in self.made
-            for other in numbers
+        reached = self.reached
+        known = reached.union(self.origins.stated)
+        return (
+            answer in reached
+            or any(answer in (one + other, abs(one - other)) for one in reached for other in known)
+            or any(
+                answer == one * other or one == answer * other != 0 or other == answer * one != 0
+                for one in reached
+                for other in known | _CONSTANTS
+            )
         )
 
     def _knows(self, node: Node) -> bool:
@@ -206,14 +219,14 @@ _WORDS = {
 _GIVEN = re.compile(rf"(?P<number>{NUMBER})|(?P<word>[A-Za-z]+|[一二两三四五六七八九十百半])", re.ASCII)
 
 
-def given_numbers(prompt: str) -> set[Fraction]:
-    """The numbers that a problem states, in digits or as words up to a hundred."""
-    found: set[Fraction] = set()
+def stated_numbers(prompt: str) -> Counter[Fraction]:
+    """The numbers that a problem states, in digits or as words up to a hundred, and how often."""
+    found: Counter[Fraction] = Counter()
     for match in _GIVEN.finditer(prompt[:_MAX_CHARACTERS]):
         if match["number"] and len(match["number"]) <= 20:
-            found.add(Fraction(match["number"].replace(",", "")))
+            found[Fraction(match["number"].replace(",", ""))] += 1
         elif match["word"] and match["word"].lower() in _WORDS:
-            found.add(Fraction(_WORDS[match["word"].lower()]))
+            found[Fraction(_WORDS[match["word"].lower()])] += 1
     return found
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from coterie.errors import RewardError, UserError
 from coterie.rewards.claims import claims_of
 from coterie.rewards.expressions import is_idle, number_of, one_step, read
-from coterie.rewards.solutions import Steps, check_arithmetic, final_number, given_numbers
+from coterie.rewards.solutions import Steps, check_arithmetic, final_number, stated_numbers
 from coterie.rewards.steps import check
 from coterie.tasks.equations import PROBLEMS
 
@@ -213,7 +213,7 @@ def test_r19_the_last_line_answers(text, wanted):
 
 
 def test_r19_numbers_of_a_problem_stand_in_digits_or_words():
-    assert given_numbers("Tom has 3 apples, twelve pears and 1,200 nuts; 小红有五个") == {3, 12, 1200, 5}
+    assert set(stated_numbers("Tom has 3 apples, twelve pears and 1,200 nuts; 小红有五个")) == {3, 12, 1200, 5}
     assert number_of("1,200") == 1200
     assert number_of("3 + 4") is None
 
@@ -222,3 +222,42 @@ def test_r19_a_solution_that_is_too_long_keeps_the_points_of_its_answer():
     report = check_arithmetic("3 * 9", Fraction(27), "3 * 9 = 27\n" * 400)
     assert report.right
     assert not report.follows
+
+
+COUNTED = "Tom has 5 apples and buys 3 bags with 4 apples each. How many has he?"  # 17
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        "\n".join(f"{n} + 1 = {n + 1}" for n in range(5, 17)),
+        "5 * 5 = 25\n" + "\n".join(f"{n} - 1 = {n - 1}" for n in range(25, 17, -1)),
+        "5 + 1 + 1 + 1 + 1 + 1 + 1 + 1 + 1 + 1 + 1 + 1 + 1 = 17",
+        "5 / 5 = 1\n" + "\n".join(f"{n} + 1 = {n + 1}" for n in range(5, 17)),
+        "5 + 2 = 7\n7 + 10 = 17",
+        "5 * 2 = 10\n10 + 7 = 17",
+        "5 + 12 = 17",
+        "4 + 3 = 7\n7 + 10 = 17",
+        "3 + 2 = 5\n5 + 12 = 17",
+    ],
+)
+def test_counting_up_to_the_answer_is_a_guess(steps):
+    assert Steps()([COUNTED], [f"{steps}\nThe answer is 17."], answer=[17]) == [6 / 9]
+    assert Steps(part="complete")([COUNTED], [f"{steps}\nThe answer is 17."], answer=[17]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "steps", "answer"),
+    [
+        (COUNTED, "3 * 4 = 12\n5 + 12 = 17", 17),
+        (COUNTED, "4 + 4 + 4 = 12\n12 + 5 = 17", 17),
+        (COUNTED, "4 + 4 = 8\n8 + 4 = 12\n12 + 5 = 17", 17),
+        ("A road of 40 m has a tree every 5 m, at both ends too. How many?", "40 / 5 = 8\n8 + 1 = 9", 9),
+        ("20% of 50 children are ill. How many are not?", "100 - 20 = 80\n80 / 100 * 50 = 40", 40),
+        ("A film takes 2 hours. How many seconds are that?", "2 * 60 = 120\n120 * 60 = 7200", 7200),
+        ("Tom is 5, Ann 3 years older, Ben 2 years older than Tom. How old are they together?", "5 + 3 = 8\n5 + 2 = 7\n5 + 8 + 7 = 20", 20),
+        ("3 bacteria double each hour for 5 hours.", "3 * 2 = 6\n6 * 2 = 12\n12 * 2 = 24\n24 * 2 = 48\n48 * 2 = 96", 96),
+    ],
+)  # fmt: skip
+def test_what_uses_the_stated_quantities_is_no_counting(prompt, steps, answer):
+    assert Steps()([prompt], [f"{steps}\nThe answer is {answer}."], answer=[answer]) == [1.0]
