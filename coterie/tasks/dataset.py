@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import math
@@ -18,6 +19,7 @@ from coterie.noise import key, permutation
 from coterie.recipe import is_local_path
 from coterie.settings import DatasetTask
 from coterie.tasks.base import Demonstration, Preference, draw
+from coterie.tasks.bounds import check_count, check_length, check_row, lines_of
 from coterie.types import Messages, Prompt, Scored
 
 Row = tuple[str, Mapping[str, Any] | BadRowError]  # where it stands, and its columns or why it has none
@@ -195,17 +197,15 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
     """Every object of a JSONL file with where it stands. Raises UserError with file:line for a broken line."""
     num_rows = 0
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            origin = f"{path}:{number}"
-            if not line.strip():
-                continue
+        for origin, line in lines_of(file, str(path)):
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                text = line.removeprefix(codecs.BOM_UTF8).decode()
                 row = json.loads(text, parse_constant=_no_number, object_pairs_hook=_unique)
             except UnicodeDecodeError as error:
                 row = BadRowError(origin, "not UTF-8", f"is not UTF-8: {error.reason} at byte {error.start + 1}")
             except (ValueError, RecursionError) as error:  # also a number with more digits than Python reads
                 row = BadRowError(origin, "not valid JSON", f"is not valid JSON: {error}")
+            row = _within_bounds(row, origin)
             if not isinstance(row, dict | BadRowError):
                 kind = f"is a {type(row).__name__}; each line must be an object with columns"
                 row = BadRowError(origin, "not an object", kind)
@@ -213,6 +213,16 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
             yield origin, row
     if not num_rows:
         raise UserError(f"{path}: has no rows")
+
+
+def _within_bounds(row: Any, origin: str) -> Any:
+    """The same row, or what is too large about it."""
+    try:
+        if isinstance(row, dict):
+            check_row(row, origin)
+    except BadRowError as error:
+        return error
+    return row
 
 
 def _no_number(name: str) -> Any:
@@ -224,7 +234,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object whose keys all differ: of two equal ones the first would be lost without a word."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        twice = next(name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number]))
+        names = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in names.items() if count > 1)
         raise ValueError(f"the key {twice!r} stands twice")
     return found
 
@@ -235,13 +246,19 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     except ImportError:
         raise UserError(f"{path}: reading Parquet needs the extra: pip install 'coterie[data]'") from None
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        file = pyarrow.parquet.ParquetFile(path)
+        check_count(file.metadata.num_rows, f"{path}:{file.metadata.num_rows}")
+        if not file.metadata.num_rows:
+            raise UserError(f"{path}: has no rows")
+        number = 0
+        for batch in file.iter_batches(batch_size=1000):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}:{number}", _within_bounds(row, f"{path}:{number}")
+    except UserError:
+        raise
     except Exception as error:  # damage shows in many ways: pyarrow's own errors, and those of text that is none
         raise UserError(f"{path}: is not a readable Parquet file: {error}") from None
-    if not rows:
-        raise UserError(f"{path}: has no rows")
-    for number, row in enumerate(rows, start=1):
-        yield f"{path}:{number}", row
 
 
 def _hub_rows(settings: DatasetTask, named: str) -> Iterator[Row]:
@@ -260,7 +277,9 @@ def _hub_rows(settings: DatasetTask, named: str) -> Iterator[Row]:
             f"{named}: {settings.data} is no file here, and as a hub data set it can't be loaded: {hub_reason(error)}"
         ) from error
     for number, row in enumerate(rows, start=1):
-        yield f"{settings.data}[{settings.split}]:{number}", row
+        origin = f"{settings.data}[{settings.split}]:{number}"
+        check_count(number, origin)
+        yield origin, _within_bounds(row, origin)
 
 
 def answer_of(row: Mapping[str, Any], origin: str, column: str) -> str:
@@ -289,6 +308,7 @@ def _check_text(text: str, origin: str, column: str) -> None:
     """Raises BadRowError for nothing but white space, and for halves of characters, which JSON can spell and UTF-8 can't."""
     if not text.strip():
         raise BadRowError(origin, "empty", f"column {column!r} is empty")
+    check_length(text, origin, column)
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -12,6 +12,7 @@ from coterie.errors import UserError
 from coterie.models.codec import Codec
 from coterie.models.load import make_byte_tokenizer
 from coterie.settings import DatasetTask
+from coterie.tasks import bounds
 from coterie.tasks.base import draw
 from coterie.tasks.dataset import Dataset, read_rows
 from coterie.types import Completion, Group, Scored
@@ -332,6 +333,53 @@ def test_json_that_python_alone_would_take_is_refused(tmp_path, line, reason):
     file.write_text('{"prompt": "first"}\n' + line + "\n")
     with pytest.raises(UserError, match=rf"{re.escape(str(file))}:2: .*{re.escape(reason)}"):
         Dataset(DatasetTask(data=str(file)), Codec.of(make_byte_tokenizer()))
+
+
+LARGE = {
+    "a prompt of ten million characters": ({"prompt": "word " * 2_000_000}, "'prompt' has 10,000,000 characters, and 1,000,000"),
+    "a chat of ten million": ({"prompt": [{"role": "user", "content": "word " * 2_000_000}]}, "characters, and 1,000,000 are allowed"),
+    "an answer of ten million": ({"prompt": "a", "answer": "word " * 2_000_000}, "'answer' has 10,000,000 characters"),
+    "many columns": ({"prompt": "a", **{f"column_{n}": n for n in range(20_000)}}, "has 20,001 columns, and 1,000 are allowed"),
+    "no such column among many": ({f"column_{n}": n for n in range(900)}, "has no column 'prompt'"),
+    "nested": ('{"prompt": "a", "deep": ' + "[" * 300 + "]" * 300 + "}", "nested too deeply"),
+    "nested very deeply": ('{"prompt": "a", "deep": ' + "[" * 200_000 + "]" * 200_000 + "}", "deep|recursion"),
+    "a key twice among many": ('{"prompt": "a", "x": {' + ", ".join(f'"k{n}": 1' for n in range(20_000)) + ', "k19999": 1}}', "'k19999' stands twice"),
+    "many digits": ('{"prompt": "a", "x": ' + "9" * 1_000_000 + "}", "digits"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_row_of_any_size_is_refused_at_once_by_its_place(tmp_path, name):
+    row, reason = LARGE[name]
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"prompt": "first", "answer": "b"}\n' + (row if isinstance(row, str) else json.dumps(row)) + "\n")
+    start = time.perf_counter()
+    with pytest.raises(UserError, match=rf"{re.escape(str(file))}:2: .*({reason})") as error:
+        Dataset(
+            DatasetTask(data=str(file), answer="answer" if "answer" in name else None), Codec.of(make_byte_tokenizer())
+        )
+    assert len(str(error.value)) < 2500
+    assert time.perf_counter() - start < 5
+
+
+def test_an_object_of_many_keys_in_a_column_is_read(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps({"prompt": "a", "tests": {f"key {n}": [n] for n in range(50_000)}}) + "\n")
+    start = time.perf_counter()
+    (prompt,) = Dataset(DatasetTask(data=str(file), heldout=0), Codec.of(make_byte_tokenizer())).train
+    assert len(prompt.columns["tests"]) == 50_000
+    assert time.perf_counter() - start < 5
+
+
+def test_lines_and_rows_have_a_limit_that_is_told_with_the_place(tmp_path, monkeypatch):
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"prompt": "a"}\n{"prompt": "b"}\n\n{"prompt": "c"}\n')
+    monkeypatch.setattr(bounds, "MAX_ROWS", 2)
+    with pytest.raises(UserError, match=rf"{re.escape(str(file))}:4: is row 3, and 2 are allowed"):
+        list(read_rows(DatasetTask(data=str(file))))
+    monkeypatch.setattr(bounds, "MAX_LINE", 10)
+    with pytest.raises(UserError, match=rf"{re.escape(str(file))}:1: has more than 10 bytes"):
+        list(read_rows(DatasetTask(data=str(file))))
 
 
 @pytest.mark.parametrize(
