@@ -57,7 +57,7 @@ _NOUN_END = re.compile(  # a verb or preposition behind what is counted
 # What makes a number that stands behind or before it no answer.
 _DENIED = re.compile(
     r"(?:\b(?:not|cannot|never|neither|nor|hardly|except|unlikely|impossible|doubt|wrong|incorrect|false|refuse|other than|instead of"
-    r"|rather than|far from|no way|no chance|(?:any|every|no)(?:thing|one|body)? but)\b|n['’]t\b|(?:不可能|不会|不应|不是|不为|不等于|并非|绝非|并不)\w{0,3}?)"
+    r"|rather than|far from|no way|no chance|rules? out|ruled out|excludes?|rejects?|(?:any|every|no)(?:thing|one|body)? but)\b|n['’]t\b|(?:不可能|不会|不应|不是|不为|不等于|并非|绝非|并不)\w{0,3}?)"
     r"[\s,:'\"]*(?:(?!only|just)\w+[\s,:'\"]+){0,6}?$",
     re.IGNORECASE,
 )
@@ -99,8 +99,8 @@ def final_answer(text: str) -> str:
     text = in_one_alphabet(_NOTE.sub("", text)).replace("根号", "√")
     boxed = boxed_answer(text)
     if boxed or _BOX.search(text):  # a box that never closes is no answer
-        line = text[: text.rfind("boxed")].rpartition("\n")[2]
-        return "" if _DENIED.search(_clause(line.rstrip("\\ $f"))) else boxed
+        line, after = text[: text.rfind("boxed")].rpartition("\n")[2], text[text.rfind("}") + 1 :]
+        return "" if _DENIED.search(_clause(line.rstrip("\\ $f"))) or _DENIED_AFTER.search(after) else boxed
     if "####" in text:
         return _first_line(text.rpartition("####")[2])
     marks = list(_MARK.finditer(text))
@@ -177,17 +177,25 @@ def _stated(line: str, *, last: bool) -> str:
     has_words = _PROSE.search(bare) or _WORDY.match(bare)
     if not (has_words or (label and "=" in bare)) or _LIST.fullmatch(sentence):
         return sentence
+    formula = _FORMULA.search(sentence)
+    if formula and not _DENIED.search(_clause(sentence[: formula.start(1)])):
+        return formula[1]
     if re.search(r"(?<![<>!=])=\s*\S", bare):
         before, _, after = sentence.rpartition("=")
         rest = re.search(r",\s+((?:so|meaning|which means|therefore|thus|leaving|giving|making|and so)\s.*\d.*)", after)
         if rest:
             return _from_words(rest[1], line)
-        return (
-            sentence if _DENIED_NEAR.search(re.split(r"[\d$]", before)[0]) else _leading(after.strip(), sentence, line)
-        )
+        if _UNKNOWN.search(before.rpartition("=")[2]) or _DENIED_NEAR.search(re.split(r"[\d$]", before)[0]):
+            return sentence  # `Solve 3x - 5 = 10`
+        return _leading(after.strip(), sentence, line)
     return _from_words(sentence, line)
 
 
+_FORMULA = re.compile(  # behind a verb: `The solution is x > 3`, `The point is (1, 2)`
+    r"\b(?:is|are|be|get|have|for|with|when)\s+(?=[^<>]*(?:[<>]|\\[lg]e)|[(\[{].*,|[a-z]\s*=.*\b[a-z]\s*=)"
+    r"((?:[^A-Za-z\\]|\\[A-Za-z]+|\b[A-Za-z]\b|\b(?:or|and)\b)+)$"
+)
+_UNKNOWN = re.compile(r"\d[a-fi-kn-rt-z](?![A-Za-z])(?!\s*\d)|(?<![\w'’])(?<!\d )[b-z]\s*[-+*/^]\s*[\d(]")
 _WORDY = re.compile(
     r"\W*\d\S*\s+[a-z]{2,}|.*=.*[A-Za-z]{3}|[A-Z][a-z]+ .*\d|.*[*/+-].*[$%€£].*=|[a-z]+['’]s\s", re.IGNORECASE
 )
@@ -197,11 +205,8 @@ _LIST = re.compile(r"(?:\W|and|or|[A-Za-z]\w{0,2}\s*=\s*[^=\sA-Za-z]+)+")  # x =
 def _without_reason(sentence: str) -> str:
     """Without a reason behind the answer, in brackets or a clause of its own."""
     found = re.fullmatch(r"(.*[\w%.$€}])\s+[(\[]([^()]*(?:\([^()]*\)[^()]*)*)[)\]](\W*)", sentence)
-    if (
-        found
-        and re.search(r"[A-Za-z]{3,}|=|\d\s[A-Za-z]{2}", found[2])
-        and not re.match(r"\W*(?:or|and|not|mod|maybe|perhaps|if)\b", found[2])
-    ):
+    told = r"[A-Za-z]{3,}|=|\d\s[A-Za-z]{2}" + (r"|\d\s*[-+*/×]\s*\$?\d" if _PROSE.search(sentence) else "")
+    if found and re.search(told, found[2]) and not re.match(r"\W*(?:or|and|not|mod|maybe|perhaps|if)\b", found[2]):
         sentence = found[1]
     shorter = _REASON.sub("", sentence)
     return shorter if re.search(r"\d", shorter) or spelled_in(shorter) or not re.search(r"\d", sentence) else sentence

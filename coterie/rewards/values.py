@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 
-from coterie.rewards.numbers import number
+from coterie.rewards.numbers import DECIMAL, number
 from coterie.rewards.quantities import Clock, Quantity, read_clock, read_quantity, same_clock, same_quantity
 from coterie.rewards.tidy import CLOSE, OPEN, is_words, plain, tidy, words_only
 
@@ -311,6 +312,10 @@ def read(text: str, depth: int = 0) -> Value:
         return Quantity(text, None)
     if clock := read_clock(text):
         return clock
+    ratio = re.fullmatch(rf"{DECIMAL}(?:\s*:\s*{DECIMAL}){{2,}}", text)
+    if ratio:
+        terms = [Fraction(term) for term in re.split(r"\s*:\s*", text)][:_MAX_ITEMS]
+        return Ordered("::", tuple(Quantity(str(term), term / (sum(terms) or 1)) for term in terms))
     if is_words(text) and read_quantity(text).number is None:
         return Words(plain(text))
     matrix = _ENVIRONMENT.fullmatch(text)
