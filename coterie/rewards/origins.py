@@ -51,12 +51,12 @@ class Origins:
         if free and (free != [1] or len(origin.given) < 2):
             return True
         added = (
-            uses > self._times(value) + 1 and not self._says(uses)
+            uses > self._times(value) + 1 and not self._says(value, uses)
             for value, uses in origin.added.items()
             if self._times(value)
         )
         multiplied = (
-            uses > self._times(value) + 2 and not self._says(uses) for value, uses in origin.multiplied.items()
+            uses > self._times(value) + 2 and not self._says(value, uses) for value, uses in origin.multiplied.items()
         )
         return any(added) or any(multiplied)
 
@@ -64,8 +64,9 @@ class Origins:
         """How often a number is stated; one that a step has made counts as stated once."""
         return self.stated.get(value, 0) or (1 if value in self.made else 0)
 
-    def _says(self, uses: int) -> bool:
-        return any(Fraction(uses + more) in self.stated for more in (-1, 0, 1))
+    def _says(self, value: Fraction, uses: int) -> bool:
+        """Whether the problem states how often; to add 1 so often would be to add that number."""
+        return value != 1 and any(Fraction(uses + more) in self.stated for more in (-1, 0, 1))
 
     def _of(self, node: Node) -> Origin:
         if isinstance(node, Power):
