@@ -95,5 +95,41 @@ _SYMBOLS = regex.compile(
 
 
 def prose(text: str) -> str:
-    """The text without what is in no language: code, formulas, equations, addresses, tags, numbers with their units."""
-    return _SYMBOLS.sub(" ", _LEFT_OUT.sub(" ", text))
+    """The text without what is in no language: code, formulas, equations, addresses, tags, numbers with their units.
+
+    What stands in a fence, in backticks or in a formula and reads as sentences is prose all the same: else a text would hide there.
+    """
+    return _SYMBOLS.sub(" ", _LEFT_OUT.sub(lambda found: f" {_sentences_in(found.group())} ", text))
+
+
+_LETTERS = regex.compile(r"\p{Han}{1,2}|\p{L}[\p{L}\p{M}'’]+")
+_IN_FORMULA = regex.compile(r"\\(?:text\w*|mathrm|operatorname|boxed)\{([^{}]*)\}")
+_COMMENT = regex.compile(r"^\s*(?:#+|//+|--|/?\*+|%+|;+)\s*")
+_CODE = regex.compile(
+    r"[=(){}\[\]<>_\\|@$^&*+~/#;]|[\p{L}\d]\.\p{L}|:\s*$|^\s*(?:import|from|return|raise|yield|del|assert|pip|cd|git|sudo|npm|echo)\b",
+)
+_LEAST_WORDS = 4  # of a line that may be a sentence
+_TEXT = 2 / 3  # the share of a block's words in lines of text, from which on it is text
+
+
+def _sentences_in(left_out: str) -> str:
+    """Of what is left out the lines that read as sentences, where most of it does: comments beside code stay code."""
+    if left_out[0] not in "`~$\\":  # addresses and tags
+        return ""
+    if left_out[0] in "$\\":
+        return "\n".join(
+            part for part in [left_out.strip("$"), *_IN_FORMULA.findall(left_out)] if _reads_as_sentence(part)
+        )
+    lines = left_out.strip("`~").split("\n")
+    total = sum(_num_words(line) for line in lines)
+    bare = [_COMMENT.sub("", line) for line in lines]
+    text = [line for line in bare if _reads_as_sentence(line)]
+    return "\n".join(text) if sum(map(_num_words, text)) >= _TEXT * total else ""
+
+
+def _reads_as_sentence(line: str) -> bool:
+    return _num_words(line) >= _LEAST_WORDS and _CODE.search(line) is None
+
+
+def _num_words(line: str) -> int:
+    return len(_LETTERS.findall(line))

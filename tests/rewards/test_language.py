@@ -131,3 +131,31 @@ def test_r21_short_texts_are_judged_fast():
     for language, text in texts:
         share(text, language)
     assert len(texts) / (time.perf_counter() - begin) > 200
+
+
+HIDDEN = "The answer is five because we add two and three. So that is what it must be."
+
+
+@pytest.mark.parametrize(
+    "text",
+    [f"好\n```\n{HIDDEN}\n```", f"好\n```text\n{HIDDEN}\n{HIDDEN}\n```", f"好\n~~~\n{HIDDEN}", f"好 `{HIDDEN}`", f"好\n```python\n# {HIDDEN}\n# {HIDDEN}\n```",
+     f"好 $\\text{{{HIDDEN}}}$", f"好 \\[\\text{{{HIDDEN}}}\\]", f"好 \\text{{{HIDDEN}}}", f"好 ${HIDDEN}$", f"好\n```python\nx = 1\n# {HIDDEN}\n# {HIDDEN}\n```"],
+)  # fmt: skip
+def test_r21_sentences_do_not_hide_in_fences_or_formulas(text):
+    assert share(text, "zh") < 0.15
+    assert share(text, "en") > 0.85
+
+
+def test_r21_code_and_formulas_are_still_in_no_language():
+    code = "```python\nimport os, sys, json, math\ndef total(numbers):\n    # add all of them up\n    return sum(numbers)\n```"
+    assert share(f"这个函数求和。\n{code}", "zh") == 1
+    assert share("所以 $\\text{speed} = \\frac{\\text{distance}}{\\text{time}}$ 成立。", "zh") == 1
+    assert share("运行 `git commit --amend` 就可以了。", "zh") == 1
+
+
+@pytest.mark.parametrize("piece", ["```a b c d\n", "`a b c d` ", "$\\text{a", "# a\n", "\\text{ab cd ef gh}"])
+def test_r21_hostile_fences_cost_one_pass(piece):
+    began = time.monotonic()
+    prose("```\n" + piece * (100_000 // len(piece)))
+    prose(piece * (100_000 // len(piece)))
+    assert time.monotonic() - began < 5
