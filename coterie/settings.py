@@ -297,15 +297,16 @@ class Limits(Settings):
         description="the gradient's norm over the median of the last 50 steps with a signal, or of the first 50 if larger",
     )
     ratio: Positive = Field(100.0, description="of the policy to the one that sampled, for a single token or sequence")
-    sampler_gap: Positive = Field(
-        0.5, description="nats between the sampler's log-probability of a token and the trainer's"
+    sampler_gap: Positive | None = Field(
+        None,
+        description="nats between the sampler's log-probability of a token and the trainer's; what rounding explains if empty",
     )
     kl: Positive | None = Field(None, description="nats a token to the reference; no limit if empty")
     entropy: NonNegative = Field(
         0.005, description="nats a token, below which a policy that does not get about the best reward has collapsed"
     )
     stop_on: tuple[Literal["grad_norm_times", "ratio", "sampler_gap", "kl", "entropy"], ...] = Field(
-        (), description="which of these end the run; the newest checkpoint stands"
+        ("sampler_gap",), description="which of these end the run; the newest checkpoint stands"
     )
     skipped_steps: PositiveInt = Field(
         5, description="steps in a row that teach nothing, having no finite loss or no reward, which end the run"

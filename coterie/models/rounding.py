@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from coterie.noise import key
 
-TIMES = 8  # how much further two right ways may be apart than a few trials found
+TIMES = 2  # how much further two right ways may be apart than a few trials, each of whose roundings is larger than real ones, found
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from coterie.rollouts.engine import Engine
 from coterie.rollouts.pack import pack
 from coterie.tasks.base import Task
 from coterie.training.checkpoint import TrainState
+from coterie.training.gap import rounding_at_the_gap
 from coterie.training.metrics import Clock, Tally
 from coterie.training.optimise import (
     UpdateSettings,
@@ -85,6 +86,7 @@ def train_grpo(
         reference_logprobs = logprobs_of(reference, watched, temperature=temperature)
         learning_rate = learning_rate_at(step, recipe.steps, recipe.optimiser)
         set_learning_rate(optimiser, learning_rate)
+        gaps = list[Tensor]()
         tally = optimise(
             policy,
             optimiser,
@@ -95,6 +97,7 @@ def train_grpo(
             reference=reference,
             reference_logprobs=reference_logprobs if held else None,
             sampled_by_policy=True,
+            gaps=gaps,
         )
         move_reference(reference, policy, recipe.reference, step)
         engine.load_weights(policy, step)
@@ -106,6 +109,7 @@ def train_grpo(
         tally.merge(divergence_metrics(watched, reference_logprobs))
         metrics = {
             **tally.values(),
+            **rounding_at_the_gap(policy, streams, gaps, temperature=temperature),
             "optimiser/learning_rate": learning_rate,
             **controlled(recipe, weights),
             **clock.seconds,

@@ -135,6 +135,7 @@ def optimise(
     reference_logprobs: Sequence[Tensor] | None = None,
     sampled_by_policy: bool = False,
     token_advantages: Sequence[Tensor] | None = None,
+    gaps: list[Tensor] | None = None,
 ) -> Tally:
     """One or more optimiser steps on a batch of samples, cut into micro-batches in any way.
 
@@ -144,7 +145,8 @@ def optimise(
     `sampled_by_policy`: the samples come from these very weights. Then pi_old is what the first update computes, and the
     ratio starts at exactly 1; how far the sampler's own log-probabilities lie from it is the metric
     "policy/sampler_gap_max". A correction for the sampler makes pi_old the same, and weighs each token or row by how much
-    likelier pi_old makes it than the sampler did.
+    likelier pi_old makes it than the sampler did. `gaps`: an empty list, which gets that distance for each token, [N] of each
+    stream.
     """
     objective = objective or load_objective(settings.loss)
     totals = sum_totals(totals)
@@ -164,7 +166,10 @@ def optimise(
             )
             if first and recompute:
                 old_logprobs[number] = statistics.logprobs.detach()
-                tally.add_maximum("policy/sampler_gap_max", (old_logprobs[number] - stream.sampler_logprobs).abs())
+                gap = (old_logprobs[number] - stream.sampler_logprobs).abs()
+                tally.add_maximum("policy/sampler_gap_max", gap)
+                if gaps is not None:
+                    gaps.append(gap)
             of_rows = stream.row
             given = token_advantages[number] if token_advantages is not None else None
             terms = TokenTerms(

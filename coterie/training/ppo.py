@@ -25,6 +25,7 @@ from coterie.rollouts.pack import pack
 from coterie.sections import section
 from coterie.tasks.base import Task
 from coterie.training.checkpoint import TrainState
+from coterie.training.gap import rounding_at_the_gap
 from coterie.training.grpo import (
     adapt,
     controlled,
@@ -93,7 +94,7 @@ def train_ppo(
         advantages, returns = advantages_and_returns(streams, old_values, penalties, recipe)
         learning_rate = learning_rate_at(step, recipe.steps, recipe.optimiser)
         set_learning_rate(optimiser, learning_rate)
-        tally = Tally()
+        tally, gaps = Tally(), list[Tensor]()
         if step > recipe.value.warmup_steps:
             tally = optimise(
                 policy,
@@ -106,6 +107,7 @@ def train_ppo(
                 reference_logprobs=reference_logprobs,
                 sampled_by_policy=True,
                 token_advantages=whitened(advantages),
+                gaps=gaps,
             )
         tally.merge(fit_values(value, value_optimiser, streams, totals, old_values, returns, recipe))
         engine.load_weights(policy, step)
@@ -114,6 +116,7 @@ def train_ppo(
         tally.merge(divergence_metrics(streams, reference_logprobs))
         metrics = {
             **tally.values(),
+            **rounding_at_the_gap(policy, streams, gaps, temperature=temperature),
             "optimiser/learning_rate": learning_rate,
             **controlled(recipe, weights),
             **clock.seconds,

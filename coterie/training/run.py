@@ -320,7 +320,9 @@ class Run:
 
     def _watch_limits(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """An event where a limit begins to be passed; RunFailedError where it is one that ends the run."""
-        stop_on = self.recipe.limits.stop_on
+        stop_on = set(self.recipe.limits.stop_on)
+        if self.recipe.correction.kind != "none" and self.recipe.limits.sampler_gap is None:
+            stop_on.discard("sampler_gap")  # what was sampled is weighed by how far apart the two are
         found = self._limits_passed(stage, step, metrics)
         before = self._limits_passed(stage, step - 1, self._metrics_of(stage, step - 1)) if found else {}
         for limit, message in found.items():

@@ -44,6 +44,17 @@ def alarms(metrics: Mapping[str, float], usual: float | None, limits: Limits, *,
         bound, value = getattr(limits, limit), metrics.get(name)
         if bound is not None and value is not None and value > bound:
             found.append(Alarm(limit, f"{what} is {value:.3g}, above {bound:g}"))
+    gap, explained = metrics.get("policy/sampler_gap_max"), metrics.get("policy/sampler_rounding")
+    if limits.sampler_gap is None and gap is not None and explained is not None and gap > explained:
+        found.append(
+            Alarm(
+                "sampler_gap",
+                f"the sampler's log-probability of a token is {gap:.3g} nats from the trainer's, of which rounding explains "
+                f"{explained:.2g}: the two do not compute the same model. Where the compiled loops are the cause, "
+                "COTERIE_KERNELS=off in the environment mends it; correction.kind=truncate weighs what was sampled by how much "
+                "likelier the trainer makes it, and goes on; limits.stop_on=[] goes on without",
+            )
+        )
     entropy = metrics.get("policy/entropy")
     if entropy is not None and entropy < limits.entropy and not solved:
         found.append(

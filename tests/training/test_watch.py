@@ -21,7 +21,9 @@ GOOD = {"optimiser/grad_norm": 1.0, "policy/ratio_max": 1.1, "policy/sampler_gap
         ({"optimiser/grad_norm": 30.0}, ["grad_norm_times"]),
         ({"optimiser/grad_norm": 20.0}, []),
         ({"policy/ratio_max": 101.0}, ["ratio"]),
-        ({"policy/sampler_gap_max": 0.6}, ["sampler_gap"]),
+        ({"policy/sampler_gap_max": 0.6}, []),  # nothing was found out about what rounding explains
+        ({"policy/sampler_gap_max": 0.6, "policy/sampler_rounding": 0.7}, []),
+        ({"policy/sampler_gap_max": 0.6, "policy/sampler_rounding": 0.5}, ["sampler_gap"]),
         ({"policy/kl": 3.0}, ["kl"]),
         ({"policy/entropy": 0.001}, ["entropy"]),
         ({"policy/entropy": 0.0, "policy/kl": 9.0}, ["kl", "entropy"]),

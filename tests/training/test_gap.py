@@ -1,0 +1,102 @@
+"""A sampler that is not the trainer's model ends the run; rounding, in bfloat16 too, does not."""
+
+import sqlite3
+
+import pytest
+import torch
+
+import coterie
+from coterie.models.policy import Policy
+from coterie.noise import key, mix
+from coterie.rollouts.native import NativeEngine
+from coterie.rollouts.pack import Row, make_stream
+from coterie.settings import Lora, Sampling
+from coterie.training.gap import rounding_at_the_gap
+from coterie.training.optimise import logprobs_of
+from coterie.training.run import RunFailedError
+
+
+def samples_of(policy, **sampling):
+    keys = mix(torch.tensor(key("gap")), torch.arange(48)).view(6, 8)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(61, (9 + 3 * p,), generator=generator).tolist() for p in range(6)]
+    groups = NativeEngine(policy).generate(prompts, keys, Sampling(max_new_tokens=24, **sampling), [])
+    return [
+        make_stream([(prompt, [Row(c.tokens, c.logprobs, support=c.support) for c in group])])
+        for prompt, group in zip(prompts, groups, strict=True)
+    ]
+
+
+def gaps_of(policy, streams, temperature=1.0):
+    found = logprobs_of(policy, streams, temperature=temperature)
+    return [(ours - stream.sampler_logprobs).abs() for ours, stream in zip(found, streams, strict=True)]
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma2"])
+def test_in_float32_there_is_nothing_to_explain(make_model, architecture):
+    policy = Policy.of(make_model(architecture))
+    streams = samples_of(policy)
+    assert rounding_at_the_gap(policy, streams, gaps_of(policy, streams), temperature=1.0) == {}
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma2", "gpt2"])
+@pytest.mark.parametrize("times", [1, 4])
+def test_in_bfloat16_rounding_explains_what_there_is(make_model, architecture, times):
+    """Also where large weights make it a nat and more."""
+    model = make_model(architecture)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(times)
+    policy = Policy.of(model.bfloat16())
+    streams = samples_of(policy, top_k=7)
+    gaps = gaps_of(policy, streams)
+    explained = rounding_at_the_gap(policy, streams, gaps, temperature=1.0)
+    assert max(gap.max().item() for gap in gaps) <= explained.get("policy/sampler_rounding", 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_that_was_sampled_otherwise_is_not_explained(make_model, dtype):
+    """Sampler's figures of a model whose first tokens are hidden from what follows: what a lost memory gives."""
+    policy = Policy.of(make_model("qwen3").to(dtype)).with_adapter(Lora(rank=2), seed=0)
+    streams = samples_of(policy)
+    gaps = gaps_of(policy, streams)
+    gaps[3][50] = 1.0
+    explained = rounding_at_the_gap(policy, streams, gaps, temperature=1.0)
+    assert explained["policy/sampler_rounding"] < 1.0
+
+
+def events(folder):
+    with sqlite3.connect(folder / "run.db") as db:
+        return db.execute("SELECT step, message FROM events WHERE kind = 'limit'").fetchall()
+
+
+@pytest.mark.parametrize("preset", ["grpo", "ppo"])
+def test_a_sampler_of_another_model_ends_the_run_and_says_what_to_do(tiny_recipe, tmp_path, monkeypatch, preset):
+    """Keys and values that a grid forgets: the engine goes on as if each completion had begun anew."""
+    sound = NativeEngine.generate
+
+    def wrong(self, prompts, *arguments, **keywords):
+        shortened = [prompt[:1] for prompt in prompts]
+        return sound(self, shortened, *arguments, **keywords)
+
+    monkeypatch.setattr(NativeEngine, "generate", wrong)
+    given = [*tiny_recipe, f"preset={preset}", "evaluation={prompts: 2, samples: 1}"]
+    given += ["loss.kl_weight=0.04"]  # so that completions without an advantage are learned from too
+    with pytest.raises(
+        RunFailedError, match=r"step 1: .* rounding explains 0.01: .*COTERIE_KERNELS=off.*limits.stop_on"
+    ):
+        coterie.train("equations", overrides=given, out=str(tmp_path / "ends"))
+    ((step, _),) = events(tmp_path / "ends")
+    assert step == 1
+
+
+def test_with_a_correction_it_is_an_event_and_the_run_goes_on(tiny_recipe, tmp_path, monkeypatch):
+    sound = NativeEngine.generate
+    monkeypatch.setattr(
+        NativeEngine,
+        "generate",
+        lambda self, prompts, *a, **k: sound(self, [prompt[:1] for prompt in prompts], *a, **k),
+    )
+    given = [*tiny_recipe, "evaluation={prompts: 2, samples: 1}", "steps=2", "correction.kind=truncate", "loss.kl_weight=0.04"]
+    run = coterie.train("equations", overrides=given, out=str(tmp_path / "run"))
+    assert len(events(run.folder)) == 1
