@@ -70,16 +70,20 @@ def events(folder):
         return db.execute("SELECT step, message FROM events WHERE kind = 'limit'").fetchall()
 
 
-@pytest.mark.parametrize("preset", ["grpo", "ppo"])
-def test_a_sampler_of_another_model_ends_the_run_and_says_what_to_do(tiny_recipe, tmp_path, monkeypatch, preset):
-    """Keys and values that a grid forgets: the engine goes on as if each completion had begun anew."""
+@pytest.fixture
+def forgetful(monkeypatch):
+    """An engine that goes wrong once training is under way: it reads the first token of a prompt alone."""
     sound = NativeEngine.generate
 
-    def wrong(self, prompts, *arguments, **keywords):
-        shortened = [prompt[:1] for prompt in prompts]
-        return sound(self, shortened, *arguments, **keywords)
+    def wrong(self, prompts, keys, *arguments, **keywords):
+        in_training = keys.shape == (3, 4)  # prompts and completions of a step
+        return sound(self, [p[:1] for p in prompts] if in_training else prompts, keys, *arguments, **keywords)
 
     monkeypatch.setattr(NativeEngine, "generate", wrong)
+
+
+@pytest.mark.parametrize("preset", ["grpo", "ppo"])
+def test_a_sampler_of_another_model_ends_the_run_and_says_what_to_do(tiny_recipe, tmp_path, forgetful, preset):
     given = [*tiny_recipe, f"preset={preset}", "evaluation={prompts: 2, samples: 1}"]
     given += ["loss.kl_weight=0.04"]  # so that completions without an advantage are learned from too
     with pytest.raises(
@@ -90,13 +94,7 @@ def test_a_sampler_of_another_model_ends_the_run_and_says_what_to_do(tiny_recipe
     assert step == 1
 
 
-def test_with_a_correction_it_is_an_event_and_the_run_goes_on(tiny_recipe, tmp_path, monkeypatch):
-    sound = NativeEngine.generate
-    monkeypatch.setattr(
-        NativeEngine,
-        "generate",
-        lambda self, prompts, *a, **k: sound(self, [prompt[:1] for prompt in prompts], *a, **k),
-    )
-    given = [*tiny_recipe, "evaluation={prompts: 2, samples: 1}", "steps=2", "correction.kind=truncate", "loss.kl_weight=0.04"]
-    run = coterie.train("equations", overrides=given, out=str(tmp_path / "run"))
+def test_with_a_correction_it_is_an_event_and_the_run_goes_on(tiny_recipe, tmp_path, forgetful):
+    given = [*tiny_recipe, "evaluation={prompts: 2, samples: 1}", "steps=2", "correction.kind=truncate"]
+    run = coterie.train("equations", overrides=[*given, "loss.kl_weight=0.04"], out=str(tmp_path / "run"))
     assert len(events(run.folder)) == 1

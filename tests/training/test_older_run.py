@@ -105,7 +105,7 @@ def test_a_setting_that_is_new_is_no_change_at_its_default(project):
             "record.max_megabytes_per_step",
             "rewards.letters.weight",
             "task.split",
-            "limits.stop_on",
+            "limits.skipped_steps",
             "max_failed_rewards",
         )
         for name in names:
