@@ -7,6 +7,7 @@ from a process that has done the slow imports already; `apart=True` starts the i
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -16,6 +17,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import termios
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -79,7 +81,8 @@ class Ended:
 class Command:
     """`coterie ARGUMENTS` in a folder.
 
-    fault: as COTERIE_FAULT. limits: names of what to take from the process before it begins, of LIMITS.
+    fault: as COTERIE_FAULT. limits: names of what to do in the process before it begins, of LIMITS. output: the descriptor that an
+    `apart` command prints into, in place of a log.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Command:
         fault: str | None = None,
         limits: Sequence[str] = (),
         apart: bool = False,
+        output: int | None = None,
         **environment: str,
     ) -> None:
         self._started = time.monotonic()
@@ -96,7 +100,7 @@ class Command:
         self.log = home.parent / f"printed_{self.mark[:8]}.txt"
         environment |= {MARK: self.mark, "XDG_STATE_HOME": str(home / "state")}
         self._forked = None if apart else _fork(home, self.log, arguments, environment, fault, limits)
-        self._apart = _start(home, self.log, arguments, environment, fault, limits) if apart else None
+        self._apart = _start(home, self.log, arguments, environment, fault, limits, output) if apart else None
         process = self._forked or self._apart
         assert process is not None
         assert process.pid is not None
@@ -174,6 +178,7 @@ def _start(
     environment: Mapping[str, str],
     fault: str | None,
     limits: Sequence[str],
+    output: int | None,
 ) -> subprocess.Popen[bytes]:
     told = {"COTERIE_FAULT": fault} if fault else {}
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -182,7 +187,7 @@ def _start(
             [sys.executable, "-m", "coterie.cli", *arguments],
             cwd=home,
             env={"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": path} | dict(environment) | told,
-            stdout=printed,
+            stdout=printed if output is None else output,
             stderr=subprocess.STDOUT,
             preexec_fn=lambda: [LIMITS[name]() for name in limits],
         )
@@ -242,7 +247,19 @@ def _without_network() -> None:
         raise OSError(ctypes.get_errno(), "no network of its own can be made")
 
 
-LIMITS = {"permissions": _without_override, "network": _without_network}
+def _with_terminal() -> None:
+    """In a session of its own, whose terminal is what it prints to."""
+    os.setsid()
+    fcntl.ioctl(1, termios.TIOCSCTTY, 0)
+
+
+def _ignoring_hangups() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+LIMITS = {
+    "permissions": _without_override, "network": _without_network, "terminal": _with_terminal, "nohup": _ignoring_hangups,
+}  # fmt: skip
 
 
 class Lab:
@@ -359,5 +376,5 @@ def all_finite(run: Path) -> bool:
 
 
 def copied(home: Path, name: str) -> Path:
-    """A copy of a home, beside it. Its run goes on with the first home's data and rewards."""
+    """A copy of a home, beside it. Its run goes on with its own data and rewards."""
     return Path(shutil.copytree(home, home.with_name(f"{home.name}_{name}")))

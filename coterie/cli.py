@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
+import tempfile
 import threading
 import traceback
 import warnings
@@ -284,6 +286,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     _hold_descriptors()
+    _have_a_home()
     debug = "--debug" in sys.argv
     _show_plainly()
     with outliving_console() if sys.argv[1:2] == ["train"] else nullcontext():
@@ -312,6 +315,14 @@ def _hold_descriptors() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+
+
+def _have_a_home() -> None:
+    """Where nobody knows a home (a container's nameless user), one for as long as the command runs."""
+    if os.path.expanduser("~") == "~":
+        home = tempfile.TemporaryDirectory(prefix="coterie-home-")
+        atexit.register(home.cleanup)
+        os.environ["HOME"] = home.name
 
 
 def _fail(error: Exception, kind: str, status: int, debug: bool) -> Any:

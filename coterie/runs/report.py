@@ -270,9 +270,7 @@ def _evaluations(store: Store) -> list[Any]:
 
 def _groups(store: Store) -> str:
     """Groups of the first step, and of the last ones up to the middle and the end that differ in reward, with every token coloured."""
-    steps = [
-        row["step"] for row in store.read("SELECT DISTINCT step FROM completions WHERE stage = 'train' ORDER BY step")
-    ]
+    steps = _steps(store)
     if not steps:
         return ""
     chosen = list(dict.fromkeys((steps[0], _telling(store, steps[: len(steps) // 2 + 1]), _telling(store, steps))))
@@ -305,6 +303,16 @@ def _groups(store: Store) -> str:
             prompt = _text(completions[0]["prompt"])
             parts.append(f"<div class='group'><p class='prompt'>{prompt}</p><div class='cards'>{cards}</div></div>")
     return "\n".join(parts)
+
+
+def _steps(store: Store) -> list[int]:
+    """The steps with completions: each is looked up by key after the one before, since all completions may be gigabytes."""
+    query = (
+        "WITH RECURSIVE steps(step) AS (SELECT MIN(step) FROM completions WHERE stage = 'train' UNION ALL SELECT (SELECT "
+        "MIN(step) FROM completions WHERE stage = 'train' AND step > steps.step) FROM steps WHERE steps.step IS NOT NULL) "
+        "SELECT step FROM steps WHERE step IS NOT NULL"
+    )
+    return [row["step"] for row in store.read(query)]
 
 
 def _telling(store: Store, steps: Sequence[int]) -> int:

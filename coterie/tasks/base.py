@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, Protocol
 
 from coterie.noise import permutation
@@ -54,15 +55,17 @@ def draw(task: Task, count: int, *, seed: int, step: int) -> list[Prompt]:
     """The prompts of a step (numbered from 1): every prompt once an epoch, in an order that each epoch shuffles anew."""
     size = len(task.train)
     prompts = []
-    orders: dict[int, list[int]] = {}
     for number in range((step - 1) * count, step * count):
         epoch, place = divmod(number, size)
-        if epoch not in orders:
-            orders[epoch] = permutation(size, seed, "draw", epoch)
-        prompt = task.train[orders[epoch][place]]
+        prompt = task.train[_order(size, seed, epoch)[place]]
         key = epoch * size + prompt.key  # a prompt drawn twice in a step, across epochs, gets noise of its own
         prompts.append(replace(prompt, key=key))
     return prompts
+
+
+@lru_cache(maxsize=2)  # a step lies in one epoch, or in two
+def _order(size: int, seed: int, epoch: int) -> list[int]:
+    return permutation(size, seed, "draw", epoch)
 
 
 def draw_again(task: Task, count: int, *, seed: int, step: int, attempt: int) -> list[Prompt]:

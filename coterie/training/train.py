@@ -29,7 +29,7 @@ from coterie.runs.console import Console
 from coterie.runs.outlet import outliving_console
 from coterie.runs.profile import profile_table
 from coterie.runs.report import marks_of, write_report
-from coterie.settings import ColdStart
+from coterie.settings import ColdStart, DatasetTask
 from coterie.tasks.base import Task
 from coterie.tasks.dataset import Dataset
 from coterie.tasks.load import prepare
@@ -45,6 +45,7 @@ from coterie.training.saved import save_model
 from coterie.training.sft import train_sft
 
 _SHOWN_EXAMPLES = 4
+_LARGE = 20_000_000  # bytes of a data file that is told of before it is read
 
 
 @outliving_console()
@@ -77,6 +78,7 @@ def train(
         name = run_name(find_recipe(recipe)) if isinstance(recipe, str) else "run"
         loaded = load_recipe(recipe, overrides) if isinstance(recipe, str) else recipe
         loaded = loaded.model_copy(update={"made_with": {**(loaded.made_with or {}), "day": date.today().isoformat()}})
+        _say_what_takes_long(loaded, console)
         parts = prepare(loaded)  # what is wrong with the recipe shows before there is a folder
         run = Run.create(loaded, name, out, console, stop_after=stop_after)
     try:
@@ -112,6 +114,13 @@ def memory_explained(run: Run) -> Iterator[None]:
             f"{sampling.max_cache_megabytes:g}) or sampling.max_rows ({sampling.max_rows}). The newest checkpoint stands: "
             f"coterie train --resume {run.folder}"
         ) from error
+
+
+def _say_what_takes_long(recipe: Recipe, console: Console) -> None:
+    """Reading a million rows takes most of a minute."""
+    path = Path(recipe.task.data) if isinstance(recipe.task, DatasetTask) else None
+    if path is not None and path.is_file() and path.stat().st_size > _LARGE:
+        console.say(f"reading {path}, {path.stat().st_size / 1e6:,.0f} MB")
 
 
 def run_name(recipe: Path) -> str:

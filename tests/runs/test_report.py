@@ -299,3 +299,23 @@ def test_the_page_asks_the_network_for_nothing_and_shows_no_key(tmp_path, monkey
     assert "default-src 'none'" in page
     assert "***" in page
     assert "&lt;script&gt;alert(1)" not in page
+
+
+def test_the_steps_are_looked_up_and_not_searched_for(tmp_path):
+    """A run's completions may be gigabytes: what is read for that does not grow with their number in a step."""
+    from coterie.runs.report import _steps
+
+    counts = []
+    for num_rows in (1, 500):
+        store = Store(tmp_path / f"{num_rows}.db")
+        assert _steps(store) == []
+        rows = [("train", step, 0, row, "p", "t" * 100, "[]", "[]", "[]", 0.0, 1.0, "{}", "stop", None)
+                for step in (1, 2, 3, 7) for row in range(num_rows)]  # fmt: skip
+        with store.transaction():
+            store._insert("completions", rows)
+        work = []
+        store._db.set_progress_handler(lambda work=work: work.append(1) and 0, 1)
+        assert _steps(store) == [1, 2, 3, 7]
+        counts.append(len(work))
+        store.close()
+    assert counts[1] <= counts[0] + 20
