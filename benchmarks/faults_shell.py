@@ -78,7 +78,7 @@ def lost_terminal(lab: Lab) -> Outcome:
     for limits, status in ((["terminal"], 128 + signal.SIGHUP), (["terminal", "nohup"], 0)):
         home = lab.home()
         ours, theirs = pty.openpty()
-        running = train(home, apart=True, output=theirs, limits=limits, PACE="0.2")
+        running = train(home, apart=True, output=theirs, limits=limits, PACE="0.6")
         os.close(theirs)
         _await(home / "run" / "checkpoints" / "step_000002", running)
         os.close(ours)
@@ -118,12 +118,12 @@ def forking_reward(lab: Lab) -> Outcome:
     reward = POOLS.replace("KINDS", repr(kinds))
     wrong = []
     home = lab.home(reward=reward, files={"helper.py": HELPER})
-    running = train(home)
+    running = train(home, apart=True)  # as a user does: what is spawned imports what the command is
     running.until("grpo 2/")
     running.send(signal.SIGTERM)
     wrong += refused(running.wait(), 128 + signal.SIGTERM, "--resume")
     wrong += ["left processes behind"] if running.orphans() else []
-    wrong += [f"differs in {what}" for what in differences(finished(home), lab.whole())]
+    wrong += [f"differs in {what}" for what in differences(finished(home, apart=True), lab.whole())]
     return Outcome(wrong, f"pools by {' and '.join(kinds)}, and a subprocess, stopped and resumed")
 
 

@@ -13,7 +13,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals, locks 
 NAMES = [
     "kills", "trainers", "kills inside saves", "damaged checkpoints", "all damaged", "disk full", "folder lost", "signals",
     "changed inputs", "undeletable", "not finite", "equal rewards", "lengths", "bad recipes", "bad rows", "bad rewards",
-    "workers", "no memory", "one folder", "no network", "readers",
+    "workers", "no memory", "one folder", "no network", "readers", "blocked output", "lost terminal", "forking reward",
+    "damaged kernels", "held database", "moved project", "suspended process", "older run",
 ]  # fmt: skip
 
 
