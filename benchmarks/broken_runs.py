@@ -249,6 +249,7 @@ def _without_network() -> None:
 
 def _with_terminal() -> None:
     """In a session of its own, whose terminal is what it prints to."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.setsid()
     fcntl.ioctl(1, termios.TIOCSCTTY, 0)
 
