@@ -280,8 +280,12 @@ def take_step(
     is skipped and counted.
     """
     tally = Tally()
-    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    given = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    parameters = [parameter for parameter in given if parameter.requires_grad]
     with section("train/optimiser"):
+        for parameter in given:
+            if not parameter.requires_grad:
+                parameter.grad = None  # a frozen weight with a gradient of zeros would decay
         for parameter in parameters:  # zeros and not None, so that a batch without signal is a step with no gradient
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
     finite = torch.ones((), dtype=torch.bool, device=device)
