@@ -106,7 +106,7 @@ def test_the_model_at_the_end_is_the_trained_policy(train, capsys):  # noqa: F81
             parameter.copy_(start[name])
     assert (some_logprobs(Policy.of(model)) - expected).abs().max() > 1e-3
     evaluate_model(str(folder), None, 1, 8, None, 0, [])
-    sample_model(str(folder), "Solve 3x - 5 = 10", 2, 0.0, 1.0, 12, None, 0)
+    sample_model(str(folder), "Solve 3x - 5 = 10", 2, {"temperature": 0.0, "max_new_tokens": 12}, None, 0)
     printed = capsys.readouterr().out
     assert "accuracy" in printed
     assert "--- 2" in printed

@@ -323,11 +323,20 @@ def test_a_run_that_died_before_its_first_checkpoint_resumes(train, method, monk
 
 @pytest.mark.parametrize("method", ["rloo", "ppo", "grpo", "gdpo"])
 def test_steps_in_which_every_completion_abstains_are_survived(train, tmp_path, method):
-    (tmp_path / "none.py").write_text("def none(completions, **columns):\n    return [None] * len(completions)\n")
-    folder = train("run", *METHODS[method], f"rewards={tmp_path}/none.py:none", "steps=2")
-    assert metrics(folder, 2)["reward/num_abstained"] == len(
-        sqlite3.connect(folder / "run.db").execute("SELECT 1 FROM completions WHERE step = 2").fetchall()
+    """The first call is in the evaluation before training, each other one in a step."""
+    (tmp_path / "late.py").write_text(
+        "calls = []\ndef late(completions, **columns):\n    calls.append(1)\n"
+        "    return [float(len(c[0]['content'])) if len(calls) > 4 else None for c in completions]\n"
     )
+    folder = train("run", *METHODS[method], f"rewards={tmp_path}/late.py:late", "steps=5")
+    found = [metrics(folder, step) for step in range(1, 6)]
+    with sqlite3.connect(folder / "run.db") as db:
+        sizes = [db.execute("SELECT COUNT(*) FROM completions WHERE step = ?", (n,)).fetchone()[0] for n in range(1, 6)]
+    silent = [one["reward/num_abstained"] == size for one, size in zip(found, sizes, strict=True)]
+    assert silent[0]
+    assert not silent[-1]
+    assert silent == sorted(silent, reverse=True)
+    assert all(one["optimiser/skipped_share"] == 0 for one in found)
 
 
 def test_redraw_keeps_a_group_whose_parts_differ_though_their_sum_does_not(train, tmp_path):

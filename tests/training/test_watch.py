@@ -71,11 +71,11 @@ def test_r36_a_run_tells_a_task_that_is_solved_from_a_policy_that_has_collapsed(
     mean = sum(rewards) / len(rewards)
     std = (sum((reward - mean) ** 2 for reward in rewards) / (len(rewards) - 1)) ** 0.5
     learning = {
-        "reward/mean": 0.5, "reward/std": 0.5, "reward/highest": 1.0, "reward/lowest": 0.0, "group/no_signal_share": 0.2,
+        "reward/mean": 0.5, "reward/right_answer": 0.5, "reward/written_steps": 0.5, "reward/std": 0.5, "reward/highest": 1.0, "reward/lowest": 0.0, "group/no_signal_share": 0.2,
         "policy/entropy": 1.0, "optimiser/grad_norm": 0.5,
     }  # fmt: skip
     settled = {
-        "reward/mean": mean, "reward/std": std, "reward/highest": max(rewards), "reward/lowest": min(rewards),
+        "reward/mean": mean, "reward/right_answer": mean, "reward/written_steps": mean, "reward/std": std, "reward/highest": max(rewards), "reward/lowest": min(rewards),
         "group/no_signal_share": 1.0, "policy/entropy": 0.001, "optimiser/grad_norm": 1e-5,
     }  # fmt: skip
     run = Run.create(load_recipe("equations", tiny_recipe), "run", str(tmp_path / "run"), Console(), stop_after=None)
