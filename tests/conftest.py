@@ -40,6 +40,7 @@ SHAPES = {
     "granite": {**SMALL, "logits_scaling": 3.0},
     "gpt_oss": {**SMALL, "head_dim": 8, "sliding_window": 5, "num_local_experts": 2, "num_experts_per_tok": 1},
     "bloom": {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "doge": SMALL,
 }  # fmt: skip
 
 

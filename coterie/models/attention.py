@@ -20,8 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from coterie.models.alibi import has_own_attention, replaced_attention
+
 NAME = "coterie_stream"
 _OBSERVED = "coterie_observed"  # the same, with masks that say what they are
+_UNMASKED = "coterie_unmasked"  # for models whose attention is replaced, with masks that nobody reads
 
 
 class Layout(Protocol):
@@ -33,17 +36,19 @@ class Layout(Protocol):
 @dataclass(frozen=True)
 class AttentionSettings:
     """What a model calls a layer's attention with. window: how many tokens back it sees. softcap: a limit on its scores.
-    sinks: [H], a score of each head that takes part in the softmax and stands for no token."""
+    sinks: [H], a score of each head that takes part in the softmax and stands for no token.
+    slopes: [H], what each head adds to a score for each token that the key stands further on."""
 
     scaling: float
     window: int | None
     softcap: float | None
     sinks: Tensor | None = None
+    slopes: Tensor | None = None
 
     @property
     def plain(self) -> bool:
         """Whether scores are products and nothing else."""
-        return self.softcap is None and self.sinks is None
+        return self.softcap is None and self.sinks is None and self.slopes is None
 
 
 Windows = Mapping[int, int | None]  # by layer
@@ -64,13 +69,15 @@ def stream_attention(
 
     windows: what `observed` found; without them what each layer's call says is believed.
     """
+    name = _UNMASKED if has_own_attention(model) else name
     configs = (model.config, model.config.get_text_config())  # the same one, unless the model sees pictures too
     before = [(config, config._attn_implementation) for config in configs]
     token = _acting.set((layout, windows))
     try:
         for config, _ in before:
             config._attn_implementation = name
-        yield
+        with replaced_attention(model, _attend_with_slopes):
+            yield
     finally:
         _acting.reset(token)
         for config, implementation in before:
@@ -146,6 +153,10 @@ def _attention(
     return layout.attend(layer, query, key, value, AttentionSettings(scaling, window, softcap, s_aux)), None
 
 
+def _attend_with_slopes(module: Any, q: Tensor, k: Tensor, v: Tensor, scaling: float, slopes: Tensor) -> Tensor:
+    return _acting.get()[0].attend(module.layer_idx, q, k, v, AttentionSettings(scaling, None, None, slopes=slopes))
+
+
 def _stated_window(module: Any, layer: int, sliding_window: int | None) -> int | None:
     kinds = getattr(getattr(module, "config", None), "layer_types", None)
     return None if kinds and kinds[layer] == "full_attention" else sliding_window
@@ -178,3 +189,5 @@ def _is_causal(mask_function: Callable[..., Any], window: int | None) -> bool:
 AttentionInterface.register(NAME, _attention)
 AttentionInterface.register(_OBSERVED, _attention)
 AttentionMaskInterface.register(_OBSERVED, _mask)
+AttentionInterface.register(_UNMASKED, _attention)
+AttentionMaskInterface.register(_UNMASKED, lambda **others: torch.zeros(()))

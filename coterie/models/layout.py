@@ -1,7 +1,7 @@
 """Attention over the packed stream: a completion's tokens attend to their prompt and to themselves.
 
 `StreamLayout` chooses: on a CPU compiled loops, or where there is no compiler the cascade, neither of which copies a prompt or
-masks anything; on a GPU FlexAttention; where none of them serves, for sinks, or soft caps on a CPU, dense blocks. A block is a set of
+masks anything; on a GPU FlexAttention; where none of them serves, for sinks, slopes, or soft caps on a CPU, dense blocks. A block is a set of
 sequences of similar length. A "trunk" attends to itself: a prompt, or a prompt with its only completion. A "branch" is a
 completion whose keys are preceded by those of its trunk, which were computed once for the whole group.
 
@@ -36,7 +36,7 @@ class StreamLayout:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
         unlimited = settings.window is None or settings.window >= self._longest
-        on_gpu = self._device.type != "cpu" and settings.sinks is None
+        on_gpu = self._device.type != "cpu" and settings.sinks is None and settings.slopes is None
         if on_gpu and flex_serves(q, k, v, settings.softcap, DenseLayout):
             return self._flex.attend(layer, q, k, v, settings)
         on_cpu = self._device.type == "cpu" and settings.plain and q.shape[3] == v.shape[3]
@@ -83,7 +83,7 @@ class _Block:
 
 
 class DenseLayout:
-    """Dense blocks with masks: any device, window, soft cap, sinks."""
+    """Dense blocks with masks: any device, window, soft cap, sinks, slopes."""
 
     def __init__(self, segments: Sequence[tuple[int, Sequence[int]]], device: torch.device | str = "cpu") -> None:
         self._blocks: list[_Block] = []
@@ -143,10 +143,23 @@ class DenseLayout:
                 own_k = torch.cat([trunk.view(keys, width).index_select(0, block.trunk_row), own_k], 1)
                 own_v = torch.cat([trunk.view(values, v.shape[-1]).index_select(0, block.trunk_row), own_v], 1)
             mask = self._mask(number, settings.window, q.dtype)
+            if settings.slopes is not None:
+                places = self._places(number).to(q.dtype)  # [R or 1, 1, 1, keys]
+                mask = mask + places * settings.slopes.to(q.dtype)[:, None, None]
             attended = dense_attention(own_q, own_k, own_v, mask, settings)  # [R, L, H, E]
             outputs.append(attended.reshape(block.num_rows * block.length, -1))
         stream = _Unpad.apply(torch.cat(outputs), self._index, self._inverse)
         return stream.view(1, len(self._inverse), q.shape[1], -1)
+
+    def _places(self, number: int) -> Tensor:
+        """Where a block's keys stand in their sequences: [R or 1, 1, 1, keys]."""
+        block = self._blocks[number]
+        own = torch.arange(block.length, device=self._device)
+        if block.trunk is None:
+            return own.view(1, 1, 1, -1)
+        prefix = torch.arange(self._blocks[block.trunk].length, device=self._device).expand(block.num_rows, -1)
+        lengths = torch.tensor(block.trunk_lengths, device=self._device)[:, None]
+        return torch.cat([prefix, lengths + own], 1)[:, None, None]
 
     def _mask(self, number: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """What is added to a block's scores: [R or 1, 1, L, keys]."""

@@ -91,6 +91,14 @@ class Grid:
         mask = torch.zeros(allowed.shape, dtype=self.logits.dtype, device=self.rows.device)
         return mask.masked_fill_(~allowed, -torch.inf)[:, None, None]
 
+    def places_of_keys(self, num_columns: int) -> Tensor:
+        """Where the keys that a row may read stand in its sequence, the prompts' and those of so many columns: [R, S + columns]."""
+        columns = torch.arange(num_columns, device=self.rows.device)
+        own = (self.prompt_lengths - self.starts)[:, None] + columns
+        if not self.prompt_kv:
+            return own
+        return torch.cat([torch.arange(self.longest_prompt, device=self.rows.device).expand(len(own), -1), own], 1)
+
     def cached_rows(self) -> CachedRows:
         """What a compiled decoder reads of it."""
         return CachedRows(
@@ -279,6 +287,9 @@ class DecodeLayout:
         if mask is not None:
             scores += mask
         by_head = scores.reshape(num_slots, -1, 1, scores.shape[3])  # [R, H, 1, keys]
+        if settings.slopes is not None:
+            places = grid.places_of_keys(values.shape[2])[:, None, None]
+            by_head = by_head + (places * settings.slopes[:, None, None]).to(by_head.dtype)
         weights = attention_weights(by_head, settings.sinks).view_as(scores).to(v.dtype)
         if not grid.prompt_kv:
             attended = weights @ values

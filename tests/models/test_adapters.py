@@ -67,7 +67,7 @@ def test_off_it_is_the_start_and_merged_it_is_the_policy(make_model, architectur
     torch.testing.assert_close(logprobs(plain), moved, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "gpt2", "gemma2", "bloom"])
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt2", "gemma2", "doge"])
 def test_only_the_matrices_have_gradients_and_they_are_right(make_model, architecture):
     """Against the gradient of the merged weight W: dL/dB = dL/dW A^T alpha / rank."""
     model = make_model(architecture)
@@ -130,7 +130,7 @@ def test_a_moving_reference_moves_by_its_own_matrices(make_model):
 
 
 @pytest.mark.parametrize("recomputes", [False, True])
-@pytest.mark.parametrize("architecture", ["qwen3", "bloom"])
+@pytest.mark.parametrize("architecture", ["qwen3", "doge"])
 def test_two_sets_of_one_model_learn_apart(make_model, architecture, recomputes):
     """A scorer's backward pass finds its own matrices, though the policy's act again by then."""
     policy = policy_of(make_model(architecture))

@@ -12,12 +12,12 @@ from coterie.rollouts.pack import Row, make_stream
 GROUPS = [([3, 4, 5], [[6, 7], [8, 9, 10, 11], [12]]), ([13], [[14, 15, 16]]), ([17, 18, 19, 20], [[21], [22, 23]])]
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "qwen2", "llama", "gpt2", "mistral", "bloom"])
+@pytest.mark.parametrize("architecture", ["qwen3", "qwen2", "llama", "gpt2", "mistral", "doge"])
 def test_r13_r16_scores_and_values_are_those_of_each_row_alone(make_model, architecture):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         policy = Policy.of(make_model(architecture))
-    assert (policy.served == "padded") == (architecture == "bloom")
+    assert (policy.served == "padded") == (architecture == "doge")
     scorer = Scorer.from_policy(policy)
     torch.manual_seed(3)
     torch.nn.init.normal_(scorer.model.score.weight)

@@ -88,7 +88,7 @@ def test_exact_kl_and_entropy_are_the_same_bits(make_model):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "bloom"])
+@pytest.mark.parametrize("architecture", ["qwen3", "doge"])
 def test_a_scorer_is_recomputed_too(make_model, architecture):
     found = []
     for recomputes in (False, True):

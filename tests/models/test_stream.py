@@ -10,7 +10,7 @@ from coterie.models.policy import Policy
 from coterie.rollouts.pack import Row, make_stream
 
 pytestmark = pytest.mark.usefixtures("each_way")
-SERVED = [name for name in SHAPES if name != "bloom"]
+SERVED = [name for name in SHAPES if name != "doge"]
 
 
 def random_groups(seed=0, vocabulary=61):
@@ -59,9 +59,8 @@ def test_logprobs_loss_and_every_gradient_equal_the_plain_run(make_model, archit
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("architecture", ["bloom"])
-def test_a_model_that_cannot_be_served_is_named_and_run_padded(make_model, architecture):
-    model, groups = make_model(architecture), random_groups()
+def test_a_model_that_cannot_be_served_is_named_and_run_padded(make_model):
+    model, groups = make_model("doge"), random_groups()
     with pytest.warns(UserWarning, match=type(model).__name__):
         policy = Policy.of(model)
     assert policy.served == "padded"

@@ -86,7 +86,7 @@ def test_equals_a_plain_loop_token_for_token(make_model, architecture, sampling)
 
 
 @pytest.mark.parametrize(
-    "architecture", some_quick([name for name in SHAPES if name not in ("gpt_oss", "bloom")], "qwen3", "gpt2")
+    "architecture", some_quick([name for name in SHAPES if name not in ("gpt_oss", "doge")], "qwen3", "gpt2")
 )
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 def test_one_prompt_alone_and_in_a_batch_get_the_same_tokens(make_model, architecture, sampling):
