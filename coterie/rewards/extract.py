@@ -26,11 +26,16 @@ _THEREFORE = re.compile(
 )
 _SENTENCE = re.compile(r"[。；！？]|(?<!\b[A-Za-z])[.;](?:\s|$)|(?<=[^\d)}])!(?:\s|$)|(?<=\?)\s")
 _REASON = re.compile(
-    r"(?:[\s,]+(?:because|since|given that|seeing that)|,\s+as|(?:,|\bbut|\band|,\s*and)\s+not)\s(?:[^,]|,\d)*$|,?\s+(?:rather than|instead of)\s[^,=]*$"
+    r"^(?:because|since|as)\s[^,=]*,\s+(?=[^,=]*\d)|(?:[\s,]+(?:because|since|given that|seeing that)|,\s+as|(?:,|\bbut|\band|,\s*and)\s+not)\s(?:[^,]|,\d)*$|,?\s+(?:rather than|instead of)\s[^,=]*$"
     r"|,\s+(?:which|who|where)\s(?!means|rounds)[^,=]*$|[,，]不.*|[,，]?因为.*",
     re.IGNORECASE,
 )
-_NOT_BUT = re.compile(r"\bnot\s+[\w$.,]+,?\s+but\s+(?:rather\s+)?", re.IGNORECASE)
+_NOT_BUT = re.compile(  # denies another, or all others: `not 3 but 4`, `nothing but 4`
+    r"\bnot\s+[\w$.,]+,?\s+but\s+(?:rather\s+)?|\b(?:(?:cannot|can['’]t|could(?: not|n['’]t))\s+be\s+any\w+\s+|no(?:ne|thing)?\s+)(?:else\s+)?"
+    r"(?:but|other than|except)\s+(?=[\w$\\])",
+    re.IGNORECASE,
+)
+_EQUALS = re.compile(r"(?<=[\d)])\s+(?:equals|is equal to)\s+(?=[\d$])", re.IGNORECASE)
 _CHOICE = re.compile(r"\(?[A-J][.):]\s")
 _PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}(?:\s+[A-Za-z]{2,})+|[\u4e00-\u9fff]{2,}")
 
@@ -38,11 +43,11 @@ _PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}(?:\s+[A-Za-z]{2,})+|[\u4e00-\
 _FIGURE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,3}(?: \d{3})+(?![\d/])|\d+)(?:\.\d+)?(?:\s?/\s?\d+(?![\d/.]))?|\.\d+"
 _NUMBER = re.compile(
     rf"(?<![\w.\\^√{{])(?:(?:[-−]|minus |negative )\s?)?(?:US)?[$€£¥₹]?\s?-?(?:\d+ \d+/\d+(?!\d)|{_FIGURE})"
-    r"(?:\s?%|\s?(?:percent|per cent)\b|[:]\d\d(?:\s?[ap]\.?m\b\.?)?|\s?[ap]\.?m\b\.?|[€¢]|(?:st|nd|rd|th)\b|\s?(?:π|\\pi\b)|\s?[百千]?[万亿])?(?!\.?\d)",
+    r"(?:\s?%|\s?(?:percent|per cent)\b|[:]\d\d(?:\s?[ap]\.?m\b\.?|\sin the (?:morning|afternoon|evening)\b)?|\s?[ap]\.?m\b\.?|[€¢]|(?:st|nd|rd|th)\b|\s?(?:π|\\pi\b)|\s?[百千]?[万亿])?(?!\.?\d)",
     re.ASCII | re.IGNORECASE,
 )
 _OPERATOR = re.compile(
-    r"\s*(?:[*×÷/+^=<>≈(]|[-−–]\s*[\d$(]|x\s*[\d$(]|\\(?:times|cdot|div|le|ge)|(?:or|to|and)\s+\$?\d|times\s+\d|plus|minus|divided"
+    r"\s*(?:[*×÷+^=<>≈(]|/\s*[\d$(]|[-−–]\s*[\d$(]|x\s*[\d$(]|\\(?:times|cdot|div|le|ge)|(?:or|to|and)\s+\$?\d|times\s+\d|plus|minus|divided"
     r"|(?:[a-z]+\s+){0,3}?(?:or (?:more|less|fewer|so|higher|lower)\b|than\s+\$?\d)|(?:below|squared|cubed|percentage|factorial|tens|mod|modulo|\w*[jz]illions?)\b|and a half)",
     re.IGNORECASE,
 )
@@ -56,7 +61,7 @@ _NOUN_END = re.compile(  # a verb or preposition behind what is counted
 
 # What makes a number that stands behind or before it no answer.
 _DENIED = re.compile(
-    r"(?:\b(?:not|cannot|never|neither|nor|hardly|except|unlikely|impossible|doubt|wrong|incorrect|false|refuse|other than|instead of"
+    r"(?:\b(?:not|cannot|never|nobody|neither|nor|hardly|differs?|different|except|unlikely|impossible|doubt|wrong|incorrect|false|refuse|other than|instead of"
     r"|rather than|far from|no way|no chance|rules? out|ruled out|excludes?|rejects?|(?:any|every|no)(?:thing|one|body)? but)\b|n['’]t\b|(?:不可能|不会|不应|不是|不为|不等于|并非|绝非|并不)\w{0,3}?)"
     r"[\s,:'\"]*(?:(?!only|just)\w+[\s,:'\"]+){0,6}?$",
     re.IGNORECASE,
@@ -69,6 +74,7 @@ _DENIED_AFTER = re.compile(
     r"^[\s\"'’).,*$]*(?:\w+\s+){0,3}?(?:(?:is|was|are|would be|can|could|does|do|will|should|must|may)\s?(?:not|n['’]t)|isn['’]t|wasn['’]t|can['’]?t|cannot|doesn['’]t|won['’]t"
     r"|is never)\s+(?:be\b|the\b|it\b|an?\b|right|correct|possible|true|valid|work|hold|enough|what|our|my|accept|equal|match|seem|make sense|$|[.,;!])"
     r"|^[\s\"'’).,*$]*(?:\w+\s+){0,2}?(?:is|was|are|would be|seems|looks)\s+(?:clearly |definitely |obviously |certainly |just |simply )?(?:wrong|incorrect|false|impossible|mistaken|too|untrue|a mistake|an error|out of|off)"
+    r"|^[\s\"'’).,*$]*(?:\w+\s+){0,2}?(?:fails|violates|contradicts|disagrees)\b"
     r"|^[\s\"'’)*$]*(?:[?？]|，?(?:是)?(?:错|不对|不正确|不是))",
     re.IGNORECASE,
 )
@@ -172,7 +178,7 @@ def _stated(line: str, *, last: bool) -> str:
     if maths:
         return _neighbours(sentence, maths, last=last)
     label = re.match(r"[A-Z][a-z]+(?: \d+)?\s*[:：]\s*(?=\S)", sentence)
-    sentence = _without_reason(_NOT_BUT.sub("", sentence[label.end() if label else 0 :]))
+    sentence = _EQUALS.sub(" = ", _without_reason(_NOT_BUT.sub("", sentence[label.end() if label else 0 :])))
     bare = re.sub(r"\\[A-Za-z]+(?:\{[^{}]*\})?", " ", sentence)
     has_words = _PROSE.search(bare) or _WORDY.match(bare)
     if not (has_words or (label and "=" in bare)) or _LIST.fullmatch(sentence):
@@ -269,7 +275,7 @@ def spelled_in(text: str) -> list[str]:
 def _from_words(sentence: str, line: str) -> str:
     """What a sentence without an equation gives: its only number, the others being told apart by the words before them."""
     if re.search(r"\b(?:probability|chances?|fraction|proportion|odds|ratio)\b", sentence):
-        sentence = re.sub(r"(\d+) (?:out of|in) (\d+)", r"\1/\2", sentence)
+        sentence = re.sub(r"(\d+) (?:out of|in|to) (\d+)", r"\1/\2", sentence)
     numbers = [found for found in _NUMBER.finditer(sentence) if not re.match(r"-[A-Za-z]", sentence[found.end() :])]
     if not numbers:
         return _without_digits(sentence, line)

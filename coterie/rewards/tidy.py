@@ -48,6 +48,7 @@ _RULES = [(re.compile(pattern, flags), instead) for pattern, instead, flags in (
     (r"\\pmod\s*\{?\w+\}?|\(mod \w+\)", " ", 0),
     (r"(?<![\d.])(\d{1,3})((?: \d{3})+)(?![\d.,]\d|\d|/)", lambda found: found[0].replace(" ", ""), 0),
     (r"(?<=\d)(\s*)(st|nd|rd|th)$", "", 0),
+    (r"(?<=:\d\d) in the (morning|afternoon|evening)\b", lambda found: " am" if found[1] == "morning" else " pm", 0),
     (r"(\d+)\s*(?:out of|in every)\s+(\d+)", r"\1/\2", 0),
 )]  # fmt: skip
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", re.ASCII)
@@ -92,7 +93,7 @@ def plain(text: str) -> str:
     maths = MATHS.fullmatch(text)
     text = next(group for group in maths.groups() if group is not None) if maths else text
     text = re.sub(
-        r"(?<!\d)\s+|\s+(?!\d)",
+        r"(?<![\d.])\s+|\s+(?![\d.])",
         "" if not re.search("[A-Za-z]{2}", text) else " ",
         re.sub(r"(?<=[a-z])!$", "", text.strip().rstrip(".。,;")),
     ).strip()

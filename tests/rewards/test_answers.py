@@ -96,6 +96,12 @@ def test_arithmetic_that_is_left_undone_counts_where_it_is_asked_for():
         ("It is 60%", "60%"),
         ("They walk 5 miles and run 3 miles", "They walk 5 miles and run 3 miles"),
         ("The price rose from $5 to $6", "The price rose from $5 to $6"),
+        ("So $20 + $38 equals $58.", "$58"),
+        ("Since 6.2 is no whole number, 7 buses are needed.", "7 buses"),
+        ("It can be nothing but 31.", "31"),
+        ("The ratio of swans to geese is 3 to 4.", "3/4"),
+        ("The ferry sails at 8:05 in the evening.", "8:05 in the evening"),
+        ("Nobody would say 64.", "Nobody would say 64"),
         ("The day is Monday.", "Monday"),
     ],
 )
