@@ -386,6 +386,8 @@ def _override(values: dict[str, Any], override: str) -> None:
     except UserError as error:
         raise UserError(f"--set {short(override)}: {error}; quote the value if it is text") from None
     here = values
+    if parts[0] == "rewards" and len(parts) > 2:
+        here, parts = _reward_named(values, parts[1], override), parts[2:]
     for part in parts[:-1]:
         inner = here.get(part)
         if inner is None:
@@ -397,6 +399,18 @@ def _override(values: dict[str, Any], override: str) -> None:
         here[part] = dict(inner)
         here = here[part]
     here[parts[-1]] = value
+
+
+def _reward_named(values: dict[str, Any], name: str, override: str) -> dict[str, Any]:
+    """The settings of the reward of that name, to be changed in place."""
+    given = values.get("rewards")
+    rewards = given if isinstance(given, list) else [] if given is None else [given]
+    specs = [dict(reward) if isinstance(reward, dict) else {"function": reward} for reward in rewards]
+    names = [str(spec.get("name") or str(spec.get("function")).rpartition(":")[2]) for spec in specs]
+    if name not in names:
+        raise UserError(f"--set {short(override)}: there is no reward {short(name)}; {nearest(name, names)}")
+    values["rewards"] = specs
+    return specs[names.index(name)]
 
 
 def _plain_rewards(values: dict[str, Any], folder: Path) -> None:

@@ -2,8 +2,12 @@
 
 import importlib
 import json
+import os
+import signal
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,8 +20,6 @@ NAMES = [
     "workers", "no memory", "one folder", "no network", "readers", "blocked output", "lost terminal", "forking reward",
     "damaged kernels", "held database", "moved project", "suspended process", "older run",
 ]  # fmt: skip
-
-NOT_ON_THE_PAGE = NAMES[NAMES.index("blocked output") :]  # until `make faults` has run with them
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def test_the_page_is_what_was_measured():
     results = ROOT / "benchmarks" / "results"
     found = json.loads((results / "faults.json").read_text())
     assert {"command", "commit", "versions", "hardware"} <= found.keys()
-    assert list(found["experiments"]) == NAMES[: -len(NOT_ON_THE_PAGE)]
+    assert list(found["experiments"]) == NAMES
     for line in (results / "faults.md").read_text().splitlines():
         assert line in page
     assert all(one["held"] for one in found["experiments"].values())
@@ -64,6 +66,56 @@ def test_the_page_is_what_was_measured():
     assert f"{saving['share_on_average']:.2%}" in page
     assert f"{saving['share_of_its_step']:.1%}" in page
     assert saving["held"] == (saving["share_on_average"] <= 0.03)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_told_to_stop_while_its_record_is_held_ends_with_the_checkpoint_before(faults, lab):
+    """It waits for the file as long as what sent the signal may wait for it."""
+    home = lab.home()
+    running = faults.train(home, PACE="0.3")
+    running.until("grpo 5/")
+    with closing(sqlite3.connect(home / "run" / "run.db", isolation_level=None, timeout=30)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        running.until("grpo 7/")
+        running.send(signal.SIGTERM)
+        ended = running.wait()
+        other.execute("ROLLBACK")
+    assert ended.status == 1, ended.printed
+    assert "held by another program for too long" in ended.printed
+    assert "The newest checkpoint stands" in ended.printed
+    assert sorted(path.name for path in (home / "run" / "checkpoints").glob("step_*"))[-1] in (
+        "step_000004",
+        "step_000005",
+    )
+    assert faults.differences(faults.finished(home), lab.whole()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user can be chosen by root only")
+def test_a_user_who_has_no_home_can_train(faults, lab):
+    """As in a container that is given any number for a user."""
+    home = lab.home()
+    for path in (home, *home.parents[:1]):
+        path.chmod(0o777)
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME")
+    }
+    ended = subprocess.run(
+        [sys.executable, "-m", "coterie.cli", "train", "recipe.yaml", "--out", "run", "--stop-after", "1"],
+        cwd=home, env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, user=23456, group=23456, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert "stopped and saved" in ended.stdout
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "data.jsonl", "reward.py", "model/config.json"])
+def test_a_file_that_cannot_be_read_is_named_with_status_2(faults, lab, name):
+    home = lab.home()
+    faults.make_model(home / "model", lambda weights: None)
+    faults.write_recipe(home, {"model": "./model"} if name.startswith("model") else {})
+    (home / name).chmod(0)
+    ended = faults.train(home, limits=["permissions"]).wait()
+    assert (ended.status, Path(name).name in ended.printed) == (2, True), ended.printed
+    assert "Traceback" not in ended.printed
 
 
 SECRETS = {

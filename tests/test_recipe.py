@@ -436,6 +436,18 @@ def test_set_of_an_unknown_key_names_the_nearest(write):
     assert "did you mean 'clip_high'" in refused_file(write(""), "loss.clip_hig=0.3")
 
 
+def test_set_changes_a_reward_by_its_name(write):
+    own = {**LEAST, "preset": "grpo", "rewards": ["m:f", {"function": "m:g", "name": "other", "weight": 2}]}
+    overrides = ["rewards.f.weight=3", "rewards.other.function=n:h", "rewards.other.options.deep=1"]
+    found = load_recipe(write(yaml.safe_dump(own), least=False), overrides).rewards
+    assert [(spec.function, spec.name, spec.weight) for spec in found] == [("m:f", "f", 3), ("n:h", "other", 2)]
+    assert found[1].options == {"deep": 1}
+
+
+def test_set_of_an_unknown_reward_names_the_nearest(write):
+    assert "did you mean 'right_answer'" in refused_file(write(""), "rewards.right_anwser.weight=1")
+
+
 # The resolved recipe
 
 

@@ -27,10 +27,11 @@ from tenacity import (
     RetryCallState,
     retry_if_exception_type,
     stop_after_attempt,
-    stop_before_delay,
+    stop_any,
     wait_random_exponential,
 )
 
+from coterie.deadline import running
 from coterie.errors import RewardError
 from coterie.keys import MASK, hidden
 from coterie.rewards.judge_request import Question, QuotationError, ReplyError
@@ -179,7 +180,7 @@ class Client:
         self, questions: Sequence[Question], keep: Callable[[int, Any], None]
     ) -> list[Any | RewardError]:
         service = self._service
-        until = time.monotonic() + service.step_seconds
+        until = running() + service.step_seconds
 
         async def answer(number: int) -> Any | RewardError:
             verdict = await self._ask(questions[number], until)
@@ -191,9 +192,9 @@ class Client:
         try:
             if self._breaker.on_trial:
                 tasks.append(asyncio.create_task(answer(0)))
-                await asyncio.wait(tasks, timeout=service.step_seconds)
+                await _done(tasks, until)
             tasks += [asyncio.create_task(answer(number)) for number in range(len(tasks), len(questions))]
-            await asyncio.wait(tasks, timeout=max(until - time.monotonic(), 0))
+            await _done(tasks, until)
         finally:
             await _cancelled(tasks)
         too_late = f"the judge took longer than {service.step_seconds:g} s for all questions of a step"
@@ -203,7 +204,9 @@ class Client:
         """One question, asked again where that may help."""
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(AgainError),
-            stop=stop_after_attempt(self._service.attempts) | stop_before_delay(max(until - time.monotonic(), 0)),
+            stop=stop_any(
+                stop_after_attempt(self._service.attempts), lambda state: running() + state.upcoming_sleep >= until
+            ),
             wait=_wait,
             reraise=True,
         )
@@ -226,7 +229,7 @@ class Client:
     async def _attempt(self, question: Question, until: float) -> Any:
         """One attempt, when its turn has come. Raises RewardError where the service is not to be asked."""
         async with self._free:
-            if self._resume_at > until:
+            if self._resume_at - time.monotonic() > until - running():
                 raise RewardError("not asked: the judge wants to be left alone for longer than the step may take")
             await asyncio.sleep(max(self._resume_at - time.monotonic(), 0))
             if self._breaker.open:
@@ -343,6 +346,12 @@ def _serve(loop: asyncio.AbstractEventLoop) -> None:
         loop.run_forever()
     finally:
         loop.close()
+
+
+async def _done(tasks: Sequence[asyncio.Task[Any]], until: float) -> None:
+    """Wait for all, until that moment as `running` counts: not for asyncio's clock, which goes on while the process is stopped."""
+    while any(not task.done() for task in tasks) and running() < until:
+        await asyncio.wait(tasks, timeout=until - running())
 
 
 async def _cancelled(tasks: Iterable[asyncio.Task[Any] | None]) -> None:

@@ -22,6 +22,7 @@ from coterie.rewards.arguments import Copies, Entry, Signature, columns_of, entr
 from coterie.rewards.limits import TookTooLong, time_limit
 from coterie.rewards.own import described, in_place
 from coterie.sections import section
+from coterie.stopping import may_stop
 from coterie.types import Group, Prompt, RewardFailure, Scored
 
 
@@ -102,6 +103,7 @@ def score(groups: list[Group], rewards: Sequence[Reward], *, max_failed_share: f
     copies = Copies()
     for reward in rewards:
         answers = _answers(reward, entries_of(groups), copies, max_failed_share)
+        may_stop()  # what asked for a stop may have ended what the reward had started, so it failed
         read = [_number(answer) for answer in answers]
         part = torch.tensor([math.nan if value is None else value for value, _ in read], dtype=torch.float64)
         parts[reward.name] = part = part.view(shape)

@@ -16,43 +16,36 @@ from typing import Any
 
 from torch import Tensor
 
+from coterie.deadline import running
 from coterie.errors import UserError
 from coterie.keys import hidden
 from coterie.noise import permutation
 from coterie.types import Completion, Scored
 
-_MIGRATIONS: tuple[
-    tuple[str, ...], ...
-] = (  # number n brings a database from schema n to n + 1; 0 is empty, or older than numbers
-    (
-        """CREATE TABLE IF NOT EXISTS metrics (
-            stage TEXT, step INTEGER, name TEXT, value REAL, PRIMARY KEY (stage, step, name)
-        ) WITHOUT ROWID""",
-        """CREATE TABLE IF NOT EXISTS completions (
-            stage TEXT, step INTEGER, prompt_number INTEGER, completion_number INTEGER, prompt TEXT, text TEXT,
-            tokens TEXT, pieces TEXT, sampler_logprobs TEXT, advantage REAL, reward REAL, reward_parts TEXT, ended TEXT,
-            failure TEXT, PRIMARY KEY (stage, step, prompt_number, completion_number)
-        ) WITHOUT ROWID""",
-        """CREATE TABLE IF NOT EXISTS evaluations (
-            stage TEXT, step INTEGER, mode TEXT, name TEXT, value REAL, low REAL, high REAL, count INTEGER,
-            PRIMARY KEY (stage, step, mode, name)
-        ) WITHOUT ROWID""",
-        """CREATE TABLE IF NOT EXISTS examples (
-            stage TEXT, step INTEGER, number INTEGER, prompt TEXT, text TEXT, PRIMARY KEY (stage, step, number)
-        ) WITHOUT ROWID""",
-        "CREATE TABLE IF NOT EXISTS inputs (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID",
-        "CREATE TABLE IF NOT EXISTS events (time REAL, stage TEXT, step INTEGER, kind TEXT, message TEXT)",
+_SCHEMA = 3  # of the tables below; a database of a later one is refused
+_TABLES = {  # columns and primary key; a table may hold more than this version knows, and what it lacks is added
+    "metrics": ("stage TEXT, step INTEGER, name TEXT, value REAL", "stage, step, name"),
+    "completions": (
+        "stage TEXT, step INTEGER, prompt_number INTEGER, completion_number INTEGER, prompt TEXT, text TEXT, tokens TEXT, "
+        "pieces TEXT, sampler_logprobs TEXT, advantage REAL, reward REAL, reward_parts TEXT, ended TEXT, failure TEXT",
+        "stage, step, prompt_number, completion_number",
     ),
-    ("CREATE TABLE surroundings (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID",),
-    ("ALTER TABLE examples ADD COLUMN reward REAL", "ALTER TABLE examples ADD COLUMN correct INTEGER"),
-)
-_COLUMNS = {  # what is written as a run goes on; a table may hold more than this version knows
-    "metrics": "stage, step, name, value",
-    "completions": "stage, step, prompt_number, completion_number, prompt, text, tokens, pieces, sampler_logprobs, advantage, "
-    "reward, reward_parts, ended, failure",
-    "evaluations": "stage, step, mode, name, value, low, high, count",
-    "examples": "stage, step, number, prompt, text, reward, correct",
-    "events": "time, stage, step, kind, message",
+    "evaluations": (
+        "stage TEXT, step INTEGER, mode TEXT, name TEXT, value REAL, low REAL, high REAL, count INTEGER",
+        "stage, step, mode, name",
+    ),
+    "examples": (
+        "stage TEXT, step INTEGER, number INTEGER, prompt TEXT, text TEXT, reward REAL, correct INTEGER",
+        "stage, step, number",
+    ),
+    "events": ("time REAL, stage TEXT, step INTEGER, kind TEXT, message TEXT", None),
+    "inputs": ("name TEXT, value TEXT", "name"),
+    "surroundings": ("name TEXT, value TEXT", "name"),
+}
+_COLUMNS = {  # the names alone, of what is written as a run goes on
+    table: ", ".join(column.split()[0] for column in columns.split(", "))
+    for table, (columns, _) in _TABLES.items()
+    if table not in ("inputs", "surroundings")
 }
 _PATIENCE = 5.0  # seconds for which another program may hold the file before what is written is kept in memory
 _RETRY = 0.5  # seconds between two tries from then on
@@ -99,20 +92,30 @@ class Store:
 
     def _version(self) -> int:
         version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
-        if version > len(_MIGRATIONS):
+        if version > _SCHEMA:
             self._db.close()
             raise UserError(
                 f"{self.path}: was written by a newer version of coterie (its schema is {version}, and this version knows up to "
-                f"{len(_MIGRATIONS)}); go on with that version"
+                f"{_SCHEMA}); go on with that version"
             )
         return version
 
     def _migrate(self, version: int) -> None:
-        if version < len(_MIGRATIONS):
+        """Bring a new database, or an older one, to what this version writes."""
+        lacking = [line for table, made_of in _TABLES.items() for line in self._lacking(table, *made_of)]
+        if lacking or version < _SCHEMA:
             with self.transaction(keep=False):
-                for statement in (line for lines in _MIGRATIONS[version:] for line in lines):
+                for statement in lacking:
                     self._db.execute(statement)
-                self._db.execute(f"PRAGMA user_version={len(_MIGRATIONS)}")
+                self._db.execute(f"PRAGMA user_version={_SCHEMA}")
+
+    def _lacking(self, table: str, columns: str, key: str | None) -> list[str]:
+        """The statements that make a table what it should be."""
+        there = {name for _, name, *_ in self._db.execute(f"PRAGMA table_info({table})")}
+        if not there:
+            return [f"CREATE TABLE {table} ({columns}{f', PRIMARY KEY ({key})) WITHOUT ROWID' if key else ')'}"]
+        missing = [column for column in columns.split(", ") if column.split()[0] not in there]
+        return [f"ALTER TABLE {table} ADD COLUMN {column}" for column in missing]
 
     def close(self) -> None:
         self._db.close()
@@ -128,11 +131,11 @@ class Store:
 
     def settle(self, seconds: float = _HELD_SECONDS) -> None:
         """Wait until nothing is kept in memory. sqlite3.OperationalError where that takes longer."""
-        end = time.monotonic() + seconds
+        end = running() + seconds
         while self.held:
             with self.transaction():
                 pass
-            if self.held and time.monotonic() > end:
+            if self.held and running() > end:
                 raise sqlite3.OperationalError(_HELD)
             time.sleep(0.05 if self.held else 0)
 
@@ -162,7 +165,7 @@ class Store:
 
     def _begun(self) -> bool:
         """Whether the file can be written now: then a transaction has begun."""
-        if self.held and time.monotonic() - self._tried < _RETRY:
+        if self.held and running() - self._tried < _RETRY:
             return False
         try:
             self._db.execute(f"PRAGMA busy_timeout={0 if self.held else _PATIENCE * 1000:.0f}")
@@ -170,7 +173,7 @@ class Store:
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
                 raise
-            self._tried = time.monotonic()
+            self._tried = running()
             return False
         finally:
             self._db.execute(f"PRAGMA busy_timeout={_PATIENCE * 1000:.0f}")
@@ -182,11 +185,11 @@ class Store:
             (pages,), (size,) = (
                 self._db.execute(f"PRAGMA held.{name}").fetchone() for name in ("page_count", "page_size")
             )
-            if time.monotonic() - self._held_since > _HELD_SECONDS or pages * size > _HELD_BYTES:
+            if running() - self._held_since > _HELD_SECONDS or pages * size > _HELD_BYTES:
                 raise sqlite3.OperationalError(_HELD)
             return
         self.tell(f"{self.path} is held by another program; what is recorded is kept in memory until it lets go")
-        self._held_since, self._into = time.monotonic() - _PATIENCE, "held"
+        self._held_since, self._into = running() - _PATIENCE, "held"
         if not any(name == "held" for _, name, _ in self._db.execute("PRAGMA database_list")):
             self._db.execute("ATTACH ':memory:' AS held")
         for table, columns in _COLUMNS.items() if self._tables() else ():
@@ -204,7 +207,7 @@ class Store:
             self._db.execute(f"DROP VIEW temp.{table}")
             self._db.execute(f"INSERT OR REPLACE INTO main.{table} ({columns}) SELECT {columns} FROM held.{table}")
             self._db.execute(f"DELETE FROM held.{table}")
-        seconds = time.monotonic() - self._held_since
+        seconds = running() - self._held_since
         self._held_since, self._into = None, "main"
         self.tell(f"{self.path} is free again after {seconds:.0f} s, and nothing is missing")
 

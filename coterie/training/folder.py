@@ -41,6 +41,10 @@ def told_of(folder: Path) -> Iterator[None]:
                 f"{folder / 'run.db'}: is damaged: {error}. Put a copy in its place; or move it away and go on without what "
                 f"it recorded: coterie train --resume {folder} --allow run.db"
             ) from error
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
+            raise RunFailedError(
+                f"{folder / 'run.db'}: is held by another program, which has to end first. {how_to_go_on(folder)}"
+            ) from error
         try:
             free = f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free"
         except OSError as gone:

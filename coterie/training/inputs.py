@@ -50,7 +50,7 @@ def check_inputs(before: Mapping[str, str], now: Mapping[str, str], allowed: Col
     refused: list[tuple[str, str]] = []
     lost = []
     for name in sorted({*before, *now}):
-        if before.get(name) == now.get(name) or _only_moved(name, before, now):
+        if before.get(name) == now.get(name) or _only_moved(name.removesuffix(_CONTENT), before, now):
             continue
         if name not in before and now[name] == _default_of(name):
             continue
@@ -60,9 +60,10 @@ def check_inputs(before: Mapping[str, str], now: Mapping[str, str], allowed: Col
         if not name.endswith(_CONTENT):
             text = f"{name}: was {before.get(name, 'not there')}, is {now.get(name, 'not there')}"
         elif not part and name not in now and plain in now and plain not in allowed:
-            place = _home_of(now[plain])
+            place, function = _home_of(now[plain]), _function_of(now[plain])
+            where = f"PATH:{function}" if function else "PATH"
             lost.append(
-                f"{plain}: {place} is not there. If it was moved or renamed, say where it is: --set {plain}=PATH"
+                f"{plain}: {place} is not there. If it was moved or renamed, say where it is: --set {plain}={where}"
             )
             continue
         else:
@@ -83,10 +84,14 @@ def check_inputs(before: Mapping[str, str], now: Mapping[str, str], allowed: Col
 
 
 def _only_moved(name: str, before: Mapping[str, str], now: Mapping[str, str]) -> bool:
-    """Whether the setting names a file that lies elsewhere, with the same content, and the same function in it."""
+    """Whether the setting names a file that lies elsewhere, or is called otherwise, with the same content, and the same function in it."""
     content = f"{name}{_CONTENT}"
-    if content not in before or before[content] != now.get(content) or name not in before or name not in now:
+    if content not in before or content not in now or name not in before or name not in now:
         return False
+    if before[content] != now[content]:
+        path = Path(_home_of(now[name]))
+        if not path.is_file() or _hash(path, Path(_home_of(before[name])).name) != before[content]:
+            return False
     return _function_of(before[name]) == _function_of(now[name])
 
 
@@ -151,14 +156,17 @@ def at_home(
     An older run names its files by whole paths; a copy of its project must not go on with the original's, and one that was renamed
     finds its own again. UserError where the project's own file is another one. chosen: settings that are left as they are.
     """
-    around = list(folder.resolve().parents)[:_NEAR]
+    places = (folder.absolute(), folder.resolve())  # a run may be a link to where there is more space
+    around = list(dict.fromkeys(parent for place in places for parent in list(place.parents)[:_NEAR]))
     found: dict[str, str] = {}
     for name, path in _files(recipe):
         known = before.get(f"{name}{_CONTENT}")
         if known is None or name in chosen:
             continue
-        ends = [Path(*path.parts[-length:]) for length in range(min(_NEAR, len(path.parts) - 1), 0, -1)]
-        nearer = around[: next((n for n, parent in enumerate(around) if path.is_relative_to(parent)), _NEAR)]
+        parts = [part for part in Path(os.path.normpath(path)).parts if part != ".."]
+        ends = [Path(*parts[-length:]) for length in range(min(_NEAR, len(parts) - path.is_absolute()), 0, -1)]
+        of_path = (n for n, parent in enumerate(around) if path.exists() and path.is_relative_to(parent))
+        nearer = around[: next(of_path, None)]
         own = next((parent / end for parent in nearer for end in ends if (parent / end).exists()), None)
         if own is not None and own.resolve() != path.resolve():
             if _hash(own) != known and path.exists():
@@ -172,7 +180,7 @@ def at_home(
 
     def own_of(value: str) -> str:
         path, colon, function = value.rpartition(":") if ".py:" in value else (value, "", "")
-        return f"{found[path]}{colon}{function}" if path in found else value
+        return f"{found[str(Path(path))]}{colon}{function}" if path and str(Path(path)) in found else value
 
     lines = [f"{own} instead of {path}: the project was moved or copied" for path, own in found.items()]
     return Recipe.model_validate(_replaced(recipe.model_dump(), own_of)), lines
@@ -238,12 +246,13 @@ def _files(recipe: Recipe) -> Iterator[tuple[str, Path]]:
                 )
 
 
-def _hash(path: Path) -> str:
+def _hash(path: Path, name: str | None = None) -> str:
+    """Of a file, or of those of a model's folder, with their names. name: what a file was called, if not as it is."""
     digest = hashlib.sha256()
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in _MODEL_FILES)
     for file in files:
         size = file.stat().st_size
-        digest.update(f"{file.name} {size} ".encode())
+        digest.update(f"{name or file.name} {size} ".encode())
         with file.open("rb") as opened:
             if size <= _WHOLE or path.is_file():
                 digest.update(hashlib.file_digest(opened, "sha256").digest())

@@ -51,7 +51,7 @@ from coterie.training.inputs import at_home, check_inputs, inputs_of, portable
 from coterie.training.profile import Profiler
 from coterie.training.silence import watch_silence
 from coterie.training.surroundings import surroundings, what_differs
-from coterie.training.watch import HISTORY, alarms, usual_norm
+from coterie.training.watch import watch_limits
 from coterie.trust import check_links
 from coterie.types import Scored
 
@@ -283,7 +283,8 @@ class Run:
                     self._silent.add(f"reward {failure.reward}")
             watch_silence(self.store, self.console, self.recipe, stage, step, metrics)
             self._watch_skipped(stage, step, metrics, scored, rows, pieces)
-            self._watch_limits(stage, step, metrics)
+            is_solved = watch.is_solved if watch else None
+            watch_limits(self.store, self.console, self.recipe, stage, step, metrics, is_solved)
             for name, trouble in troubles().items():
                 if name not in self._silent:
                     self.store.event(stage, step, "output_lost", f"{name}: {trouble}; the run goes on without it")
@@ -317,46 +318,6 @@ class Run:
                 f"the loss or its gradient was not finite in {limit} steps in a row; the weights are as they were before. "
                 "A lower optimiser.learning_rate may help"
             )
-
-    def _watch_limits(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
-        """An event where a limit begins to be passed; RunFailedError where it is one that ends the run."""
-        stop_on = set(self.recipe.limits.stop_on)
-        if self.recipe.correction.kind != "none" and self.recipe.limits.sampler_gap is None:
-            stop_on.discard("sampler_gap")  # what was sampled is weighed by how far apart the two are
-        found = self._limits_passed(stage, step, metrics)
-        before = self._limits_passed(stage, step - 1, self._metrics_of(stage, step - 1)) if found else {}
-        for limit, message in found.items():
-            if limit not in before:
-                self.store.event(stage, step, "limit", f"limits.{limit}: {message}")
-                self.console.warn(f"step {step}: {message}")
-            if limit in stop_on:
-                raise RunFailedError(
-                    f"step {step}: {message}, and limits.stop_on names {limit}; the newest checkpoint stands"
-                )
-
-    def _limits_passed(self, stage: str, step: int, metrics: Mapping[str, float]) -> dict[str, str]:
-        """The limits that a step is past, and the figures in words."""
-        usual = usual_norm(
-            self._norms_of(stage, 1, min(HISTORY, step - 1)), self._norms_of(stage, step - HISTORY, step - 1)
-        )
-        watch = self._watching(stage)
-        found = alarms(metrics, usual, self.recipe.limits, solved=watch is not None and watch.is_solved(metrics))
-        return {alarm.limit: alarm.message for alarm in found}
-
-    def _norms_of(self, stage: str, first: int, last: int) -> list[float]:
-        """The gradient's norms in these steps, but for those in which no group had a signal."""
-        query = (
-            "SELECT norm.value FROM metrics AS norm LEFT JOIN metrics AS silent ON silent.stage = norm.stage AND silent.step = "
-            "norm.step AND silent.name = 'group/no_signal_share' WHERE norm.stage = ? AND norm.name = 'optimiser/grad_norm' "
-            "AND norm.step BETWEEN ? AND ? AND norm.value IS NOT NULL AND COALESCE(silent.value, 0) < 1"
-        )
-        return [value for (value,) in self.store.read(query, stage, first, last)]
-
-    def _metrics_of(self, stage: str, step: int) -> dict[str, float]:
-        rows = self.store.read(
-            "SELECT name, value FROM metrics WHERE stage = ? AND step = ? AND value IS NOT NULL", stage, step
-        )
-        return {row["name"]: row["value"] for row in rows}
 
     @section("record")
     def record_evaluation(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from coterie.recipe import Recipe
+from coterie.runs.console import Console
+from coterie.runs.store import Store
 from coterie.settings import Limits
+from coterie.training.folder import RunFailedError
 
-HISTORY = 50  # steps that a gradient's norm is compared with
+_HISTORY = 50  # steps that a gradient's norm is compared with
 _ENOUGH = 10
 
 
@@ -75,3 +79,54 @@ _HIGHEST = (
     ),
     ("kl", "policy/kl", "the KL to the reference in nats a token"),
 )
+
+
+def watch_limits(
+    store: Store,
+    console: Console,
+    recipe: Recipe,
+    stage: str,
+    step: int,
+    metrics: Mapping[str, float],
+    is_solved: Callable[[Mapping[str, float]], bool] | None = None,
+) -> None:
+    """Say and record where a limit begins to be passed with a recorded step; RunFailedError where it is one that ends the run.
+    is_solved: of a step's figures, as `solved` in `alarms`; never without."""
+    stop_on = set(recipe.limits.stop_on)
+    if recipe.correction.kind != "none" and recipe.limits.sampler_gap is None:
+        stop_on.discard("sampler_gap")  # what was sampled is weighed by how far apart the two are
+
+    def passed(step: int, metrics: Mapping[str, float]) -> list[Alarm]:
+        solved = is_solved is not None and is_solved(metrics)
+        return alarms(metrics, _usual_norm_at(store, stage, step), recipe.limits, solved=solved)
+
+    found = passed(step, metrics)
+    before = {alarm.limit for alarm in passed(step - 1, _metrics_of(store, stage, step - 1))} if found else set()
+    for alarm in found:
+        if alarm.limit not in before:
+            store.event(stage, step, "limit", f"limits.{alarm.limit}: {alarm.message}")
+            console.warn(f"step {step}: {alarm.message}")
+        if alarm.limit in stop_on:
+            raise RunFailedError(
+                f"step {step}: {alarm.message}, and limits.stop_on names {alarm.limit}; the newest checkpoint stands"
+            )
+
+
+def _usual_norm_at(store: Store, stage: str, step: int) -> float | None:
+    first, last = ((1, min(_HISTORY, step - 1)), (step - _HISTORY, step - 1))
+    return usual_norm(_norms_of(store, stage, *first), _norms_of(store, stage, *last))
+
+
+def _norms_of(store: Store, stage: str, first: int, last: int) -> list[float]:
+    """The gradient's norms in these steps, but for those in which no group had a signal."""
+    query = (
+        "SELECT norm.value FROM metrics AS norm LEFT JOIN metrics AS silent ON silent.stage = norm.stage AND silent.step = "
+        "norm.step AND silent.name = 'group/no_signal_share' WHERE norm.stage = ? AND norm.name = 'optimiser/grad_norm' "
+        "AND norm.step BETWEEN ? AND ? AND norm.value IS NOT NULL AND COALESCE(silent.value, 0) < 1"
+    )
+    return [value for (value,) in store.read(query, stage, first, last)]
+
+
+def _metrics_of(store: Store, stage: str, step: int) -> dict[str, float]:
+    query = "SELECT name, value FROM metrics WHERE stage = ? AND step = ? AND value IS NOT NULL"
+    return {row["name"]: row["value"] for row in store.read(query, stage, step)}

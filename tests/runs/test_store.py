@@ -107,3 +107,46 @@ def test_there_is_an_end_to_it(held, monkeypatch, limit):
         record()
     with pytest.raises(sqlite3.OperationalError, match="for too long"):
         store.settle(0.1)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "ALTER TABLE completions DROP COLUMN failure",
+        "ALTER TABLE examples DROP COLUMN correct",
+        "DROP TABLE surroundings",
+        "DROP TABLE events",
+        "PRAGMA user_version=0",
+        "PRAGMA user_version=1",
+    ],
+)
+def test_what_a_database_lacks_is_added_and_what_it_has_is_left(tmp_path, harm):
+    """Whatever its number says: versions between two releases had the one without the other."""
+    store = Store(tmp_path / "run.db")
+    store.metrics("train", 1, {"a": 1.0})
+    made = store.read("SELECT name, sql FROM sqlite_schema ORDER BY name")
+    store.close()
+    with sqlite3.connect(tmp_path / "run.db") as db:
+        db.execute(harm)
+    store = Store(tmp_path / "run.db")
+    store.example("train", 1, 0, "prompt", "text", 1.0, True)
+    store.event("train", 1, "kind", "message")
+    store.inputs({"a": "1"}, {"b": "2"})
+    assert [row["value"] for row in store.read("SELECT value FROM metrics")] == [1.0]
+    assert [row["name"] for row in store.read("SELECT name FROM sqlite_schema ORDER BY name")] == [
+        row["name"] for row in made
+    ]
+    assert store.read("SELECT failure FROM completions") == []
+    assert [row["correct"] for row in store.read("SELECT correct FROM examples")] == [1]
+    store.close()
+
+
+def test_one_that_lacks_nothing_is_not_written_to_when_it_is_opened(tmp_path):
+    """A resume that is refused changes nothing, and one waits for nobody who only holds the file."""
+    Store(tmp_path / "run.db").close()
+    other = sqlite3.connect(tmp_path / "run.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    began = time.monotonic()
+    Store(tmp_path / "run.db").close()
+    assert time.monotonic() - began < 2
+    other.close()

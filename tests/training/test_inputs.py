@@ -8,7 +8,7 @@ import pytest
 from coterie.algorithms.presets import PRESETS
 from coterie.errors import UserError
 from coterie.recipe import load_recipe, make_recipe
-from coterie.training.inputs import check_inputs, inputs_of
+from coterie.training.inputs import at_home, check_inputs, inputs_of
 
 
 @pytest.fixture
@@ -69,6 +69,58 @@ def test_a_file_that_has_changed_or_gone_is_named_by_its_setting(inputs, tmp_pat
     (tmp_path / file).unlink()
     with pytest.raises(UserError, match=FILES[file]):
         check_inputs(before, inputs(), [])
+
+
+def test_a_file_that_is_called_otherwise_is_no_change(inputs, tmp_path):
+    before = inputs()
+    for old, new in (("data.jsonl", "rows.jsonl"), ("mine.py", "ours.py")):
+        (tmp_path / old).rename(tmp_path / new)
+    changed = {
+        "task": {"data": str(tmp_path / "rows.jsonl")},
+        "rewards": [
+            {"function": f"{tmp_path}/ours.py:f", "name": "f", "options": {"rubric": f"{tmp_path}/rubric.txt"}}
+        ],
+    }
+    assert check_inputs(before, inputs(**changed), []) == []
+    (tmp_path / "rows.jsonl").write_text("[]")
+    with pytest.raises(UserError, match=r"task\.data: the file is not what it was"):
+        check_inputs(before, inputs(**changed), [])
+    (tmp_path / "rows.jsonl").write_text("{}")
+    changed["rewards"][0]["function"] = f"{tmp_path}/ours.py:g"
+    with pytest.raises(UserError, match=r"rewards\.f\.function: was .*mine\.py:f"):
+        check_inputs(before, inputs(**changed), [])
+
+
+@pytest.mark.parametrize("place", ["runs/old/run", "linked"])
+def test_a_run_that_lies_elsewhere_finds_the_files_of_its_project(tmp_path, place):
+    """Deeper in its project, or on another disk with a link to it."""
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "data.jsonl").write_text("{}")
+    (project / "mine.py").write_text("")
+    values = {"model": {"type": "gpt2"}, "task": {"data": "data.jsonl"}, "rewards": ["mine.py:f"], "preset": "grpo"}
+    recipe = make_recipe(values, folder=project)
+    folder = project / place
+    real = folder if place != "linked" else tmp_path / "disk" / "run"
+    real.mkdir(parents=True)
+    if real != folder:
+        folder.symlink_to(real)
+    kept = values | {"task": {"data": "../data.jsonl"}, "rewards": ["../mine.py:f"]}  # as a run's own recipe says it
+    found, lines = at_home(make_recipe(kept, folder=real), folder, inputs_of(recipe), [])
+    assert Path(found.task.data).resolve() == project / "data.jsonl"
+    assert Path(found.rewards[0].function.removesuffix(":f")).resolve() == project / "mine.py"
+    assert len(lines) == 2
+    assert check_inputs(inputs_of(recipe), inputs_of(found), []) == []
+
+
+def test_a_file_that_is_gone_is_asked_for_as_it_has_to_be_given(inputs, tmp_path):
+    before = inputs()
+    for name in ("data.jsonl", "mine.py"):
+        (tmp_path / name).unlink()
+    with pytest.raises(UserError) as error:
+        check_inputs(before, inputs(), [])
+    assert "--set task.data=PATH" in str(error.value).splitlines()[-1]
+    assert str(error.value).splitlines()[-2].endswith("--set rewards.f.function=PATH:f")
 
 
 def test_of_a_model_folder_only_what_makes_the_model_counts(inputs, tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import signal
 import sqlite3
 import threading
 
@@ -16,6 +17,7 @@ from coterie import faults
 from coterie.errors import UserError
 from coterie.rewards.score import Reward
 from coterie.runs.store import Store
+from coterie.training import checkpoint
 from coterie.training.checkpoint import find_checkpoint
 from coterie.training.run import RunFailedError
 
@@ -283,6 +285,56 @@ def test_a_signal_lets_a_step_end_whose_weights_move(tiny_recipe, tmp_path, monk
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000000", "step_000004"]
 
 
+ENDED = """
+import os, signal
+
+def letters(completions, **columns):
+    if not os.path.exists("asked"):
+        open("asked", "w").close()
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("what it had started was ended")
+    return [float(len(text)) for text in completions]
+"""
+
+
+def test_a_reward_that_a_stop_has_broken_is_no_failure(tiny_recipe, tmp_path, monkeypatch):
+    """A scheduler's signal goes to every process of a job: a reward's own die of it, and the reward raises."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reward.py").write_text(ENDED)
+    (tmp_path / "asked").touch()
+    more = ["cold_start=null", f"rewards=[{tmp_path}/reward.py:letters]"]
+    trained(tiny_recipe, tmp_path / "run", *more, stop_after=2)
+    (tmp_path / "asked").unlink()
+    run = coterie.train(resume=str(tmp_path / "run"))
+    assert run.stopped
+    assert run.stop_signal == signal.SIGTERM
+    with sqlite3.connect(tmp_path / "run" / "run.db") as db:
+        assert db.execute("SELECT MAX(step) FROM metrics WHERE stage = 'train'").fetchone() == (2,)
+        assert db.execute("SELECT COUNT(*) FROM events WHERE kind = 'reward_failure'").fetchone() == (0,)
+    coterie.train(resume=str(tmp_path / "run"))
+    assert digests(tmp_path / "run") == digests(trained(tiny_recipe, tmp_path / "whole", *more))
+
+
+def test_groups_that_do_not_fit_into_the_record_are_counted(tiny_recipe, tmp_path):
+    folder = trained(tiny_recipe, tmp_path / "run", "cold_start=null", "steps=2", "record.max_megabytes_per_step=1e-6")
+    found = recorded(folder)
+    counted = {step: value for _, step, name, value in found["metrics"] if name == "record/num_left_out_groups"}
+    assert counted == {1: 2.0, 2: 2.0}  # of three; one is always kept
+    with sqlite3.connect(folder / "run.db") as db:
+        query = "SELECT step, COUNT(DISTINCT prompt_number), COUNT(*) FROM completions GROUP BY step"
+        assert db.execute(query).fetchall() == [(1, 1, 4), (2, 1, 4)]
+
+
+def test_a_resume_reads_its_checkpoint_for_damage_once(tiny_recipe, tmp_path, monkeypatch):
+    folder = trained(tiny_recipe, tmp_path / "run", stop_after=3)
+    hashed = []
+    real = checkpoint._sha256
+    monkeypatch.setattr(checkpoint, "_sha256", lambda file: hashed.append(file) or real(file))
+    coterie.train(resume=str(folder), stop_after=4)
+    read = sorted(file.name for file in hashed if file.parent.name == "step_000003")
+    assert read == ["model.safetensors", "optimiser.safetensors", "position.json"]
+
+
 def test_steps_that_are_skipped_are_counted_across_a_resume(tiny_recipe, tmp_path, monkeypatch):
     objective = tmp_path / "objective.py"
     objective.write_text("def never(terms):\n    return terms.policy_logprobs * float('nan')\n")
@@ -332,7 +384,7 @@ def test_another_writer_is_waited_for(tmp_path):
 def test_a_run_without_a_compiler_says_so_and_resumes_to_the_same_bits(
     tiny_recipe, tmp_path, without_kernels, monkeypatch, capsys
 ):
-    monkeypatch.setattr("coterie.training.train.library", lambda dtype: None)
+    monkeypatch.setattr("coterie.training.train.why_missing", lambda dtype: "no C compiler (cc) was found")
     whole = trained(tiny_recipe, tmp_path / "whole")
     assert "no C compiler" in capsys.readouterr().out
     trained(tiny_recipe, tmp_path / "cut", stop_after=2)

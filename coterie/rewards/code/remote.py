@@ -13,7 +13,6 @@ import hmac
 import json
 import os
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from typing import Any
 import httpx
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
+from coterie.deadline import running
 from coterie.keys import conceal
 from coterie.rewards.code.sandbox import (
     TOKEN_VARIABLE,
@@ -83,14 +83,14 @@ class Remote:
         most = _SPARE * program.limits.output_bytes + _OVERHEAD * (1 + len(program.inputs))
         data = bytearray()
         seconds = program.limits.wall + _WAIT
-        deadline = time.monotonic() + seconds  # httpx's own limit starts anew with each byte
+        deadline = running() + seconds  # httpx's own limit starts anew with each byte
         with self._client.stream("POST", "/run", json=body, timeout=seconds) as answer:
             if answer.status_code in (429, 502, 503, 504):
                 raise _BusyError(f"status {answer.status_code}")
             answer.raise_for_status()
             for chunk in answer.iter_bytes():
                 data += chunk
-                if time.monotonic() > deadline:
+                if running() > deadline:
                     raise httpx.ReadTimeout(f"it took longer than {seconds:g} s")
                 if len(data) > most:
                     raise ValueError(f"it answered more than {most} bytes")

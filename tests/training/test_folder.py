@@ -1,0 +1,33 @@
+"""A run's folder is made for one run, also where several start at once, and what keeps it from being written is said."""
+
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from coterie.runs import store as module
+from coterie.training.folder import RunFailedError, new_folder, told_of
+
+
+def test_runs_that_start_at_once_get_a_folder_each(tmp_path):
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda _: new_folder(tmp_path, "run"), range(40)))
+    assert sorted(found) == sorted([tmp_path / "run", *(tmp_path / f"run-{n}" for n in range(2, 41))])
+    assert all(folder.is_dir() for folder in found)
+
+
+def test_a_database_that_nobody_else_may_even_read_is_said_to_be_held(tmp_path, monkeypatch):
+    """As a shell of SQLite holds it with PRAGMA locking_mode=EXCLUSIVE."""
+    monkeypatch.setattr(module, "_PATIENCE", 0.1)
+    module.Store(tmp_path / "run.db").close()
+    other = sqlite3.connect(tmp_path / "run.db", isolation_level=None)
+    for statement in ("PRAGMA locking_mode=EXCLUSIVE", "BEGIN EXCLUSIVE", "DELETE FROM events", "COMMIT"):
+        other.execute(statement)
+    with (
+        pytest.raises(RunFailedError, match=r"run\.db: is held by another program, which has to end"),
+        told_of(tmp_path),
+    ):
+        module.Store(tmp_path / "run.db")
+    other.close()
+    with told_of(tmp_path):
+        module.Store(tmp_path / "run.db").close()
