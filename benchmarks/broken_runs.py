@@ -218,14 +218,15 @@ def _run_forked(
     main()
 
 
-_PR_CAPBSET_DROP, _DAC_OVERRIDE, _CAPABILITY_3 = 24, 1, 0x20080522
+_PR_CAPBSET_DROP, _DAC_OVERRIDE, _DAC_READ_SEARCH, _CAPABILITY_3 = 24, 1, 2, 0x20080522
 
 
 def _without_override() -> None:
-    """Let permissions hold for root too: a process without CAP_DAC_OVERRIDE."""
+    """Let permissions hold for root too: a process without CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
     if os.geteuid() == 0:
         libc = ctypes.CDLL(None, use_errno=True)
-        libc.prctl(_PR_CAPBSET_DROP, _DAC_OVERRIDE, 0, 0, 0)
+        for capability in (_DAC_OVERRIDE, _DAC_READ_SEARCH):
+            libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
         header = (ctypes.c_uint32 * 2)(_CAPABILITY_3, 0)
         data = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; low words, then high ones
         if libc.capget(header, data) or _capset(libc, header, data):
@@ -234,7 +235,7 @@ def _without_override() -> None:
 
 def _capset(libc: ctypes.CDLL, header: Any, data: Any) -> int:
     for place in (0, 1, 2):
-        data[place] &= ~(1 << _DAC_OVERRIDE)
+        data[place] &= ~(1 << _DAC_OVERRIDE | 1 << _DAC_READ_SEARCH)
     return int(libc.capset(header, data))
 
 
@@ -245,6 +246,16 @@ def _without_network() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(flags):
         raise OSError(ctypes.get_errno(), "no network of its own can be made")
+
+
+def _without_home() -> None:
+    """A user whom the system knows no name of, nor a home."""
+    user = os.getuid()
+    if ctypes.CDLL(None, use_errno=True).unshare(0x10000000):
+        raise OSError(ctypes.get_errno(), "no users of its own can be made")
+    Path("/proc/self/uid_map").write_text(f"23456 {user} 1")
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME"):
+        os.environ.pop(name, None)
 
 
 def _with_terminal() -> None:
@@ -260,6 +271,7 @@ def _ignoring_hangups() -> None:
 
 LIMITS = {
     "permissions": _without_override, "network": _without_network, "terminal": _with_terminal, "nohup": _ignoring_hangups,
+    "home": _without_home,
 }  # fmt: skip
 
 
