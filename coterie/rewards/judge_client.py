@@ -26,8 +26,6 @@ from tenacity import (
     AsyncRetrying,
     RetryCallState,
     retry_if_exception_type,
-    stop_after_attempt,
-    stop_any,
     wait_random_exponential,
 )
 
@@ -202,11 +200,13 @@ class Client:
 
     async def _ask(self, question: Question, until: float) -> Any | RewardError:
         """One question, asked again where that may help."""
+
+        def enough(state: RetryCallState) -> bool:
+            return state.attempt_number >= self._service.attempts or running() + state.upcoming_sleep >= until
+
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(AgainError),
-            stop=stop_any(
-                stop_after_attempt(self._service.attempts), lambda state: running() + state.upcoming_sleep >= until
-            ),
+            stop=enough,
             wait=_wait,
             reraise=True,
         )
