@@ -78,6 +78,19 @@ def test_help_comes_at_once_and_shows_examples(tmp_path):
         assert "Example: coterie " + command in run(command, "--help", cwd=tmp_path).stdout
 
 
+def test_the_package_is_the_command_too(tmp_path):
+    command = [sys.executable, "-m", "coterie", "--version"]
+    shown = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=dict(os.environ, PYTHONPATH=str(Path(coterie.__file__).parents[1])),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert shown.stdout == f"coterie {coterie.__version__}\n"
+
+
 def test_plain_lines_where_there_is_no_terminal(own_task):
     _, printed = own_task
     assert "\x1b[" not in printed

@@ -27,6 +27,8 @@ BUILTIN: dict[str, str] = {
 def make_builtin(name: str, options: Mapping[str, Any]) -> Callable[..., Any]:
     """The built-in reward of that name. Raises UserError for a name or an option that there is not, or is missing."""
     if name not in BUILTIN:
+        if name.endswith(".py"):
+            raise UserError(f"rewards: {name!r} names a file and no function of it; write {name}:function")
         raise UserError(
             f"rewards: there is no {name!r}; {nearest(name, BUILTIN)}; your own is module:function or file.py:function"
         )

@@ -38,7 +38,16 @@ MAX_BODY = 1_000_000  # bytes of an answer
 _PARTING = 5.0  # seconds for connections to close
 _OF_THE_TEXT = re.compile(  # what servers say of a request whose texts are too long, or not to be read
     r"context.?(?:length|window|size|limit)|too (?:long|large|many (?:input )?tokens)|content.?(?:policy|filter|management)"
-    r"|moderation|flagged",
+    r"|moderation|flagged|inappropriate|unsafe|sensitive content|reduce the length"
+    r"|\binputs?\b.{0,40}\btokens\b.{0,80}(?:exceed|must be (?:<|less|at most))|prompt.{0,40}exceed",
+    re.IGNORECASE,
+)
+_OF_THE_LIMIT = re.compile(
+    r"max_(?:completion_|new_|output_)?tokens\W{0,3}\s*(?:is|:)?\s*too large", re.IGNORECASE
+)  # of `extra`
+_DECLINES = re.compile(  # how a reply in words begins that gives no verdict
+    r"\W*(?:(?:unfortunately|apologies|as an ai)\b|(?:i['’]?m|i am)(?: very| so| really)? (?:sorry|unable|not able)\b|sorry\b|i apologi[sz]e\b"
+    r"|i (?:can(?:no|['’])t|can not|won['’]t|will not|must decline|decline)\b|抱歉|很抱歉|对不起|我无法|我不能)",
     re.IGNORECASE,
 )
 _FORMATS = ("json_schema", "json_object", "plain")  # each for servers that refuse the one before
@@ -289,7 +298,8 @@ class Client:
         if 300 <= status < 400:
             return RefusedError(f"answered {status}, a redirect, which is not followed")
         said = " ".join(self._clean(body[:4000].decode("utf-8", "replace")).split())
-        unfit = status == 413 or (status in (400, 422) and _OF_THE_TEXT.search(said))
+        of_the_text = _OF_THE_TEXT.search(said) and not _OF_THE_LIMIT.search(said)
+        unfit = status == 413 or (status in (400, 422) and of_the_text)
         kind = UnfitError if unfit else UnjudgedError if status in (400, 422) else RefusedError
         return kind(f"answered {status}: {said[:200]}")
 
@@ -306,7 +316,8 @@ def _reply_in(body: bytes) -> str:
         content, refusal, ended = message["content"], message.get("refusal"), choice.get("finish_reason")
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         raise UnreadableError("gave a reply that is no chat completion") from None
-    if refusal or ended == "content_filter":
+    in_words = isinstance(content, str) and "{" not in content and _DECLINES.match(content)
+    if refusal or in_words or ended == "content_filter":
         raise UnfitError("does not want to judge this")
     if ended == "length":
         raise UnreadableError("gave a reply that its length limit cut")

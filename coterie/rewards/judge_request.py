@@ -202,14 +202,16 @@ def conversation(prompt: str | Chat) -> str:
 
 _NAMES = (
     "s|S|bos|eos|pad|unk|mask|sep|cls|eot|eod|eom|eop|sop|turn|user|assistant|system|human|bot|model|human|end|start|stop|"
-    "(?:begin|start|end)of[a-z]+|im[_-]?(?:start|end)|unused[0-9]+|0x[0-9A-Fa-f]{2}|[A-Z]{2,}[0-9]*"
+    "role|(?:begin|start|end)of[a-z]+|im[_-]?(?:start|end)|unused[0-9]+|0x[0-9A-Fa-f]{2}|[A-Z]{2,}[0-9]*"
 )
 _ANY = r"[^<>\s]{0,60}"
 # Whatever a template may part messages with, the judge's own being unknown: a name with a mark in it that words and HTML do not have,
-# names that are used for it, and capitals in square brackets.
+# names that are used for it, capitals in square brackets, and headings that stand for roles.
 _ROLE_TOKENS = re.compile(
     rf"<(?=[|｜])|<(?={_ANY}[|｜]>)|<(?=/?{_ANY}[_:▁@$#]{_ANY}>)|<(?=/?(?:{_NAMES})>)|<(?=<{_ANY}>>)"
-    r"|\[(?=/?[A-Za-z0-9_]{0,60}[A-Z]{2}[A-Za-z0-9_]{0,60}\])|\[(?=[|｜])"
+    r"|\[(?=/?[A-Za-z0-9_]{0,60}[A-Z]{2}[A-Za-z0-9_]{0,60}\])|\[(?=[|｜])|\[(?=unused[0-9]+\])|\](?=[~!]{1,2}b[\[\]])|\[(?=e~\[)"
+    r"|^###(?=[ \t]*(?:Instruction|Input|Response|Human|Assistant|User|System)\b)",
+    re.MULTILINE,
 )
 
 

@@ -36,7 +36,8 @@ def check_home(home: str, setting: str) -> None:
         if not path.is_file():
             beside = [file.name for file in path.parent.glob("*.py")] if path.parent.is_dir() else []
             near = closest(path.name, beside)
-            there = f"did you mean {near!r}?" if near else f"there are: {', '.join(sorted(beside)) or 'no .py files'}"
+            there = f"there are: {', '.join(sorted(beside))}" if beside else "no .py file lies in that folder"
+            there = f"did you mean {near!r}?" if near else there
             raise UserError(f"{setting}: the file {home} does not exist; {there}")
     elif not _is_there(home.partition(".")[0]):
         raise UserError(

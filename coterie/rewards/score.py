@@ -230,7 +230,8 @@ def _one_by_one(
 
 def _run(reward: Reward, columns: dict[str, list[Any]], count: int) -> list[Any]:
     """One call, awaited if it is async, within the time limit. Raises what the function raises, and TookTooLong."""
-    with chdir("."), time_limit(reward.timeout):  # where it leaves the run's folder is found again
+    # where it leaves the run's folder, or turns gradients off, that ends with the call
+    with chdir("."), torch.set_grad_enabled(torch.is_grad_enabled()), time_limit(reward.timeout):
         strikes("in_reward")
         answer = reward.function(**columns, **own_options(reward.options))
         if inspect.isawaitable(answer):

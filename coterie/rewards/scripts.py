@@ -99,9 +99,15 @@ def prose(text: str) -> str:
 
     What stands in a fence, in backticks or in a formula and reads as sentences is prose all the same: else a text would hide there.
     """
-    return _SYMBOLS.sub(" ", _LEFT_OUT.sub(lambda found: f" {_sentences_in(found.group())} ", text))
+    return _SYMBOLS.sub(_of_symbol, _LEFT_OUT.sub(lambda found: f" {_sentences_in(found.group())} ", text))
 
 
+def _of_symbol(found: regex.Match[str]) -> str:
+    """Nothing, but of a name that is as long as a sentence its words."""
+    return found.group() if found.group().count("_") >= _LONG_NAME else " "
+
+
+_LONG_NAME = 8  # underscores
 _LETTERS = regex.compile(r"\p{Han}{1,2}|\p{L}[\p{L}\p{M}'’]+")
 _IN_FORMULA = regex.compile(r"\\(?:text\w*|mathrm|operatorname|boxed)\{([^{}]*)\}")
 _COMMENT = regex.compile(r"^\s*(?:#+|//+|--|/?\*+|%+|;+)\s*")
@@ -109,20 +115,27 @@ _CODE = regex.compile(
     r"[=(){}\[\]<>_\\|@$^&*+~/#;]|[\p{L}\d]\.\p{L}|:\s*$|^\s*(?:import|from|return|raise|yield|del|assert|pip|cd|git|sudo|npm|echo)\b",
 )
 _LEAST_WORDS = 4  # of a line that may be a sentence
+_MANY_WORDS = 12  # in lines of any length, none of which looks like code
+_MARKS = regex.compile(r"\\(?:begin|end)\{\w*\*?\}|\\[\[\]()]|\\\\|[$&]")  # around and between formulas
+_QUOTED = regex.compile(r"\"([^\"]*)\"|'([^']*)'")
 _TEXT = 2 / 3  # the share of a block's words in lines of text, from which on it is text
 
 
 def _sentences_in(left_out: str) -> str:
     """Of what is left out the lines that read as sentences, where most of it does: comments beside code stay code."""
-    if left_out[0] not in "`~$\\":  # addresses and tags
-        return ""
+    if left_out[0] == "<":  # a tag, with its attributes
+        parts = [left_out.strip("</>"), *("".join(pair) for pair in _QUOTED.findall(left_out))]
+        return "\n".join(part for part in parts if _reads_as_sentence(part))
     if left_out[0] in "$\\":
-        return "\n".join(
-            part for part in [left_out.strip("$"), *_IN_FORMULA.findall(left_out)] if _reads_as_sentence(part)
-        )
+        parts = [*_MARKS.sub("\n", left_out).split("\n"), *_IN_FORMULA.findall(left_out)]
+        return "\n".join(part for part in parts if _reads_as_sentence(part))
+    if left_out[0] not in "`~":  # an address
+        return ""
     lines = left_out.strip("`~").split("\n")
     total = sum(_num_words(line) for line in lines)
     bare = [_COMMENT.sub("", line) for line in lines]
+    if total >= _MANY_WORDS and not any(map(_CODE.search, bare)):
+        return "\n".join(bare)
     text = [line for line in bare if _reads_as_sentence(line)]
     return "\n".join(text) if sum(map(_num_words, text)) >= _TEXT * total else ""
 

@@ -20,7 +20,7 @@ from coterie.evals.evaluate import Evaluation, Example
 from coterie.faults import at_step, strikes
 from coterie.recipe import Recipe, load_recipe
 from coterie.runs.console import Console
-from coterie.runs.find import RUNS, run_at
+from coterie.runs.find import RUNS, is_run, run_at
 from coterie.runs.outlet import troubles
 from coterie.runs.signs import SIGN, Accuracy, Sign, Watch
 from coterie.runs.store import Store
@@ -108,9 +108,8 @@ class Run:
         except OSError as error:
             raise UserError(f"{RUNS}: can't be written: {error}") from None
         if folder.exists() and (not folder.is_dir() or any(map(is_of_a_run, folder.iterdir()))):
-            raise UserError(
-                f"--out {folder}: is in use; give another folder, or go on with what is there: coterie train --resume {folder}"
-            )
+            go_on = f", or go on with what is there: coterie train --resume {folder}" if is_run(folder) else ""
+            raise UserError(f"--out {folder}: is in use; give another folder{go_on}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             stored = recipe.model_copy(update={"made_with": {**(recipe.made_with or {}), **versions()}})

@@ -16,6 +16,8 @@ def watch_silence(
     store: Store, console: Console, recipe: Recipe, stage: str, step: int, metrics: Mapping[str, float]
 ) -> None:
     """Say and record what begins with a recorded step. Raises RunFailedError where nothing has been said for too long."""
+    if "reward/num_abstained" not in metrics:
+        return  # a stage that has no rewards
     for words in _silences(store, recipe, stage, step, metrics):
         store.event(stage, step, "reward_silent", words)
         console.warn(f"step {step}: {words}")

@@ -276,6 +276,13 @@ DECLINED = {
     "context": (answers(b"This model's maximum context length is 8192 tokens.", 400), "maximum context length"),
     "too long": (answers(b"input is too long", 422), "too long"),
     "policy": (answers(b"violates our content policy", 400), "content policy"),
+    "inputs": (answers(b"`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 5000", 422), "must be <= 4096"),
+    "unsafe": (answers(b"Input data may contain inappropriate content.", 400), "inappropriate"),
+    "sorry": (replies("I'm sorry, but I can't assist with that."), "does not want to judge"),
+    "cannot": (replies("I cannot rate this text."), "does not want to judge"),
+    "unable": (replies("Unfortunately, I am unable to help with this."), "does not want to judge"),
+    "as an AI": (replies("As an AI, I do not rate such texts."), "does not want to judge"),
+    "Chinese": (replies("抱歉，我无法评价这段内容。"), "does not want to judge"),
 }
 
 
@@ -320,6 +327,8 @@ def test_r22_what_the_judge_declines_has_the_lowest_value_and_that_is_said(serve
 def test_r22_a_request_that_is_wrong_for_every_completion_is_a_failure_and_no_lowest_value(server, make_judge):
     server.behave = answers(b"no such field: top_k", 400)
     assert failed(make_judge()(["p"], ["a"])[0], "answered 400: no such field")
+    server.behave = answers(b"max_tokens is too large: 99999. This model supports at most 4096 completion tokens.", 400)
+    assert failed(make_judge(extra={"max_tokens": 99999})(["p"], ["a"])[0], "answered 400: max_tokens is too large")
 
 
 def test_r22_pairs_and_rankings_that_are_declined_lower_those_that_are_in_them(server, make_judge):
@@ -368,6 +377,7 @@ def test_r22_a_verdict_that_is_quoted_from_the_answer_is_not_counted(server, mak
     "token",
     ["<|im_end|>", "<seed:bos>", "[EOS]", "<turn|>", "<|turn>", "[/INST]", "[|assistant|]", "<end_of_turn>", "<eot>", "</s>", "<EOS>",
      "<<SYS>>", "<<ANY_THING>>", "<｜end▁of▁sentence｜>", "<reserved_106>", "<0x0A>", "[gMASK]", "<im_start>", "<im-end>", "<a$b>", "[TOOL_CALLS]",
+     "<role>", "</role>", "[unused1]", "]~b]", "]~!b[", "[e~[", "\n### Instruction:", "\n###Response:",
      "<endoftext>", "</assistant>", "<|x y|>", "<my:end>", "<_>"],
 )  # fmt: skip
 def test_r22_whatever_looks_like_a_templates_token_is_broken(server, make_judge, token):
@@ -378,7 +388,13 @@ def test_r22_whatever_looks_like_a_templates_token_is_broken(server, make_judge,
 
 
 @pytest.mark.parametrize(
-    "text", ["if a<b and c>d: x[i] = A[0]", "<b>bold</b> <answer>5</answer> <div class='x'>", "[a] [1] List<int>"]
+    "text",
+    [
+        "if a<b and c>d: x[i] = A[0]",
+        "<b>bold</b> <answer>5</answer> <div class='x'>",
+        "[a] [1] List<int>",
+        "### Notes\n#### Input\nx ### Input a[b[1]]~b",
+    ],
 )
 def test_r22_what_is_no_token_is_shown_as_it_is(server, make_judge, text):
     make_judge()(["p"], [text])

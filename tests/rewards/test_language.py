@@ -139,6 +139,8 @@ HIDDEN = "The answer is five because we add two and three. So that is what it mu
 @pytest.mark.parametrize(
     "text",
     [f"好\n```\n{HIDDEN}\n```", f"好\n```text\n{HIDDEN}\n{HIDDEN}\n```", f"好\n~~~\n{HIDDEN}", f"好 `{HIDDEN}`", f"好\n```python\n# {HIDDEN}\n# {HIDDEN}\n```",
+     f"好 \\[{HIDDEN}\\]", f"好 \\begin{{align}}{HIDDEN}\\end{{align}}", f"好 \\begin{{align*}}x &= 1 \\\\ {HIDDEN}\\end{{align*}}", f'好 <p title="{HIDDEN}">',
+     f"好 <p {HIDDEN}>", "好\n```\n" + HIDDEN.replace(" ", "\n") + "\n```", "好 " + HIDDEN.replace(". ", " ").replace(" ", "_"),
      f"好 $\\text{{{HIDDEN}}}$", f"好 \\[\\text{{{HIDDEN}}}\\]", f"好 \\text{{{HIDDEN}}}", f"好 ${HIDDEN}$", f"好\n```python\nx = 1\n# {HIDDEN}\n# {HIDDEN}\n```"],
 )  # fmt: skip
 def test_r21_sentences_do_not_hide_in_fences_or_formulas(text):
@@ -151,6 +153,8 @@ def test_r21_code_and_formulas_are_still_in_no_language():
     assert share(f"这个函数求和。\n{code}", "zh") == 1
     assert share("所以 $\\text{speed} = \\frac{\\text{distance}}{\\text{time}}$ 成立。", "zh") == 1
     assert share("运行 `git commit --amend` 就可以了。", "zh") == 1
+    assert share("设 max_new_tokens_per_step 为五。<div class='large box' id=\"first\">", "zh") == 1
+    assert share("结果：\n```\nred\ngreen\nblue\n```\n\\begin{cases} x + y &= 3 \\\\ 2x &= 4 \\end{cases}", "zh") == 1
 
 
 @pytest.mark.parametrize("piece", ["```a b c d\n", "`a b c d` ", "$\\text{a", "# a\n", "\\text{ab cd ef gh}"])

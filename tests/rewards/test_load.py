@@ -34,6 +34,8 @@ def test_a_misspelt_file_is_not_there_and_the_nearest_is_named(folder, restricte
     assert "trust" not in said
     assert f"the file {folder / 'rewrads.py'} does not exist; did you mean 'rewards.py'?" in said
     assert "there are: late.py, other.py, rewards.py" in refusal(folder, "zzz.py:right")
+    assert "no .py file lies in that folder" in refusal(folder, "elsewhere/rewards.py:right")
+    assert "names a file and no function of it; write rewards.py:function" in refusal(folder, "rewards.py")
     assert "there is no module 'rewardz_' here; a file beside the recipe is written rewardz_.py:" in refusal(
         folder, "rewardz_:right"
     )

@@ -582,6 +582,15 @@ def test_a_reward_that_changes_the_working_folder_is_brought_back(tmp_path):
     assert os.getcwd() == before
 
 
+def test_gradients_that_a_reward_turns_off_are_on_again_after_it():
+    def turns_off(completions):
+        torch.set_grad_enabled(False)
+        return [1.0] * len(completions)
+
+    scored(turns_off)
+    assert torch.is_grad_enabled()
+
+
 class Ahead:
     """A reward that can begin: the length of a text, times its column."""
 

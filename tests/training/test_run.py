@@ -210,8 +210,14 @@ def test_all_damaged_is_a_refusal_that_names_them(finished, tmp_path):
 
 
 def test_a_folder_in_use_is_refused(finished, tiny_recipe):
-    with pytest.raises(UserError, match="is in use"):
+    with pytest.raises(UserError, match=f"is in use.*--resume {finished}"):
         trained(tiny_recipe, finished)
+
+
+def test_a_folder_that_holds_no_run_is_refused_without_the_advice_to_resume_it(tiny_recipe, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("steps: 3")
+    with pytest.raises(UserError, match=r"is in use; give another folder$"):
+        trained(tiny_recipe, tmp_path)
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ MODEL = {"type": "qwen3", "hidden_size": 32, "intermediate_size": 48, "num_hidde
 def write(tmp_path):
     def make(*names, **settings):
         (tmp_path / "rewards.py").write_text(REWARDS)
-        rows = [json.dumps({"prompt": str(number)}) for number in range(8)]
+        rows = [json.dumps({"prompt": str(number), "answer": "1"}) for number in range(8)]
         (tmp_path / "data.jsonl").write_text("\n".join(rows))
         values = {
             "model": MODEL, "tokenizer": "bytes", "task": {"data": "data.jsonl", "heldout": 0}, "prompts_per_step": 2,
@@ -74,6 +74,14 @@ def test_steps_without_a_reward_among_others_with_one_are_said_and_no_end(write,
     recipe = write("of_two", steps=4, limits={"skipped_steps": 3})
     coterie.train(recipe, out=str(tmp_path / "run"))
     assert [step for step, _ in events(tmp_path / "run")] == [2]
+
+
+def test_a_cold_start_has_no_rewards_that_could_be_silent(write, tmp_path):
+    recipe = write(
+        "length", cold_start={"steps": 6}, steps=1, task={"data": "data.jsonl", "heldout": 0, "answer": "answer"}
+    )
+    coterie.train(recipe, out=str(tmp_path / "run"))
+    assert events(tmp_path / "run") == []
 
 
 def test_an_outage_that_is_allowed_does_not_end_a_run_and_is_said_with_its_line(write, tmp_path, capsys):

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 _PYTHON = ("python", "python3", "py")
-_FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})[ \t]*(\w*)[^`\n]*$")
+_FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})[ \t]*(\w*)[^`\n]*$")
 _BOUND = re.compile(
     r"^(?:async[ \t]+)?(?:def|class)[ \t]+(\w+)|^([A-Z][A-Z0-9_]*)[ \t]*(?::[^=\n]*)?=(?!=)", re.MULTILINE
 )
@@ -27,8 +27,9 @@ class _Block:
         names = {name for pair in _BOUND.findall(self.code) for name in pair if name}
         return names.union(*(_WORD.findall(names) for names in _IMPORTED.findall(self.code)))
 
-    def defines(self, name: str) -> bool:
-        return re.search(rf"^(?:(?:async[ \t]+)?(?:def|class)[ \t]+{name}\b|{name}[ \t]*(?::[^=\n]*)?=(?!=))", self.code, re.MULTILINE) is not None  # fmt: skip
+    def defines(self, name: str, indent: str) -> bool:
+        definition = rf"^{indent}(?:(?:async[ \t]+)?(?:def|class)[ \t]+{name}\b|{name}[ \t]*(?::[^=\n]*)?=(?!=))"
+        return re.search(definition, self.code, re.MULTILINE) is not None
 
 
 def program_in(text: str, function: str | None, *, reads: bool = False) -> str:
@@ -54,10 +55,11 @@ def program_in(text: str, function: str | None, *, reads: bool = False) -> str:
 
 def _chosen(blocks: list[_Block], name: str, reads: bool) -> int | None:
     """The last block that defines what is called so; without a name the last one that reads its input, or the last one."""
-    for place in reversed(range(len(blocks))):
-        block = blocks[place]
-        if block.defines(re.escape(name)) if name else not reads or _READS.search(block.code):
-            return place
+    for indent in ("", "[ \\t]+") if name else ("",):  # below an `if` or a `try` where it is nowhere else
+        for place in reversed(range(len(blocks))):
+            block = blocks[place]
+            if block.defines(re.escape(name), indent) if name else not reads or _READS.search(block.code):
+                return place
     return None
 
 
@@ -73,18 +75,21 @@ def _with_what_it_uses(blocks: list[_Block], place: int, name: str) -> str:
 
 
 def _blocks(text: str) -> list[_Block]:
-    """The fenced blocks in order. A fence is closed by one of its own kind that is as long."""
+    """The fenced blocks in order. A fence is closed by one of its own kind that is as long, and at most 3 columns further in.
+
+    A block in a list is indented with it: of its lines as much is left out as stands before its fence.
+    """
     found: list[tuple[str, list[str]]] = []
-    fence = ""
+    indent, fence = "", ""
     for line in text.split("\n"):
         match = _FENCE.match(line)
         if fence:
-            closes = match is not None and not match[2] and match[1].startswith(fence)
-            if closes:
+            closes = match is not None and not match[3] and match[2].startswith(fence)
+            if closes and match is not None and len(match[1]) <= len(indent) + 3:
                 fence = ""
             else:
-                found[-1][1].append(line)
+                found[-1][1].append(line[: len(indent)].lstrip() + line[len(indent) :])
         elif match is not None:
-            fence = match[1]
-            found.append((match[2].lower(), []))
+            indent, fence = match[1], match[2]
+            found.append((match[3].lower(), []))
     return [_Block(language, "\n".join(lines)) for language, lines in found]

@@ -44,6 +44,24 @@ def test_the_last_definition_counts_also_where_it_is_broken():
     assert program_in(fenced("def other(n):\n    pass", "x"), "solve") == "x\n"
 
 
+@pytest.mark.parametrize("indent", ["  ", "   ", "     ", "\t"])
+def test_a_block_in_a_list_is_read_without_the_lists_indent(indent):
+    steps = "1. Write it:\n" + fenced(SOLVE + "\n\n# end") + "\n2. Try it:\n" + fenced("print(solve(3))")
+    listed = "\n".join(line if line[:2] in ("1.", "2.") else indent + line for line in steps.split("\n"))
+    assert program_in(listed, "solve") == SOLVE + "\n\n# end\n"
+
+
+def test_a_fence_inside_a_programs_text_does_not_end_it():
+    code = 'def solve(n):\n    """\n    ```\n    solve(1)\n    ```\n    """\n    return n + 1'
+    assert program_in(fenced(code), "solve") == code + "\n"
+
+
+def test_a_definition_below_an_if_or_a_try_is_found_where_there_is_no_other():
+    below = "try:\n    from fast import solve\nexcept ImportError:\n    def solve(n):\n        return n + 1"
+    assert program_in(fenced(below, "print(solve(3))"), "solve") == below + "\n"
+    assert program_in(fenced(SOLVE, "class A:\n    def solve(self): pass"), "solve") == SOLVE + "\n"
+
+
 def test_what_a_block_needs_stands_before_it():
     helper, imports, unused = (
         "def half(n):\n    return floor(n / 2)",
