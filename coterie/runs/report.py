@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import json
 import sqlite3
@@ -12,7 +14,7 @@ from typing import Any
 from coterie.errors import UserError
 from coterie.keys import hidden
 from coterie.recipe import load_recipe
-from coterie.runs.profile import profile_panel
+from coterie.runs.profile import figure_of, profile_panel
 from coterie.runs.signs import SIGN
 from coterie.runs.store import Store
 
@@ -47,11 +49,14 @@ def write_report(folder: Path) -> Path:
 
 
 def _write_report(folder: Path) -> Path:
+    from plotly.offline import get_plotlyjs
+
     recipe = load_recipe(str(folder / "recipe.yaml"))
+    plotly = get_plotlyjs()
     store = Store(folder / "run.db", read_only=True)
     try:
         parts = [
-            _head(folder.name),
+            _head(folder.name, _policy(plotly, _DRAW)),
             _results(folder, recipe.preset),
             _signs(store),
             "<h2>Curves</h2>",
@@ -60,7 +65,7 @@ def _write_report(folder: Path) -> Path:
             _groups(store),
             _events(store),
             f"<h2>Recipe</h2><pre class='recipe'>{_text((folder / 'recipe.yaml').read_text('utf-8'))}</pre>",
-            "</main></body></html>",
+            f"<script>{plotly}</script><script>{_DRAW}</script></main></body></html>",
         ]
     finally:
         store.close()
@@ -80,10 +85,10 @@ def _label(name: str) -> str:
     return html.escape(hidden(str(name)), quote=False).replace("_", " ")
 
 
-def _head(name: str) -> str:
+def _head(name: str, policy: str) -> str:
     title = _text(name)
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title} · coterie</title>
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body><main>
+<meta http-equiv="Content-Security-Policy" content="{policy}"><meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body><main>
 <h1>{title}</h1>"""
 
 
@@ -157,8 +162,6 @@ def _signs(store: Store) -> str:
 
 def _charts(store: Store) -> str:
     """Learning curves; entropy, KL and clipping; length; signal; the optimiser; time."""
-    from plotly.offline import get_plotlyjs
-
     of_rewards = [name for name in _names(store) if name.startswith("reward/") and "num_" not in name]
     spreads = [name for name in of_rewards if name.endswith("_group_std")]
     of_all = ("reward/mean", "reward/std", "reward/highest", "reward/lowest")
@@ -192,7 +195,7 @@ def _charts(store: Store) -> str:
     charts = "".join(
         _chart(title, _evaluations(store) if title == _HELD_OUT else _curves(store, names)) for title, names in panels
     )
-    return f"<script>{get_plotlyjs()}</script><div class='charts'>{charts}</div>{_FIT}"
+    return f"<div class='charts'>{charts}</div>"
 
 
 def _chart(title: str, traces: Sequence[Any]) -> str:
@@ -210,8 +213,7 @@ def _chart(title: str, traces: Sequence[Any]) -> str:
         xaxis={"exponentformat": "none", "automargin": True},
         yaxis={"exponentformat": "none", "automargin": True, "range": _least_range(traces)},
     )
-    plot = figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True})
-    return f"<div class='chart'>{plot}</div>"
+    return f"<div class='chart'>{figure_of(figure)}</div>"
 
 
 def _least_range(traces: Sequence[Any]) -> list[float] | None:
@@ -221,9 +223,17 @@ def _least_range(traces: Sequence[Any]) -> list[float] | None:
 
 
 _HELD_OUT = "Held-out"
-_FIT = """<script>addEventListener('load', () => {
-  for (const plot of document.querySelectorAll('.chart .plotly-graph-div')) Plotly.Plots.resize(plot);
-});</script>"""  # drawn while the page is still being laid out
+_DRAW = """
+for (const place of document.querySelectorAll('.figure')) {
+  const figure = JSON.parse(place.nextElementSibling.textContent);
+  Plotly.newPlot(place, figure.data, figure.layout, {displayModeBar: false, responsive: true});
+}
+addEventListener('load', () => {  // drawn while the page is still being laid out
+  for (const place of document.querySelectorAll('.figure')) Plotly.Plots.resize(place);
+});
+for (const button of document.querySelectorAll('input[name=by]'))
+  button.addEventListener('change', () => { document.body.dataset.by = button.value; });
+"""
 
 
 def _curves(store: Store, names: list[str]) -> list[Any]:
@@ -276,9 +286,9 @@ def _groups(store: Store) -> str:
     chosen = list(dict.fromkeys((steps[0], _telling(store, steps[: len(steps) // 2 + 1]), _telling(store, steps))))
     parts = [
         "<h2>Groups</h2><p class='note'>Every completion that a prompt got, best first. Hover a token for its figures.</p>"
-        "<p><label><input type='radio' name='by' checked onchange='document.body.dataset.by=\"logprob\"'> "
+        "<p><label><input type='radio' name='by' value='logprob' checked> "
         "by log-probability <span class='key surprise'>surprising</span></label> "
-        "<label><input type='radio' name='by' onchange='document.body.dataset.by=\"advantage\"'> by advantage "
+        "<label><input type='radio' name='by' value='advantage'> by advantage "
         "<span class='key better'>better than the group</span> <span class='key worse'>worse</span></label></p>"
     ]
     for step in chosen:
@@ -383,11 +393,16 @@ def _running_mean(values: Sequence[float | None], width: int = 15) -> list[float
     return means
 
 
-# The page asks the network for nothing, whatever stands in it
-_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:; "
-    "form-action 'none'; base-uri 'none'"
-)
+def _policy(*scripts: str) -> str:
+    """The page runs these scripts and no other, and asks the network for nothing, whatever stands in it."""
+    hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    allowed = " ".join(f"'sha256-{value}'" for value in hashes)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; form-action 'none'; "
+        "base-uri 'none'"
+    )
+
+
 _STYLE = """
 :root { --ink: #1f2937; --soft: #6b7280; --edge: #e5e7eb; --paper: #ffffff; --tint: #f9fafb; }
 body { margin: 0; background: var(--tint); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import shutil
 import sqlite3
+import subprocess
 from html.parser import HTMLParser
 
 import pytest
@@ -226,7 +228,7 @@ def assert_harmless(folder):
         assert "no run writes" in said
         return
     assert "img" not in page.tags
-    assert not [name for name in page.attributes if name.startswith("on") and name != "onchange"]
+    assert not [name for name in page.attributes if name.startswith("on")]
     assert not [script for script in page.scripts if script.startswith("alert")]
 
 
@@ -297,6 +299,7 @@ def test_the_page_asks_the_network_for_nothing_and_shows_no_key(tmp_path, monkey
     monkeypatch.setenv("MY_TOKEN", HOSTILE[:20])
     page = write_report(tmp_path).read_text()
     assert "default-src 'none'" in page
+    assert "script-src 'sha256-" in page
     assert "***" in page
     assert "&lt;script&gt;alert(1)" not in page
 
@@ -319,3 +322,31 @@ def test_the_steps_are_looked_up_and_not_searched_for(tmp_path):
         counts.append(len(work))
         store.close()
     assert counts[1] <= counts[0] + 20
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def page_in_a_browser(path):
+    """The document after its scripts have run, and what the console says."""
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=9000",
+               f"--user-data-dir={path.parent / 'browser'}", "--dump-dom", path.as_uri()]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    return done.stdout, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")
+def test_a_browser_draws_every_chart_and_runs_nothing_else(tmp_path):
+    write_whole_run(tmp_path)
+    path = write_report(tmp_path)
+    document, console = page_in_a_browser(path)
+    charts = document.count('<script type="application/json">')
+    assert charts > 3
+    assert document.count("main-svg") >= charts
+    assert "Content Security Policy" not in console
+    theirs = "<script>document.title = 'theirs'</script><img src=x onerror=\"document.title = 'theirs'\"></main>"
+    path.write_text(path.read_text().replace("</main>", theirs))
+    document, console = page_in_a_browser(path)
+    assert "<title>theirs" not in document
+    assert document.count("main-svg") >= charts
