@@ -32,29 +32,9 @@ _CLOSE = sympy.Rational(1, 10**45)
 _NOTHING = sympy.Rational(1, 10**150)  # what is left of an exact zero after evaluation
 _MAX_LOG = 200_000.0  # bits of the largest number that is worked out
 _MAX_DEPTH = 30  # of brackets in one another
-_POINTS = [
-    (1, 0),
-    (1, 0),
-    (1, 0),
-    (1, 1),
-    (1, -1),
-    (10, 1),
-    (10, -1),
-    (100, 1),
-    (100, -1),
-    (10**4, 1),
-    (10**4, -1),
-    (10**7, 1),
-    (10**7, -1),
-]
-_WHOLE_POINTS = [
-    (2, 0),
-    (2, 0),
-    (20, 1),
-    (20, -1),
-    (1000, 1),
-    (1000, -1),
-]  # for what has a value at whole numbers alone
+_SIGNS = (1, -1)
+_POINTS = [(1, 0)] * 3 + [(size, sign) for size in (1, 10, 100, 10**4, 10**7) for sign in _SIGNS]
+_WHOLE_POINTS = [(2, 0)] * 2 + [(size, sign) for size in (20, 1000) for sign in _SIGNS]  # where others have no value
 _MIN_POINTS = 3
 
 
@@ -71,7 +51,7 @@ def compare(gold: str, answer: str | None, unevaluated: bool = False) -> str:
     if answer is None:
         try:
             for text in parts(gold):
-                read_set(text) if is_region(text) else read_latex(text)
+                _read(text)
         except (UnreadableError, TooLargeError):
             return "unreadable"
         return "equal"
@@ -79,6 +59,10 @@ def compare(gold: str, answer: str | None, unevaluated: bool = False) -> str:
         return "equal" if equal(gold, answer, same_value, unevaluated=unevaluated) else "unequal"
     except Exception:  # sympy raises what it likes at what a model wrote, which must not escape its low reward by that
         return "unequal"
+
+
+def _read(text: str) -> Any:
+    return read_set(text) if is_region(text) else read_latex(text)
 
 
 @functools.lru_cache(maxsize=512)
@@ -143,10 +127,8 @@ def _piece(text: str) -> sympy.Set:
     sides = [side.strip() for side in SIGNS.split(text)]
     halves = []
     for low, sign, high in zip(sides[::2], sides[1::2], sides[2::2], strict=False):
-        if re.fullmatch(NAME, low):
-            halves.append(_HALVES[sign](read_latex(high)))
-        else:
-            halves.append(_HALVES[_FLIPPED.get(sign, sign)](read_latex(low)))
+        sign, end = (sign, high) if re.fullmatch(NAME, low) else (_FLIPPED.get(sign, sign), low)
+        halves.append(_HALVES[sign](read_latex(end)))
     if not halves:
         raise UnreadableError
     return sympy.Intersection(*halves)
@@ -154,10 +136,7 @@ def _piece(text: str) -> sympy.Set:
 
 def same_value(gold: str, answer: str) -> bool:
     """Whether two texts that are neither lists nor points have the same value. Raises UnreadableError and TooLargeError."""
-    regions = [is_region(text) for text in (gold, answer)]
-    one, other = (
-        read_set(text) if region else read_latex(text) for text, region in zip((gold, answer), regions, strict=True)
-    )
+    one, other = (_read(text) for text in (gold, answer))
     if isinstance(one, sympy.Expr) and isinstance(other, sympy.Expr):
         return _same_expression(one, other)
     if isinstance(one, sympy.Eq) and isinstance(other, sympy.Eq):
@@ -172,11 +151,8 @@ def same_value(gold: str, answer: str) -> bool:
 
 def check_size(expression: Any) -> None:
     """Raises TooLargeError where working it out would make a number of more than `_MAX_LOG` bits."""
-    if not isinstance(expression, sympy.MatrixBase):
-        _log_size(expression)
-    else:
-        for entry in expression.flat():
-            _log_size(entry)
+    for entry in expression.flat() if isinstance(expression, sympy.MatrixBase) else [expression]:
+        _log_size(entry)
 
 
 def _log_size(expression: Any) -> float:
@@ -192,12 +168,8 @@ def _log_size(expression: Any) -> float:
     if isinstance(expression, sympy.Pow) and expression.args == (0, 0):
         raise UnreadableError
     if isinstance(expression, sympy.Pow | sympy.exp):
-        base, exponent = (2.0, sizes[0]) if isinstance(expression, sympy.exp) else (max(sizes[0], 1.0), sizes[1])
-        size = (
-            base * 2.0 ** min(exponent, 60.0)
-            if expression.args[-1].is_Rational is not True
-            else base * max(1.0, float(abs(expression.args[-1])))
-        )
+        base, exponent = 2.0 if isinstance(expression, sympy.exp) else max(sizes[0], 1.0), expression.args[-1]
+        size = base * (max(1.0, float(abs(exponent))) if exponent.is_Rational else 2.0 ** min(sizes[-1], 60.0))
     elif isinstance(expression, sympy.factorial | sympy.factorial2 | sympy.gamma | sympy.binomial):
         size = 2.0 ** min(max(sizes), 60.0) * max(max(sizes), 1.0)
     if size > _MAX_LOG or not math.isfinite(size):

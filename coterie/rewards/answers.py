@@ -93,10 +93,9 @@ class Answer:
         readable = self._ask([(gold, None) for gold in golds])
         for pair, score in scores.items():
             verdict = readable.get((pair[0], None), "equal") if score in (None, 0.0) else "equal"
-            if isinstance(verdict, Exception):
-                scores[pair] = RewardError(f"the right answer {pair[0]!r:.80} can't be read: {verdict}")
-            elif verdict == "unreadable":
-                scores[pair] = RewardError(f"the right answer {pair[0]!r:.80} can't be read as mathematics")
+            if verdict != "equal":
+                why = f": {verdict}" if isinstance(verdict, Exception) else " as mathematics"
+                scores[pair] = RewardError(f"the right answer {pair[0]!r:.80} can't be read{why}")
 
     def _decide(self, pairs: Sequence[tuple[str, str]], scores: Scores) -> None:
         """Ask the workers whether the answers are equal."""
@@ -112,17 +111,12 @@ class Answer:
         """The workers' verdicts, which are kept: the answers of a group are often equal, and those of an epoch the same."""
         if len(self._verdicts) > _MAX_KNOWN:
             self._verdicts.clear()
-        new = [pair for pair in pairs if pair not in self._verdicts]
-        if new and not self._pool:
-            self._pool.append(WorkerPool(_TARGET, num_workers=self.workers, seconds=self.seconds))
-        told = (
-            self._pool[0].map(
-                [{"gold": gold, "answer": answer, "unevaluated": self.unevaluated} for gold, answer in new]
-            )
-            if new
-            else []
-        )
-        fresh = dict(zip(new, told, strict=True))
+        fresh: dict[tuple[str, str | None], str | Exception] = {}
+        if new := [pair for pair in pairs if pair not in self._verdicts]:
+            if not self._pool:
+                self._pool.append(WorkerPool(_TARGET, num_workers=self.workers, seconds=self.seconds))
+            asked = [{"gold": gold, "answer": answer, "unevaluated": self.unevaluated} for gold, answer in new]
+            fresh = dict(zip(new, self._pool[0].map(asked), strict=True))
         self._verdicts.update({pair: verdict for pair, verdict in fresh.items() if isinstance(verdict, str)})
         return {pair: fresh[pair] if pair in fresh else self._verdicts[pair] for pair in pairs}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from coterie.rewards.numbers import in_one_alphabet, number, spelled
-from coterie.rewards.tidy import MATHS
+from coterie.rewards.tidy import MATHS, inside
 from coterie.rewards.units import CURRENCIES, ENDS, units_of
 
 _MAX_TEXT, _MAX_LINE, _MAX_BOXES = 10_000, 1_000, 50  # what is looked at, so that no text makes the search long
@@ -163,6 +163,11 @@ def _clause(text: str) -> str:
     )[-1]
 
 
+def _takes_back(before: str, after: str) -> bool:
+    """Whether what stands before and after a number bounds or denies it."""
+    return bool(_BOUND.search(before) or _DENIED.search(_clause(before)) or _DENIED_AFTER.search(after))
+
+
 def _stated(line: str, *, last: bool) -> str:
     """The answer in a line: its mathematics between dollars, the number that its last sentence (or first) gives, or all of it."""
     line = re.sub(r"</?\w+>|(?<![\w)])\*\*|\*\*(?![\w(])|__", "", line).strip()
@@ -236,12 +241,8 @@ def _with_unit(figure: str, after: str, line: str) -> str:
     """A number with the words behind it that say what it measures."""
     if figure.rstrip().endswith(("%", "percent", "per cent")):
         bare = re.sub(r"\s*(?:%|per ?cent)", "", figure, flags=re.IGNORECASE)
-        rest = line.replace(figure, " ")
-        if re.search(r"\b100\b|per ?cent|%", rest) and re.fullmatch(
-            r"-?[\d.]+", bare
-        ):  # it is percents that are asked for
-            return f"{bare} in percent"
-        return figure
+        told = re.search(r"\b100\b|per ?cent|%", line.replace(figure, " "))  # it is percents that are asked for
+        return f"{bare} in percent" if told and re.fullmatch(r"-?[\d.]+", bare) else figure
     if figure.endswith(("st", "nd", "rd", "th")):
         return figure
     sign = re.match(rf"[-−]?\s?[{CURRENCIES}]?", figure)
@@ -284,11 +285,8 @@ def _from_words(sentence: str, line: str) -> str:
         if clause != sentence and re.match(r"[A-Za-z'’]+\s", clause) and len(_NUMBER.findall(clause)) == 1:
             return _from_words(clause, line)
         because = re.fullmatch(r".*(?:=|\bequals?|\bis)\s*(\S+?)\W*", line)
-        value = (
-            number(because[1].strip("$").replace(",", ""))
-            if because and because[1] not in sentence.split()[-1]
-            else None
-        )
+        elsewhere = because and because[1] not in sentence.split()[-1]
+        value = number(re.sub("[$,]", "", because[1])) if because and elsewhere else None
         kept = [found for found in numbers if value is not None and number(re.sub("[$,]", "", found[0])) == value]
         kept = kept[:1] or _without_context(numbers, sentence)
         numbers = kept if len(kept) == 1 else numbers
@@ -296,7 +294,7 @@ def _from_words(sentence: str, line: str) -> str:
         return sentence
     (found,) = numbers
     before, after = sentence[: found.start()], sentence[found.end() :]
-    if _BOUND.search(before) or _DENIED.search(_clause(before)) or _DENIED_AFTER.search(after):
+    if _takes_back(before, after):
         return sentence
     return _with_unit(found[0], after, line)
 
@@ -314,16 +312,10 @@ def _without_context(numbers: list[re.Match[str]], sentence: str) -> list[re.Mat
 def _without_digits(sentence: str, line: str) -> str:
     """A number in words, or the words behind the verb."""
     found = spelled_in(sentence)
-    at = len(sentence) - len(found[0]) if found else 0
     if len(found) == 1:
         value, rest = spelled(found[0]) or (None, "")
-        before = sentence[:at]
-        if (
-            _BOUND.search(before)
-            or _DENIED.search(_clause(before))
-            or _DENIED_AFTER.search(rest)
-            or re.match(r"\s+(?:or|to)\b", rest)
-        ):
+        before = sentence.removesuffix(found[0])
+        if _takes_back(before, rest) or re.match(r"\s+(?:or|to)\b", rest):
             return sentence
         sign = "-" if re.search(r"\b(?:minus|negative)\s+$", before) else ""
         return _with_unit(f"{sign}{value}", rest, line)
@@ -344,12 +336,9 @@ def _neighbours(line: str, maths: list[re.Match[str]], *, last: bool) -> str:
         group.append(other)
     group.sort(key=lambda match: match.start())
     before, after = line[: group[0].start()], line[group[-1].end() :]
-    if _BOUND.search(before) or _DENIED.search(_clause(before)) or _DENIED_AFTER.search(after):
+    if _takes_back(before, after):
         return line
-    text = ", ".join(next(part for part in match.groups() if part is not None) for match in group)
+    text = ", ".join(inside(match) for match in group)
     unit = _UNIT.match(after) if len(group) == 1 and re.search(r"[\d}]\s*$", text) else None
-    return text + (
-        f" {unit[0].strip()}"
-        if unit and any(d[0][:4] != "noun" for u in units_of(unit[0]) or () for d in u.dimensions)
-        else ""
-    )
+    measures = unit and any(name[:4] != "noun" for one in units_of(unit[0]) or () for name, _ in one.dimensions)
+    return f"{text} {unit[0].strip()}" if unit and measures else text

@@ -15,13 +15,13 @@ _MAX_CHARACTERS = 200  # of a number in words
 
 DECIMAL = r"(?:\d+\.?\d*|\.\d+)"
 _FRACTION = rf"\\frac\s*(?:\{{\s*([-+]?{DECIMAL})\s*\}}|(\d))\s*(?:\{{\s*([-+]?{DECIMAL})\s*\}}|(\d))"
-_FORMS = {
-    "decimal": re.compile(rf"({DECIMAL})(?:\s*/\s*({DECIMAL}))?", re.ASCII),
-    "fraction": re.compile(_FRACTION, re.ASCII),
-    "mixed": re.compile(rf"(\d+)\s*{_FRACTION}", re.ASCII),
-    "mixed_plain": re.compile(r"(\d+)\s+(?:and\s+)?(\d+)\s*/\s*(\d+)", re.ASCII),
-    "repeating": re.compile(r"(\d*)\.(\d*)\s*\\(?:overline|bar|dot)\s*\{?\s*(\d+)\s*\}?", re.ASCII),
-}
+_FORMS = (  # their groups: a decimal, the two numbers of a fraction, or the three of a mixed number
+    re.compile(rf"({DECIMAL})(?:\s*/\s*({DECIMAL}))?", re.ASCII),
+    re.compile(_FRACTION, re.ASCII),
+    re.compile(rf"(\d+)\s*{_FRACTION}", re.ASCII),
+    re.compile(r"(\d+)\s+(?:and\s+)?(\d+)\s*/\s*(\d+)", re.ASCII),
+)
+_REPEATING = re.compile(r"(\d*)\.(\d*)\s*\\(?:overline|bar|dot)\s*\{?\s*(\d+)\s*\}?", re.ASCII)
 
 _ENGLISH = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen",
@@ -33,16 +33,9 @@ _SCALES = {
     "hundred": 10**2, "thousand": 10**3, "lakh": 10**5, "million": 10**6, "crore": 10**7, "billion": 10**9, "bn": 10**9,
     "trillion": 10**12, "quadrillion": 10**15, "quintillion": 10**18, "googol": 10**100, "dozen": 12, "score": 20, "gross": 144,
 }  # fmt: skip
-_PARTS = {
-    "half": 2,
-    "halve": 2,
-    "quarter": 4,
-    "hundredth": 10**2,
-    "thousandth": 10**3,
-    "millionth": 10**6,
-    "billionth": 10**9,
-}
-_PARTS |= {part: size for size, part in enumerate(_ORDINALS, start=3)}
+_PARTS = {part: size for size, part in enumerate(_ORDINALS, start=3)} | {
+    "half": 2, "halve": 2, "quarter": 4, "hundredth": 10**2, "thousandth": 10**3, "millionth": 10**6, "billionth": 10**9,
+}  # fmt: skip
 _VALUES = dict(zip(_ONES, range(20), strict=True)) | dict(zip(_TENS, range(20, 100, 10), strict=True))
 NUMBER_WORDS = frozenset((*_ONES, *_TENS, *_SCALES, *_PARTS))
 
@@ -54,7 +47,7 @@ _SCALED = rf"(?:{_BELOW_1000}|{_DIGITAL}|an?) ?{_SCALE}(?: ?{_SCALE})?"
 _CARDINAL = rf"(?:{_SCALED}(?:,?(?: and)? {_SCALED})*(?:,?(?: and)? {_BELOW_1000})?|{_BELOW_1000})"
 _PART = rf"(?:{'|'.join(_PARTS)})s?(?![a-z])"
 _SPELLED = re.compile(
-    rf"(?:(?:(?P<whole>{_CARDINAL}|{_DIGITAL}) and )?(?:(?P<count>{_CARDINAL}|{_DIGITAL}|an?)[ -]?(?P<part>{_PART})|(?P<half>half))"
+    rf"(?:(?:(?P<whole>{_CARDINAL}|{_DIGITAL}) and )?(?:(?P<count>{_CARDINAL}|{_DIGITAL}|an?)[ -]?(?P<part>{_PART})(?!-[a-z])|(?P<half>half))"
     rf"(?P<scale>(?: an?)?(?: {_SCALE})*)|(?P<cardinal>{_CARDINAL}))(?![a-z])",
     re.IGNORECASE | re.ASCII,
 )
@@ -114,25 +107,17 @@ def _singular(word: str, table: dict[str, int]) -> str:
 
 
 def _digital(text: str) -> Fraction | None:
-    for kind, form in _FORMS.items():
-        found = form.fullmatch(text)
-        if found:
-            return _value(kind, [group for group in found.groups() if group is not None])
-    return None
-
-
-def _value(kind: str, groups: list[str]) -> Fraction | None:
-    if kind == "repeating":
-        whole, head, tail = groups
-        shift = 10 ** len(head)
-        return Fraction(int(whole or 0)) + (Fraction(int(head or 0)) + Fraction(int(tail), 10 ** len(tail) - 1)) / shift
-    numbers = [Fraction(group) for group in groups]
-    whole_part = numbers.pop(0) if kind.startswith("mixed") else Fraction(0)
-    if len(numbers) == 1:
-        return numbers[0]
-    if numbers[1] == 0 or (kind.startswith("mixed") and min(numbers) < 0):
+    if repeating := _REPEATING.fullmatch(text):
+        whole, head, tail = repeating.groups()
+        return int(whole or 0) + (int(head or 0) + Fraction(int(tail), 10 ** len(tail) - 1)) / 10 ** len(head)
+    found = next((found for form in _FORMS if (found := form.fullmatch(text))), None)
+    if not found:
         return None
-    return whole_part + numbers[0] / numbers[1]
+    *before, last = [Fraction(group) for group in found.groups() if group is not None]
+    if not before:
+        return last
+    *mixed, upper = before
+    return None if last == 0 or (mixed and min(upper, last) < 0) else sum(mixed, upper / last)
 
 
 # ---- Chinese, and characters of other scripts

@@ -90,19 +90,15 @@ def _measured(text: str) -> Quantity | None:
     if in_words:
         units = units_of(in_words[1]) if re.match(r"\s*[\u4e00-\u9fff]|\s|$", in_words[1]) else None
         if units is not None:
-            return Quantity(
-                text[: len(text) - len(in_words[1])], in_words[0] * (-1 if sign[0][:1] in ("-", "m", "n") else 1), units
-            )
+            value = -in_words[0] if sign[0][:1] in ("-", "m", "n") else in_words[0]
+            return Quantity(text[: len(text) - len(in_words[1])], value, units)
     chinese = _CHINESE_MEASURED.fullmatch(text)
     count = number(chinese[1]) if chinese else None
     if chinese and count is not None:
         units = units_of(chinese[2]) if chinese[2] in CHINESE_UNITS else ()
         # 三角形 and 第三者 are no numbers: signs count with a short word for what is counted
-        return (
-            Quantity(chinese[1], count, units or ())
-            if units or chinese[1][-1].isdigit() or chinese[2] in _COUNTERS
-            else None
-        )
+        counts = units or chinese[1][-1].isdigit() or chinese[2] in _COUNTERS
+        return Quantity(chinese[1], count, units or ()) if counts else None
     found = _MEASURED.fullmatch(text)
     if not found:
         return None
@@ -151,11 +147,9 @@ _SCIENTIFIC = re.compile(rf"[-+]?{DECIMAL}\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(
 
 def is_work(text: str) -> bool:
     r"""Whether there is arithmetic in it that is left to be done: `17 \cdot 23`, not `2^{10}`, \sqrt{16} or `3 \times 10^5`."""
-    text = (
-        re.sub(r"\^\s*\{[^{}]*\}|\^\s*\(\s*-?\d+\s*/\s*\d+\s*\)", "^", text)
-        if not _SCIENTIFIC.fullmatch(text.strip())
-        else ""
-    )
+    if _SCIENTIFIC.fullmatch(text.strip()):
+        return False
+    text = re.sub(r"\^\s*\{[^{}]*\}|\^\s*\(\s*-?\d+\s*/\s*\d+\s*\)", "^", text)
     text = re.sub(r"\\frac\s*\{[-\d.\s]*\}\s*\{[-\d.\s]*\}", "1", re.sub(r"\{(\d+)\}_|_\{[^{}]*\}", "", text))
     return bool(_WORK.search(text)) and number(text) is None
 

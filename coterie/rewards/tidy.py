@@ -57,12 +57,17 @@ _CHINESE_AROUND = re.compile(
 )
 
 
+def inside(maths: re.Match[str]) -> str:
+    """What stands between the signs of a match of `MATHS`."""
+    return next(group for group in maths.groups() if group is not None)
+
+
 def tidy(text: str) -> str:
     """The text in one spelling, with spaces where there were any: `1 1/2` is no `11/2`."""
     text = in_one_alphabet(text)
     text = re.sub("|".join(_SIGNS), lambda found: _SIGNS[found[0]], text) if not text.isascii() else text
     if "matrix" not in text and "array" not in text:
-        text = MATHS.sub(lambda found: " " + next(group for group in found.groups() if group is not None) + " ", text)
+        text = MATHS.sub(lambda found: f" {inside(found)} ", text)
     for _ in range(2):
         text = _WRITTEN.sub(r" \1 ", text)
     for pattern, instead in _RULES:
@@ -91,7 +96,7 @@ def plain(text: str) -> str:
     """Without what is no part of a word or formula. Spaces count between digits alone."""
     text = in_one_alphabet(_WRITTEN.sub(r" \1 ", text)).strip()
     maths = MATHS.fullmatch(text)
-    text = next(group for group in maths.groups() if group is not None) if maths else text
+    text = inside(maths) if maths else text
     text = re.sub(
         r"(?<![\d.])\s+|\s+(?![\d.])",
         "" if not re.search("[A-Za-z]{2}", text) else " ",

@@ -118,14 +118,7 @@ def _product(text: str, *, lone: bool) -> list[Unit] | None:
 
 def _named(name: str) -> list[Unit]:
     small = re.sub(r"\s+", " ", name).casefold()
-    one = (
-        small
-        if small.endswith("ss")
-        else re.sub(r"ies$", "y", small)
-        if small.endswith("ies")
-        else small.removesuffix("s")
-    )
-    longer = [small, one, one.removesuffix("e")] if len(small) > 1 else []
+    longer = [small, _one(small), _one(small).removesuffix("e")] if len(small) > 1 else []
     return next((_UNITS[each] for each in (name, *longer) if each in _UNITS), [])
 
 
@@ -136,8 +129,7 @@ def _noun(text: str) -> list[Unit] | None:
         return None
     words = [word.casefold().strip(",.") for word in words]
     words = words[: next((at for at, word in enumerate(words) if word in ENDS), len(words))]
-    power = 1
-    if len(words) > 1 and (known := _product(" ".join(words), lone=True) if len(words) < len(text.split()) else None):
+    if 1 < len(words) < len(text.split()) and (known := _product(" ".join(words), lone=True)):
         return known
     if any({word, word.removesuffix("s")} & _CHANGES for word in words) or any(
         len(word) < 2 for word in words if word.isascii()
@@ -147,23 +139,12 @@ def _noun(text: str) -> list[Unit] | None:
         return [Unit(())]
     if len(words) == 1 and (known := _named(words[0])):
         return known
-    return [Unit(((_NOUN + " ".join(_one(word) for word in words), power),))]
+    return [Unit(((_NOUN + " ".join(_one(word) for word in words), 1),))]
 
 
 def _one(word: str) -> str:
     """A noun's singular, or near enough: it is only compared with another's."""
-    for ending, instead in (
-        ("ies", "y"),
-        ("sses", "ss"),
-        ("xes", "x"),
-        ("ches", "ch"),
-        ("shes", "sh"),
-        ("ss", "ss"),
-        ("s", ""),
-    ):
-        if word.endswith(ending):
-            return word[: -len(ending)] + instead
-    return word
+    return re.sub("ies$", "y", word) if word.endswith("ies") else re.sub("(?<=ss|.x|ch|sh)es$|(?<!s)s$", "", word)
 
 
 def _times(one: Unit, other: Unit, power: int) -> Unit:
@@ -187,15 +168,8 @@ def ratio_of(gold: tuple[Unit, ...], answer: tuple[Unit, ...]) -> Fraction | Non
 
 
 def _same_nouns(one: Unit, other: Unit) -> bool:
-    both = [
-        [name.removeprefix(_NOUN).split() for name, _ in unit.dimensions if name.startswith(_NOUN)]
-        for unit in (one, other)
-    ]
-    if any(len(words) != 1 or len(unit.dimensions) != 1 for words, unit in zip(both, (one, other), strict=True)):
+    if not all(len(unit.dimensions) == 1 and unit.dimensions[0][0].startswith(_NOUN) for unit in (one, other)):
         return False
-    (first,), (second,) = both
-    return (
-        one.dimensions[0][1] == other.dimensions[0][1]
-        and first[-1] == second[-1]
-        and (set(first) <= set(second) or set(second) <= set(first))
-    )
+    (first, power), (second, other_power) = one.dimensions[0], other.dimensions[0]
+    shorter, longer = sorted((first.split()[1:], second.split()[1:]), key=lambda words: len(set(words)))
+    return power == other_power and shorter[-1] == longer[-1] and set(shorter) <= set(longer)

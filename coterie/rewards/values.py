@@ -190,7 +190,14 @@ class _Comparison:
         one, other = list(gold.items), list(answer.items)
         if gold.distinct or answer.distinct:
             one, other = self._without_repeats(one), self._without_repeats(other)
-        return self._paired(one, other, self.same)
+        if len(one) != len(other):
+            return False
+        for item in one:
+            partner = next((i for i, candidate in enumerate(other) if self.same(item, candidate)), None)
+            if partner is None:
+                return False
+            other.pop(partner)
+        return True
 
     def _without_repeats(self, items: Iterable[Value]) -> list[Value]:
         kept: list[Value] = []
@@ -198,16 +205,6 @@ class _Comparison:
             if not any(self.same(item, other) for other in kept):
                 kept.append(item)
         return kept
-
-    def _paired(self, one: list, other: list, same: Callable[..., bool]) -> bool:
-        if len(one) != len(other):
-            return False
-        for item in one:
-            partner = next((i for i, candidate in enumerate(other) if same(item, candidate)), None)
-            if partner is None:
-                return False
-            other.pop(partner)
-        return True
 
     def _same_ordered(self, gold: Ordered, answer: Ordered) -> bool:
         if answer.brackets == "||" and gold.brackets == "()":  # a column as a point
@@ -320,14 +317,9 @@ def read(text: str, depth: int = 0) -> Value:
         return Words(plain(text))
     matrix = _ENVIRONMENT.fullmatch(text)
     if matrix and "matrix" not in matrix[2] and matrix[1] not in ("vmatrix", "Vmatrix"):
-        rows = [row.split("&") for row in re.sub(r"\\\\\s*$", "", matrix[2].strip()).split(r"\\")]
-        return Ordered(
-            "||",
-            tuple(
-                Ordered("||", tuple(read(cell, depth + 1) for cell in row)) if len(row) > 1 else read(row[0], depth + 1)
-                for row in rows
-            ),
-        )
+        rows = re.sub(r"\\\\\s*$", "", matrix[2].strip()).split(r"\\")
+        cells = [tuple(read(cell, depth + 1) for cell in row.split("&")) for row in rows]
+        return Ordered("||", tuple(Ordered("||", row) if len(row) > 1 else row[0] for row in cells))
     builder = re.fullmatch(
         rf"[{OPEN}{{]\s*({NAME})\s*(?:\\in(?![a-z])[^:|]{{1,20}}?)?\s*(?:\\mid|\||:)(.+)[{CLOSE}}}]", text
     )
@@ -348,9 +340,8 @@ def read(text: str, depth: int = 0) -> Value:
         if len(items) > 1 or around in ("()", "[]"):
             return Ordered(around, tuple(read(item, depth + 1) for item in items))
     if r"\pm" in text or r"\mp" in text:
-        plus = text.replace(r"\pm", "+").replace(r"\mp", "-")
-        minus = text.replace(r"\pm", "-").replace(r"\mp", "+")
-        return Many((read(plus, depth + 1), read(minus, depth + 1)), distinct=False)
+        both = (text.replace(r"\pm", one).replace(r"\mp", other) for one, other in ("+-", "-+"))
+        return Many(tuple(read(each, depth + 1) for each in both), distinct=False)
     member = re.fullmatch(rf"(?:{NAME})\s*\\in\s*(.+)", text)
     if member:
         return read(member[1], depth + 1)
