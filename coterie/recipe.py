@@ -6,8 +6,6 @@ sections in `settings.py`. Nothing here imports torch, so a wrong recipe is refu
 
 from __future__ import annotations
 
-import contextlib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,8 +15,10 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from coterie.algorithms.presets import CHOSEN_BY_OBJECTIVE, OBJECTIVE_SETTINGS, PRESETS
 from coterie.errors import UserError, nearest
+from coterie.explain import explained
 from coterie.keys import keys_in
 from coterie.older import of_older
+from coterie.paths import absolute_paths, plain_rewards
 from coterie.reading import MAX_DEPTH, read_yaml, read_yaml_file, short
 from coterie.settings import (
     KL,
@@ -58,12 +58,12 @@ _NOT_FOR_TEMPLATES = (  # what rendering a chat is itself told
 class Recipe(Settings):
     """Everything a run is. `load_recipe` is the way to make one."""
 
-    preset: Preset = "grpo"
+    preset: Preset = Field("grpo", description="what the settings begin with")
     method: Literal["grpo", "ppo", "dpo", "sft", "reward_model"] = Field(
         "grpo", description="the trainer, from the preset"
     )
-    seed: Annotated[Whole, Field(ge=0, lt=2**31)] = 0
-    model: str | ModelShape
+    seed: Annotated[Whole, Field(ge=0, lt=2**31)] = Field(0, description="what every random number depends on")
+    model: str | ModelShape = Field(description="folder or hub id, or the shape of a fresh one")
     tokenizer: str | None = Field(None, description="path or hub id; default: the task's own, or the model's")
     system_prompt: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="the system message of every chat that has none"
@@ -71,14 +71,16 @@ class Recipe(Settings):
     chat_template_kwargs: dict[str, Any] = Field(
         {}, description="what the chat template is given beside the messages, as enable_thinking: false"
     )
-    task: Literal["equations", "programs", "dialogue"] | DatasetTask
-    rewards: tuple[RewardSpec, ...] = ()
+    task: Literal["equations", "programs", "dialogue"] | DatasetTask = Field(
+        description="a bundled task, or your own data"
+    )
+    rewards: tuple[RewardSpec, ...] = Field((), description="one or more; your own is file.py:function")
     max_failed_rewards: Share = Field(0.1, description="share of a step's rewards that may fail before the run stops")
-    steps: PositiveInt = 100
-    prompts_per_step: PositiveInt = 8
-    group_size: PositiveInt = 8
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    steps: PositiveInt = Field(100, description="updates of the policy")
+    prompts_per_step: PositiveInt = Field(8, description="prompts in a batch")
+    group_size: PositiveInt = Field(8, description="completions of each prompt")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights")
     cold_start: ColdStart | None = None
     sampling: Sampling = Sampling()
     advantage: Advantage = Advantage()
@@ -363,12 +365,12 @@ def make_recipe(values: Mapping[str, Any], *, source: str = "recipe", folder: Pa
             merged.setdefault(section, settings)
         elif given is None or isinstance(given, dict):
             merged[section] = {**settings, **(given or {})}
-    _plain_rewards(merged, folder)
-    _absolute_paths(merged, folder)
+    plain_rewards(merged, folder)
+    absolute_paths(merged, folder)
     try:
         recipe = Recipe.model_validate(merged)
     except ValidationError as error:
-        raise UserError(_explain(error, source)) from None
+        raise UserError(explained(error, source, Recipe)) from None
     try:
         recipe.refuse_idle(given_values)
     except ValueError as error:
@@ -411,159 +413,3 @@ def _reward_named(values: dict[str, Any], name: str, override: str) -> dict[str,
         raise UserError(f"--set {short(override)}: there is no reward {short(name)}; {nearest(name, names)}")
     values["rewards"] = specs
     return specs[names.index(name)]
-
-
-def _plain_rewards(values: dict[str, Any], folder: Path) -> None:
-    """Let a reward be written as a bare string, resolve its files, and name it after its function.
-
-    A reward model stands on the recipe's device, unless its own options name another.
-    """
-    rewards = values.get("rewards")
-    if isinstance(rewards, str | dict):
-        rewards = [rewards]
-    if not isinstance(rewards, list | tuple):
-        return
-    specs = []
-    for reward in rewards:
-        spec = {"function": reward} if isinstance(reward, str) else reward
-        if isinstance(spec, dict) and isinstance(spec.get("function"), str):
-            home, colon, function = spec["function"].rpartition(":")
-            if home.endswith(".py"):
-                home = _resolved_code(home, folder)
-            spec = {**spec, "function": f"{home}{colon}{function}", "name": spec.get("name") or function}
-            options = spec.get("options") or {}
-            if isinstance(options, dict):
-                of_recipe = {"device": values.get("device", "auto")} if function == "reward_model" else {}
-                resolved = _resolved_options(options, _PATH_OPTIONS.get(function), folder)
-                spec = {**spec, "options": {**of_recipe, **resolved}}
-        specs.append(spec)
-    values["rewards"] = specs
-
-
-_PATH_OPTIONS = {"reward_model": ("model",), "judge": ("cache",)}  # of the built-in rewards that have some
-
-
-def _resolved_options(options: dict[str, Any], names: Iterable[str] | None, folder: Path) -> dict[str, Any]:
-    """A reward's options with their files and folders resolved: those of these names, or all that are written as paths.
-
-    A bare word is no path there: a folder that happens to be called like it changes nothing.
-    """
-    resolved = dict(options)
-    for name, value in options.items():
-        if isinstance(value, str) and value and (name in names if names is not None else "/" in value):
-            with contextlib.suppress(OSError, RuntimeError):  # a text that no file could be called
-                resolved[name] = _resolved(value, folder)
-    return resolved
-
-
-def _absolute_paths(values: dict[str, Any], folder: Path) -> None:
-    """Make local files absolute, so that a run can be resumed from anywhere. Hub ids stay as they are."""
-    for section, name in (("loss", "objective"), ("advantage", "function")):
-        given = values.get(section)
-        if isinstance(given, dict) and isinstance(given.get(name), str) and ":" in given[name]:
-            home, _, function = given[name].rpartition(":")
-            values[section] = {**given, name: f"{_resolved_code(home, folder)}:{function}"}
-    task = values.get("task")
-    if isinstance(task, dict):
-        named = {name: task[name] for name in ("data", "evaluation") if isinstance(task.get(name), str)}
-        values["task"] = {**task, **{name: _resolved(value, folder) for name, value in named.items()}}
-    for key in ("model", "tokenizer"):
-        if isinstance(values.get(key), str):
-            values[key] = _resolved(values[key], folder)
-
-
-def _resolved(name: str, folder: Path) -> str:
-    """The absolute path if there is such a file beside the recipe or here, else the name unchanged."""
-    for candidate in (folder / Path(name).expanduser(), Path(name).expanduser()):
-        if candidate.exists():
-            return str(candidate.resolve())
-    return name
-
-
-def _resolved_code(home: str, folder: Path) -> str:
-    """The file or module before a function's name. A file that is nowhere is looked for beside the recipe, and named as there."""
-    found = _resolved(home, folder)
-    return str(folder / Path(found).expanduser()) if found.endswith(".py") and not Path(found).is_file() else found
-
-
-def is_local_path(name: str) -> bool:
-    """Whether a name is meant as a file or folder here, and not as a hub id such as `Qwen/Qwen3-0.6B`."""
-    looks_local = name.startswith((".", "/", "~", "runs/")) or name.endswith(
-        (".jsonl", ".json", ".parquet", ".py", ".yaml")
-    )
-    return looks_local or name.count("/") > 1 or Path(name).exists()
-
-
-_KINDS = {"int_type": "a whole number", "int_parsing": "a whole number", "int_from_float": "a whole number",
-          "float_type": "a number", "float_parsing": "a number", "string_type": "text", "finite_number": "a finite number",
-          "bool_parsing": "true or false", "bool_type": "true or false", "tuple_type": "a list", "model_type": "a group of settings",
-          "model_attributes_type": "a group of settings", "dict_type": "a group of settings"}  # fmt: skip
-
-
-def _explain(error: ValidationError, source: str) -> str:
-    """One sentence for each wrong setting: its key, what was given, and what is allowed."""
-    lines: list[str] = []
-    problems = error.errors()
-    for problem in problems[:_MAX_EXPLAINED]:
-        place = [
-            part[:80]
-            for part in map(str, problem["loc"])
-            if part not in _UNION_TAGS and not part.startswith("literal[")
-        ]
-        key, kind, given = ".".join(place), problem["type"], problem.get("input")
-        if kind == "extra_forbidden":
-            owner = _settings_at(place[:-1])
-            allowed = {name for name in owner.model_fields if name != "made_with"}
-            line = f"{key}: there is no such setting; {_nearest_setting(key, place[-1], owner, allowed)}"
-        elif kind == "value_error":
-            line = f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
-        elif kind == "missing":
-            line = f"{key}: is missing, and has no default"
-        elif kind == "literal_error":
-            choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
-            line = f"{key}: {short(given)} is not allowed; {nearest(given if isinstance(given, str) else short(given), choices)}"
-        elif kind in _KINDS:
-            line = f"{key}: {short(given)} is not {_KINDS[kind]}"
-        else:
-            line = f"{key}: {short(given)} is not allowed; {problem['msg'][0].lower() + problem['msg'][1:]}"
-        if line not in lines:
-            lines.append(line)
-    if len(problems) > _MAX_EXPLAINED:
-        lines.append(f"and {len(problems) - _MAX_EXPLAINED:,} more")
-    return f"{source}: " + "\n".join(_without_union_noise(lines))
-
-
-_MAX_EXPLAINED = 10  # problems, in one error
-_UNION_TAGS = {"ModelShape", "DatasetTask", "str"}
-
-
-def _without_union_noise(lines: list[str]) -> list[str]:
-    """A setting of several kinds reports one error a kind; the most specific key tells the reader enough."""
-    keys = [line.partition(":")[0] for line in lines]
-    return [
-        line for line, key in zip(lines, keys, strict=True) if not any(other.startswith(key + ".") for other in keys)
-    ]
-
-
-def _settings_at(place: list[str]) -> type[Settings]:
-    """The class of settings that stands at a key."""
-    homes: dict[str, type[Settings]] = {
-        "task": DatasetTask, "rewards": RewardSpec, "cold_start": ColdStart, "sampling": Sampling, "advantage": Advantage,
-        "loss": Loss, "kl": KL, "entropy": Entropy, "reference": Reference, "correction": Correction, "redraw": Redraw,
-        "overlong": Overlong, "value": Value, "preference": Preference, "lora": Lora, "optimiser": Optimiser, "evaluation": Evaluation,
-        "checkpoint": Checkpoint, "record": Record, "limits": Limits,
-    }  # fmt: skip
-    return homes.get(place[0], Recipe) if place else Recipe
-
-
-def _nearest_setting(key: str, name: str, owner: type[Settings], allowed: set[str]) -> str:
-    """The nearest name at the same place, or the same name where it stands in another section."""
-    elsewhere = [
-        f"{section}.{name}"
-        for section, field in Recipe.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings)
-        and field.annotation is not owner and name in field.annotation.model_fields
-    ]  # fmt: skip
-    if name in Recipe.model_fields and owner is not Recipe:
-        elsewhere.append(name)
-    return f"did you mean {elsewhere[0]!r}?" if elsewhere else nearest(name, allowed)

@@ -81,7 +81,7 @@ class RewardSpec(Settings):
     """One reward function and its weight in the sum."""
 
     function: str = Field(description="a built-in reward, or your own as module:function or file.py:function")
-    weight: Finite = 1.0
+    weight: Finite = Field(1.0, description="what its values are multiplied by in the sum")
     name: str = Field("", description="how it is called in metrics; the function's name if empty")
     options: dict[str, Any] = Field({}, description="further keyword arguments of the function")
     where: dict[str, Any] = Field(
@@ -98,20 +98,22 @@ class RewardSpec(Settings):
 class ColdStart(Settings):
     """Supervised fine-tuning on the task's demonstrations before reinforcement learning."""
 
-    steps: PositiveInt = 600
-    rows_per_step: PositiveInt = 64
-    learning_rate: Positive = 1e-3
-    warmup_steps: Whole = Field(20, ge=0)
-    schedule: Schedule = "cosine"
+    steps: PositiveInt = Field(600, description="updates")
+    rows_per_step: PositiveInt = Field(64, description="demonstrations in each")
+    learning_rate: Positive = Field(1e-3, description="at its highest")
+    warmup_steps: Whole = Field(20, ge=0, description="steps over which the learning rate rises")
+    schedule: Schedule = Field("cosine", description="of the learning rate after that")
 
 
 class Sampling(Settings):
     """How completions are drawn. Temperature 0 is greedy, for evaluation only."""
 
-    max_new_tokens: PositiveInt = 256
-    temperature: NonNegative = 1.0
+    max_new_tokens: PositiveInt = Field(256, description="tokens of a completion at most")
+    temperature: NonNegative = Field(1.0, description="what logits are divided by")
     top_k: Whole = Field(0, ge=0, description="keep the k likeliest tokens; 0 keeps all")
-    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[Number, Field(gt=0, le=1)] = Field(
+        1.0, description="keep the likeliest tokens that together have this probability; 1 keeps all"
+    )
     min_p: Share = Field(0.0, description="keep tokens at least this share as likely as the likeliest; 0 keeps all")
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         (), description="texts that end a completion; they are learned, and no part of its text"
@@ -129,31 +131,41 @@ class Advantage(Settings):
     """How rewards become advantages inside a group."""
 
     function: str | None = Field(None, description="your own, file.py:function, in place of all that follows")
-    baseline: Literal["group", "leave_one_out", "batch", "none"] = "group"
-    scale: Literal["sample", "population", "none", "batch", "batch_differences"] = "sample"
+    baseline: Literal["group", "leave_one_out", "batch", "none"] = Field(
+        "group", description="what a reward is compared with: its group's mean, its siblings', the batch's, or nothing"
+    )
+    scale: Literal["sample", "population", "none", "batch", "batch_differences"] = Field(
+        "sample",
+        description="what the difference is divided by: std of the group (over n - 1, or n), nothing, std of the batch's rewards, or of its differences",
+    )
     combine: Literal["sum", "each"] = Field(
         "sum", description="rewards summed, then normalised; or each normalised first"
     )
-    epsilon: Positive = 1e-6
+    epsilon: Positive = Field(1e-6, description="added to what the difference is divided by")
 
 
 class Loss(Settings):
     """The objective, how its terms are summed, and the weight of the KL to the reference."""
 
     objective: str = Field("clip", description=f"{', '.join(OBJECTIVE_SETTINGS)}, or your own as file.py:function")
-    ratio: Literal["token", "sequence", "sequence_mean", "sequence_mean_token"] = "token"
-    clip_low: Annotated[Number, Field(gt=0, le=1)] = 0.2
-    clip_high: Positive = 0.2
+    ratio: Literal["token", "sequence", "sequence_mean", "sequence_mean_token"] = Field(
+        "token", description="of policy to sampler: for each token, or for a whole completion"
+    )
+    clip_low: Annotated[Number, Field(gt=0, le=1)] = Field(0.2, description="how far below 1 a ratio counts")
+    clip_high: Positive = Field(0.2, description="how far above 1 a ratio counts")
     clip_bounds: Literal["fixed", "dynamic"] = Field("fixed", description="dynamic: wider for rare tokens (DCPO)")
     clip_ceiling: Annotated[Number, Field(gt=1, allow_inf_nan=False)] = Field(3.0, description="of dual_clip")
     gate_positive: Positive = Field(1.0, description="of sapo: how steep the gate is where the advantage is positive")
-    gate_negative: Positive = 1.05
+    gate_negative: Positive = Field(1.05, description="the same where it is negative")
     anchor_alpha: Annotated[Number, Field(ge=0, lt=1)] = Field(0.5, description="the policy's share of the anchor")
     anchor_beta: Positive = 1.0
     anchor_level: Literal["token", "sequence"] = "token"
     anchor_weight: Literal["advantage", "reward"] = "advantage"
-    aggregation: Literal["sequence_mean", "sequence_sum", "token_mean", "fixed_length"] = "sequence_mean"
-    kl_weight: NonNegative = 0.0
+    aggregation: Literal["sequence_mean", "sequence_sum", "token_mean", "fixed_length"] = Field(
+        "sequence_mean",
+        description="how tokens are summed: mean or sum in each completion, mean of all tokens, or sum over the length limit",
+    )
+    kl_weight: NonNegative = Field(0.0, description="of the KL to the reference; 0 for none")
 
     @field_validator("objective")
     @classmethod
@@ -167,7 +179,7 @@ class KL(Settings):
     """How the KL divergence to the reference is measured, where it acts, and whether its weight adapts."""
 
     estimator: Literal["k1", "k2", "k3", "exact"] = Field("k3", description="exact sums over the vocabulary")
-    place: Literal["loss", "reward"] = "loss"
+    place: Literal["loss", "reward"] = Field("loss", description="a term of the loss, or taken from the reward")
     target: Positive | None = Field(None, description="nats per token that the weight adapts to; fixed if empty")
     adapt_rate: Annotated[Number, Field(gt=0, lt=1)] = 0.1
 
@@ -175,7 +187,7 @@ class KL(Settings):
 class Entropy(Settings):
     """A bonus for the policy's entropy."""
 
-    weight: NonNegative = 0.0
+    weight: NonNegative = Field(0.0, description="of the bonus; 0 for none")
     target: Positive | None = Field(None, description="nats per token that the weight adapts to; fixed if empty")
     adapt_rate: Positive = Field(1e-3, description="how much the weight grows a step and a nat below the target")
 
@@ -183,7 +195,9 @@ class Entropy(Settings):
 class Reference(Settings):
     """What the KL and the anchor are measured against."""
 
-    kind: Literal["frozen", "moving", "replaced"] = "frozen"
+    kind: Literal["frozen", "moving", "replaced"] = Field(
+        "frozen", description="the start, an average that follows the policy, or a copy that is renewed"
+    )
     decay: Annotated[Number, Field(ge=0, lt=1)] = Field(0.99, description="of moving: share of itself it keeps a step")
     every: PositiveInt = Field(50, description="of replaced: steps between two copies of the policy")
 
@@ -191,9 +205,13 @@ class Reference(Settings):
 class Correction(Settings):
     """Importance weights for samples that another engine or an older policy made."""
 
-    kind: Literal["none", "truncate", "mask"] = "none"
-    level: Literal["token", "sequence"] = "token"
-    limit: Annotated[Number, Field(gt=1, allow_inf_nan=False)] = 2.0
+    kind: Literal["none", "truncate", "mask"] = Field(
+        "none", description="bound the weights, or leave out what is above the limit"
+    )
+    level: Literal["token", "sequence"] = Field(
+        "token", description="a weight for each token, or for a whole completion"
+    )
+    limit: Annotated[Number, Field(gt=1, allow_inf_nan=False)] = Field(2.0, description="the largest weight")
 
 
 class Redraw(Settings):
@@ -205,7 +223,9 @@ class Redraw(Settings):
 class Overlong(Settings):
     """What becomes of completions that reach the length limit."""
 
-    treatment: Literal["keep", "leave_out", "punish"] = "keep"
+    treatment: Literal["keep", "leave_out", "punish"] = Field(
+        "keep", description="as others, out of the loss, or with a lower reward"
+    )
     margin: Share = Field(0.1, description="of punish: the last share of the limit, over which it grows")
     penalty: Positive = Field(1.0, description="of punish: what a completion loses that is cut")
 
@@ -213,9 +233,9 @@ class Overlong(Settings):
 class Value(Settings):
     """PPO's value model: a copy of the start with one output in place of the vocabulary."""
 
-    learning_rate: Positive = 1e-5
-    clip: Positive = 0.2
-    discount: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    learning_rate: Positive = Field(1e-5, description="the value model's")
+    clip: Positive = Field(0.2, description="how far a value may move from the one at sampling")
+    discount: Annotated[Number, Field(gt=0, le=1)] = Field(1.0, description="gamma of generalised advantage estimation")
     trace: Share = Field(0.95, description="lambda of generalised advantage estimation")
     warmup_steps: Whole = Field(0, ge=0, description="first steps in which only the value model learns")
 
@@ -223,7 +243,7 @@ class Value(Settings):
 class Lora(Settings):
     """LoRA: low-rank matrices beside the linear layers are trained, in place of the model's own weights."""
 
-    rank: PositiveInt = 16
+    rank: PositiveInt = Field(16, description="the matrices' small side")
     alpha: Positive = Field(32.0, description="the matrices' product counts alpha / rank")
     targets: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = Field(
         (ALL_LINEAR,),
@@ -243,21 +263,23 @@ class Lora(Settings):
 class Preference(Settings):
     """DPO."""
 
-    beta: Positive = 0.1
-    label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = 0.0
+    beta: Positive = Field(0.1, description="how strongly the policy is held to the reference")
+    label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="share of the pairs that are taken to be the wrong way round"
+    )
 
 
 class Optimiser(Settings):
     """AdamW, its learning-rate schedule, and how a batch is cut to fit."""
 
-    learning_rate: Positive = 1e-6
-    warmup_steps: Whole = Field(0, ge=0)
-    schedule: Schedule = "constant"
+    learning_rate: Positive = Field(1e-6, description="at its highest")
+    warmup_steps: Whole = Field(0, ge=0, description="steps over which the learning rate rises")
+    schedule: Schedule = Field("constant", description="of the learning rate after that")
     final_share: Share = Field(0.0, description="share of the learning rate left at the end of the schedule")
-    weight_decay: NonNegative = 0.0
-    beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[Number, Field(ge=0, lt=1)] = 0.99
-    max_grad_norm: Positive = 1.0
+    weight_decay: NonNegative = Field(0.0, description="of AdamW")
+    beta1: Annotated[Number, Field(ge=0, lt=1)] = Field(0.9, description="of AdamW")
+    beta2: Annotated[Number, Field(ge=0, lt=1)] = Field(0.99, description="of AdamW")
+    max_grad_norm: Positive = Field(1.0, description="a longer gradient is scaled down to it")
     updates_per_batch: PositiveInt = Field(1, description="optimiser steps on each batch of samples")
     micro_batch_tokens: PositiveInt = Field(16384, description="stream tokens per forward and backward pass")
     activation_checkpointing: bool = Field(
@@ -276,8 +298,8 @@ class Evaluation(Settings):
 class Checkpoint(Settings):
     """When the run is saved, and how many of the saves are kept."""
 
-    every: PositiveInt = 50
-    keep_last: PositiveInt = 2
+    every: PositiveInt = Field(50, description="steps between two saves")
+    keep_last: PositiveInt = Field(2, description="of the newest")
     keep_best: Whole = Field(
         0, ge=0, description="further ones kept for the highest held-out accuracy on the way, or reward"
     )
@@ -286,7 +308,9 @@ class Checkpoint(Settings):
 class Record(Settings):
     """What run.db keeps of each step."""
 
-    max_megabytes_per_step: Positive = 4.0
+    max_megabytes_per_step: Positive = Field(
+        4.0, description="of completions; whole groups beyond it are left out, and counted"
+    )
 
 
 class Limits(Settings):

@@ -6,7 +6,7 @@ from pathlib import Path
 import coterie
 
 ORDER = (
-    "errors", "keys", "reading", "deadline", "faults", "stopping", "trust", "noise", "sections", "kernels", "types", "distributed", "algorithms", "settings", "older", "recipe", "models", "rollouts",
+    "errors", "keys", "reading", "deadline", "faults", "stopping", "trust", "noise", "sections", "kernels", "types", "distributed", "algorithms", "settings", "older", "paths", "explain", "recipe", "models", "rollouts",
     "rewards", "tasks", "evals", "runs", "training", "scoring", "commands", "cli",
 )  # fmt: skip
 PACKAGE = Path(coterie.__file__).parent

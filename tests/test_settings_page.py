@@ -64,10 +64,19 @@ def default_of(field):
     if field.default is PydanticUndefined:
         return "needed"
     if isinstance(field.default, settings.Settings):
-        return "its own"
+        return "as there"
+    if isinstance(field.default, tuple) and field.default:
+        return f"`[{', '.join(field.default)}]`"
     if field.default in (None, (), {}, ""):
         return "none"
     return f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
+
+
+def about(annotation):
+    """Of a section what it says of itself, in its first sentence."""
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+    said = next((kind.__doc__ for kind in kinds if issubclass(kind, settings.Settings)), None) or ""
+    return " ".join(said.split("\n\n")[0].split()).partition(". ")[0].rstrip(".")
 
 
 def table(owner):
@@ -76,7 +85,9 @@ def table(owner):
         if name == "made_with":
             continue
         allowed = "; ".join([kind_of(field.annotation), *dict.fromkeys(bounds_of(field.annotation, field.metadata))])
-        rows.append(f"| `{name}` | {cell(allowed)} | {cell(default_of(field))} | {cell(field.description or '')} |")
+        rows.append(
+            f"| `{name}` | {cell(allowed)} | {cell(default_of(field))} | {cell(field.description or about(field.annotation))} |"
+        )
     return "\n".join(rows)
 
 

@@ -27,7 +27,8 @@ from coterie.models.hub import hub_reason, why_unreachable
 from coterie.models.policy import Policy
 from coterie.models.template import Chat
 from coterie.noise import key
-from coterie.recipe import Recipe, is_local_path, load_recipe
+from coterie.paths import is_local_path
+from coterie.recipe import Recipe, load_recipe
 from coterie.settings import ModelShape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
