@@ -103,7 +103,7 @@ def score(groups: list[Group], rewards: Sequence[Reward], *, max_failed_share: f
     copies = Copies()
     for reward in rewards:
         answers = _answers(reward, entries_of(groups), copies, max_failed_share)
-        may_stop()  # what asked for a stop may have ended what the reward had started, so it failed
+        may_stop()
         read = [_number(answer) for answer in answers]
         part = torch.tensor([math.nan if value is None else value for value, _ in read], dtype=torch.float64)
         parts[reward.name] = part = part.view(shape)
@@ -208,6 +208,7 @@ def _one_by_one(
     answers: list[Any] = []
     num_late = 0
     for index in whole:
+        may_stop()  # what asked for a stop may have ended what the reward had started: it hangs, or raises
         if num_late > max_late:  # the step is lost, and each of the others may take as long
             late = RewardError("not tried, too many had taken too long")
             answers += [late] * (len(whole) - len(answers))

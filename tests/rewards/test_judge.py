@@ -4,8 +4,11 @@ import asyncio
 import json
 import logging
 import re
+import signal
 import socket
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -467,6 +470,28 @@ def test_r22_a_step_has_a_deadline_and_keeps_what_came_before_it(server, make_ju
     assert time.monotonic() - began < 10
     assert first == 0.0
     assert failed(second, "longer than 1.5 s for all questions of a step")
+
+
+STOPPED = """
+import sys
+from coterie.rewards.judge import Judge
+judge = Judge(model="m", rubric="Longer is better.", url=sys.argv[1], cache=sys.argv[2], step_seconds=3)
+print(judge(["p"], ["1234567890"]))
+judge.close()
+"""
+
+
+def test_time_for_which_the_process_is_stopped_does_not_count_for_a_step(server, tmp_path):
+    def stops(handler, fields):
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(4)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.5)
+        by_length(handler, fields)
+
+    server.behave = stops
+    process = subprocess.Popen([sys.executable, "-c", STOPPED, server.url, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert process.communicate(timeout=60)[0] == "[1.0]\n"
 
 
 @pytest.mark.parametrize("status", [400, 422])

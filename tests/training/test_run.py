@@ -292,28 +292,33 @@ def test_a_signal_lets_a_step_end_whose_weights_move(tiny_recipe, tmp_path, monk
 
 
 ENDED = """
-import os, signal
+import os, signal, time
 
 def letters(completions, **columns):
     if not os.path.exists("asked"):
         open("asked", "w").close()
         os.kill(os.getpid(), signal.SIGTERM)
-        raise RuntimeError("what it had started was ended")
+    if open("asked").read() == "":
+        open("calls", "a").write(".")
+        ENDS
     return [float(len(text)) for text in completions]
 """
 
 
-def test_a_reward_that_a_stop_has_broken_is_no_failure(tiny_recipe, tmp_path, monkeypatch):
-    """A scheduler's signal goes to every process of a job: a reward's own die of it, and the reward raises."""
+@pytest.mark.parametrize("ends", ["raise RuntimeError('a process ended')", "time.sleep(60)"])
+def test_a_reward_that_a_stop_has_broken_is_no_failure(tiny_recipe, tmp_path, monkeypatch, ends):
+    """A scheduler's signal goes to every process of a job: a reward's own die of it, and the reward raises, or waits for them."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "reward.py").write_text(ENDED)
-    (tmp_path / "asked").touch()
-    more = ["cold_start=null", f"rewards=[{tmp_path}/reward.py:letters]"]
+    (tmp_path / "reward.py").write_text(ENDED.replace("ENDS", ends))
+    (tmp_path / "asked").write_text("no")
+    more = ["cold_start=null", f"rewards=[{{function: '{tmp_path}/reward.py:letters', timeout: 1}}]"]
     trained(tiny_recipe, tmp_path / "run", *more, stop_after=2)
     (tmp_path / "asked").unlink()
     run = coterie.train(resume=str(tmp_path / "run"))
     assert run.stopped
     assert run.stop_signal == signal.SIGTERM
+    assert (tmp_path / "calls").read_text() == "."
+    (tmp_path / "asked").write_text("no")
     with sqlite3.connect(tmp_path / "run" / "run.db") as db:
         assert db.execute("SELECT MAX(step) FROM metrics WHERE stage = 'train'").fetchone() == (2,)
         assert db.execute("SELECT COUNT(*) FROM events WHERE kind = 'reward_failure'").fetchone() == (0,)
