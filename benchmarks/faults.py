@@ -119,8 +119,8 @@ def main() -> None:
     if given.add:
         whole = json.loads((given.out / "faults.json").read_text())
         commit = stamp(sys.argv)["commit"]
-        whole["experiments"] |= {name: {**found, "commit": commit} for name, found in results.items()}
-        results = whole["experiments"]
+        added = whole["experiments"] | {name: {**found, "commit": commit} for name, found in results.items()}
+        whole["experiments"] = results = {name: added[name] for name in EXPERIMENTS if name in added}
         write_json("faults", whole, given.out)
         write_table(given.out, results)
     elif not given.only:

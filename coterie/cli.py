@@ -100,6 +100,7 @@ def train(
         load_recipe(recipe, overrides or [])  # a wrong recipe is refused before torch is imported, which takes seconds
     if profile:  # the profiler says once that it does not see memory from before it began being freed
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from coterie.stopping import end_soon
     from coterie.training.train import train as run_training
 
     run = run_training(
@@ -112,6 +113,7 @@ def train(
         profile=profile,
     )
     if run.stop_signal is not None:
+        end_soon(128 + run.stop_signal)
         raise typer.Exit(128 + run.stop_signal)
 
 

@@ -6,6 +6,7 @@ thrown away: a resume takes it again, the same.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -24,6 +25,8 @@ _ONE_EVENT = 1.0  # seconds in which others belong to the first: a closed termin
 class StepLeftError(BaseException):
     """The step under way is given up. Not an Exception, so that nothing on the way takes it for a failure."""
 
+
+_AT_EXIT = 10.0  # seconds for what a reward has left to let go of the process
 
 _asked = _too_late = False
 _before: dict[int, Any] = {}  # the handlers that were there, while ours are
@@ -91,6 +94,18 @@ def signals(tell: Callable[[int], None]) -> Iterator[Stop]:
         listener.join()
         os.close(reading)
         os.close(writing)
+
+
+def end_soon(status: int) -> None:
+    """Let the process, which is about to exit, end in any case: a pool of which a signal has ended processes too waits for them for ever."""
+
+    def end() -> None:
+        time.sleep(_AT_EXIT)
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(status)
+
+    threading.Thread(target=end, name="end", daemon=True).start()
 
 
 _END = b"\0"  # no signal's number

@@ -3,6 +3,8 @@
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -126,3 +128,24 @@ def work(multiprocess):
         [sys.executable, str(tmp_path / "main.py")], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.stdout == "[2, 4]\n", done.stderr
+
+
+def test_a_pool_whose_processes_were_ended_does_not_hold_the_process_up():
+    """They die with the lock of the pool's queue in their hands, and at the exit the pool waits for it for ever."""
+    done = run("""
+import multiprocessing
+stopping._AT_EXIT = 1.0
+pool = multiprocessing.get_context("fork").Pool(2)
+pool.map(abs, [1, 2])
+for child in multiprocessing.active_children():
+    child.terminate()
+time.sleep(1)
+stopping.end_soon(143)
+print(*[child.pid for child in multiprocessing.active_children()])
+sys.exit(143)
+""")
+    assert done.returncode == 143, done.stderr
+    assert done.stdout.split()
+    time.sleep(0.5)
+    lives = [Path("/proc", pid, "stat") for pid in done.stdout.split()]
+    assert [stat for stat in lives if stat.exists() and stat.read_text().split()[2] != "Z"] == []
