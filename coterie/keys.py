@@ -20,8 +20,9 @@ _SHORTEST_USED = 4  # of one whose value is sent as a key
 _used: set[str] = set()  # variables whose values are sent, however they are called
 
 _VARIABLE = re.compile(
-    r"(^|_)(API|ACCESS|SECRET|PRIVATE|AUTH)?(KEYS?|TOKENS?|SECRETS?|PASSWORDS?|PASSWD|PASSPHRASE|PASS|CREDENTIALS?|PAT|BEARER|DSN)"
-    r"(_(ID|BASE|OLD|NEW|\d+))*$|(^|_)(PASSWORD|SECRET|APIKEY|API_KEY|AUTH_TOKEN)(_|$)|(DATABASE|REDIS|MONGO\w*|POSTGRES\w*|BROKER)_UR[IL]$",
+    r"(^|_)(API|ACCESS|SECRET|PRIVATE|AUTH|MY)*(KEYS?|TOKENS?|SECRETS?|PASSWORDS?|PASSWD|PASSPHRASE|PASS|CREDENTIALS?|PAT|BEARER|DSN|AUTH|JWT|COOKIES?|WEBHOOK)"
+    r"\d*(_(ID|BASE|OLD|NEW|PROD|DEV|TEST|STAGING|LIVE|RO|RW|HEADER|CONFIG|URL|\d+))*$|^(KEY|TOKEN)_|PASSWORD|APIKEY|AUTHORIZATION|^SSHPASS$|_PWD$"
+    r"|(^|_)(SECRET|API_KEY|AUTH_TOKEN)(_|$)|(DATABASE|REDIS|MONGO\w*|POSTGRES\w*|BROKER|AMQP)_UR[IL]$|CONN\w*_STR(ING)?$",
     re.IGNORECASE,
 )
 
@@ -32,17 +33,21 @@ _NAME = (
     r"|password|passwd|passphrase|pwd|secret|client[_-]?secret|bearer|authorization|credentials?|cookie)"
 )
 _HINT = re.compile(
-    r"key|token|pass|pwd|secret|bearer|basic|auth|cred|cookie|[?&;](?:sig|code|x-)", re.IGNORECASE
+    r"key|token|pass|pwd|ssws|-u |secret|bearer|basic|auth|cred|cookie|[?&;](?:sig|code|x-)", re.IGNORECASE
 )  # of all below
 _SETTING = re.compile(rf"{_NAME}$", re.IGNORECASE)
 _LIKELY = re.compile(r"(?:^|[\W_])(?:token|key|auth)$", re.IGNORECASE)  # of a secret if the value looks random
 _RANDOM = re.compile(r"(?=\S*\d)(?=\S*[A-Za-z])[\w.~+/=-]{20,}")
 
+_PREFIX = r"[A-Za-z][A-Za-z0-9]{1,11}(?:[-_.][A-Za-z0-9]{1,20}){0,2}?[-_.]"
+_MIXED = r"(?=[A-Za-z]*\d)(?=[a-z\d]*[A-Z])(?=[A-Z\d]*[a-z])[A-Za-z0-9]"
+_HEX = r"(?=[a-f]{0,20}\d)(?=\d{0,20}[a-f])[0-9a-f]{32,}"
+
 # Forms of keys that services give out
 _FORM = re.compile(
     r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----.*?(?:-----END [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----|\Z)"
     r"|(?<![^\W_])(?:"
-    r"sk-[\w-]{16,}|[srp]k_(?:live|test|prod)_[^\W_]{10,}|whsec_[^\W_]{16,}"  # OpenAI, Anthropic, OpenRouter, Stripe
+    r"sk-(?=[\w-]*\d)[\w-]{16,}|[srp]k_(?:live|test|prod)_[^\W_]{10,}|whsec_[^\W_]{16,}"  # OpenAI, Anthropic, OpenRouter, Stripe
     r"|hf_[^\W_]{16,}|api_org_[^\W_]{16,}|gh[pousr]_[^\W_]{16,}|github_pat_\w{16,}|gl(?:pat|dt|rt|ft|cbt|ptt|oas|soat|agent)-[\w-]{16,}"
     r"|xox[a-z]-[\w-]{10,}|xapp-[\w-]{10,}|(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}(?![A-Z0-9])"
     r"|AIza[\w-]{30,}|ya29\.[\w-]{16,}|GOCSPX-[\w-]{16,}|1//0[\w-]{24,}"  # Google
@@ -50,8 +55,11 @@ _FORM = re.compile(
     r"|gsk_[^\W_]{16,}|r8_[^\W_]{16,}|xai-\w{16,}|pplx-\w{16,}|nvapi-[\w-]{16,}|fw_[^\W_]{20,}|tgp_v1_[\w-]{16,}|jina_[^\W_]{16,}|wandb_v1_[^\W_]{16,}"
     r"|pypi-[\w-]{16,}|npm_[^\W_]{16,}|dckr_pat_[\w-]{16,}|do[opr]_v1_[^\W_]{16,}|dapi[0-9a-f]{32}|shp(?:at|ca|pa|ss)_[^\W_]{16,}|lin_api_[^\W_]{16,}"
     r"|SG\.[\w-]{16,100}\.[\w-]{16,}|sq0\w{3}-[\w-]{16,}|hvs\.[\w-]{16,}|figd_[\w-]{16,}|NRAK-\w{16,}|PMAK-[\w-]{16,}|ATATT3[\w=-]{16,}"
-    r"|AGE-SECRET-KEY-1\w{16,}|\d{8,10}:AA[\w-]{30,}"
-    r")|hooks\.slack\.com/services/[\w/-]+|discord(?:app)?\.com/api/webhooks/[\w/-]+",
+    r"|AGE-SECRET-KEY-1\w{16,}|(?:bot)?\d{8,10}:AA[\w-]{30,}|LTAI[^\W_]{16,}|GR1348941[\w-]{16,}|EAA[^\W_]{40,}|SK[0-9a-f]{32}|pat[^\W_]{14}\.[0-9a-f]{64}|dt0[a-z]\d\d\.[A-Z0-9]{24}\.[A-Z0-9]{64}"
+    r"|[0-9a-f]{32}(?:-us\d{1,2}|\.[^\W_]{16})|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}:fx|[\w-]{23,28}\.[\w-]{6}\.[\w-]{27,}"
+    # any other: a few letters, and after a mark what is random, of 20 letters of both cases and digits, or of 32 hex digits
+    rf"|(?<!/){_PREFIX}(?:{_MIXED}{{20,}}|{_HEX})[\w.=-]*(?!/)"
+    r")|hooks\.slack\.com/services/[\w/-]+|discord(?:app)?\.com/api/webhooks/[\w/-]+|webhook\.office\.com/webhookb2/[\w/@-]+",
     re.DOTALL,
 )
 _USERINFO = re.compile(r"(?<=://)[^/\s\"'<>:]{0,300}(?::[^/\s\"'<>]{0,300})?@(?=[\w.\[-])")
@@ -65,16 +73,22 @@ _HEADER = re.compile(
     r"(?:(bearer|basic|token|digest|apikey)[ \t]{1,9})?[^\s\"',;<>{}]+",
     re.IGNORECASE,
 )
-_COOKIE = re.compile(r"(cookie[\"']?[ \t]{0,9}:[ \t]{0,9}[\"']?)[^\n\"']+", re.IGNORECASE)
-_BEARER = re.compile(r"\b(bearer|basic)\s+(?=\S{0,200}[\d=])[\w.~+/=-]{8,}", re.IGNORECASE)
+_COOKIE = re.compile(r"(cookie[\"']?[ \t]{0,9}:[ \t]{0,9}[\"']?)(?=[^\n\"']{0,999}=)[^\n\"']+", re.IGNORECASE)
+_BEARER = re.compile(r"\b(bearer|basic|ssws|api-key)\s+(?=\S{0,200}[\d=])[\w.~+/=-]{8,}", re.IGNORECASE)
 # name=value; and with a colon where the value is quoted, ends its line, or has a digit: a sentence goes on after one, too
 _NAMED = re.compile(
-    rf"({_NAME})([\"']?[ \t]{{0,9}}=(?!=)[ \t]{{0,9}}|[\"'][ \t]{{0,9}}:[ \t]{{0,9}}|[ \t]{{0,9}}:[ \t]{{0,9}}(?=[\"']|\S{{0,99}}\d|\S{{1,99}}[ \t]{{0,9}}$))"
+    rf"({_NAME})([\"']?[ \t]{{0,9}}=(?!=)>?[ \t]{{0,9}}|%3[dD]|[\"'][ \t]{{0,9}}:[ \t]{{0,9}}|[ \t]{{0,9}}:[ \t]{{0,9}}(?=[\"']|\S{{0,99}}\d|\S{{1,99}}[ \t]{{0,9}}$))"
     r"(\"(?:[^\"\\\n]|\\.)+\"|'(?:[^'\\\n]|\\.)+'|[^\s\"',;&<>(){}]{3,})",
     re.IGNORECASE | re.MULTILINE,
 )
 _LIKELY_NAMED = re.compile(
     r"(?<![A-Za-z0-9])(token|key|auth)([\"']?[ \t]{0,9}[:=][ \t]{0,9}[\"']?)((?=[^\s\"',;&]{0,99}\d)(?=[^\s\"',;&]{0,99}[A-Za-z])[\w.~+/=-]{20,})",
+    re.IGNORECASE,
+)
+# name value: an option of a command, what stands between marks, a password with a digit, and curl's -u
+_GIVEN = re.compile(
+    rf"(--(?:[\w-]{{0,20}}-)?(?:{_NAME}|token|key)[ \t]{{1,9}}(?!-)|<{_NAME}>|\bpass(?:word|phrase)[ \t]{{1,9}}(?=\S{{0,99}}\d)(?=\S{{6}})"
+    r"|(?<!\S)-u[ \t]{1,9}[\w.@-]{1,99}:)[^\s<\"']{3,}",
     re.IGNORECASE,
 )
 
@@ -92,6 +106,7 @@ def hidden(text: str) -> str:
     text = _USERINFO.sub(_without_password, text)
     if not _HINT.search(text):
         return text
+    text = _GIVEN.sub(rf"\1{MASK}", text)
     text = _IN_QUERY.sub(rf"\1={MASK}", text)
     text = _HEADER.sub(lambda found: f"{found[1]}{found[2]}{found[3] + ' ' if found[3] else ''}{MASK}", text)
     text = _COOKIE.sub(rf"\1{MASK}", text)

@@ -73,10 +73,19 @@ def check_links(folder: Path) -> None:
     if not _asks or not folder.is_dir():
         return
     home = folder.resolve()
-    for path in [*folder.iterdir(), *(folder / "checkpoints").glob("*")]:
+    for path in folder.rglob("*"):
         if path.is_symlink() and not path.resolve().is_relative_to(home):
             target = path.resolve()
             _ask(f"link {path.absolute()} to {target}", f"{path}: is a link to {target}, where the run would write")
+
+
+def check_writing(folder: Path, setting: str) -> None:
+    """UserError where a recipe would make a folder, and write there, that is not inside its own."""
+    if not _asks:
+        return
+    place = folder.resolve()
+    inside = _folder is not None and place.is_relative_to(_folder)
+    _ask(f"writes to {place}", f"{setting}: would write to {place}, which has not been agreed to here before", inside)
 
 
 def _ask(entry: str, what: str, trusted: bool = False) -> None:

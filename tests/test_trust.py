@@ -271,14 +271,33 @@ def test_a_judge_on_this_machine_without_a_key_is_asked(folders, listener, monke
     assert not any("Authorization" in headers for headers in heard)
 
 
+def test_a_judges_verdicts_are_kept_nowhere_unasked(folders, tmp_path, monkeypatch, listener):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    mine = tmp_path / "mine"
+    options = {"url": listener[0], "attempts": 1, "step_seconds": 2, "cache": str(mine / "verdicts")}
+    recipe(folders, with_options(JUDGE, **options))
+    assert "would write to" in str(run("check", "theirs/recipe.yaml"))
+    assert not mine.exists()
+    recipe(folders, with_options(JUDGE, **{**options, "cache": str(tmp_path / "theirs" / "verdicts")}))
+    assert "would write" not in str(run("check", "theirs/recipe.yaml"))
+
+
 def test_links_out_of_a_runs_folder_are_not_followed(folders, tmp_path):
     recipe(folders, steps=2)
     assert run("train", "theirs/recipe.yaml", "--out", "run", "--stop-after", "1") is None
     mine = tmp_path / "mine"
     (mine / ".ssh").mkdir(parents=True)
     (mine / "precious").write_text("as it was")
-    for name in (".lock", ".report.writing", ".recipe.yaml.writing", "skipped"):
+    for name in (
+        ".lock",
+        ".report.writing",
+        ".recipe.yaml.writing",
+        "skipped",
+        "kept/train_000002.jsonl",
+        "model/config.json",
+    ):
         link = tmp_path / "run" / name
+        link.parent.mkdir(exist_ok=True)
         link.unlink(missing_ok=True)
         link.symlink_to(mine / "precious")
         assert "is a link to" in str(run("train", "--resume", "run"))

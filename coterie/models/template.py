@@ -165,7 +165,14 @@ class ChatTemplate:
         return str(text)
 
     def _read(self) -> str:
-        """The source, of several templates the one that chats like these use."""
+        """The source, of several templates the one that chats like these use. UserError for a name that can't be a file's, which
+        each gets when the tokenizer is saved."""
+        every = self._tokenizer.chat_template
+        for name in every if isinstance(every, dict) else ():
+            if not re.fullmatch(r"\w[\w.-]{0,99}", name):
+                raise UserError(
+                    f"{self._name}: {name!r:.80} is no name of a template: letters, digits, _, - and . are allowed"
+                )
         try:
             return str(self._tokenizer.get_chat_template(tools=self._chat.variables.get("tools")))
         except ValueError as error:

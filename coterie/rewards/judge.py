@@ -38,7 +38,7 @@ from coterie.rewards.judge_request import (
     make_question,
 )
 from coterie.rewards.text_of import Chat, completion_text
-from coterie.trust import check_sending
+from coterie.trust import check_sending, check_writing
 
 Value = float | RewardError | None
 Verdicts = Mapping[Question, Any]  # a RewardError where the judge said nothing of use
@@ -96,6 +96,8 @@ class Judge:
         variable = self.key_variable if _key_in(self.key_variable) else ""
         conceal(self.key_variable)
         check_sending("prompts and completions", str(url), url.host, variable, "rewards: judge: url")
+        if self.cache not in ("", "none"):
+            check_writing(Path(self.cache).expanduser(), "rewards: judge: cache")
 
     def __call__(
         self, prompts: Sequence[str | Chat], completions: Sequence[str | Chat], **columns: Sequence[Any]

@@ -276,22 +276,29 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _position(path: Path) -> Position:
-    stored = json.loads((path / "position.json").read_text())
+    stored = _json_of(path / "position.json")
     position = Position(stored["stage"], stored["step"], stored["seconds"])
     if position.stage not in STAGES or not isinstance(position.step, int):
         raise ValueError(position)
     return position
 
 
+def _json_of(file: Path) -> Any:
+    """What a plain file holds: to read anything else may take for ever."""
+    if not file.is_file():
+        raise OSError(f"{file.name} is no file")
+    return json.loads(file.read_text())
+
+
 def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = _json_of(path / MANIFEST)
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
     except _UNREADABLE as error:
         return f"{MANIFEST} is missing or unreadable: {error}"
     try:
-        written = [f"{name}.safetensors" for name in json.loads((path / "position.json").read_text()).get("files", ())]
+        written = [f"{name}.safetensors" for name in _json_of(path / "position.json").get("files", ())]
     except _UNREADABLE as error:
         return f"position.json is missing or unreadable: {error}"
     for name in (*written, "model.safetensors", "optimiser.safetensors", "position.json"):

@@ -347,3 +347,11 @@ def test_a_saved_model_generates_as_far_as_a_completion_goes(tmp_path):
         assert sorted(loaded.generation_config.eos_token_id) == list(codec.end_tokens)
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
         assert rendered(tokenizer, [QUESTION]) == rendered(codec.tokenizer, [QUESTION])
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "/tmp/elsewhere", "a/b", "..", "", "x\0"])
+def test_a_template_whose_name_leads_elsewhere_is_refused_before_training(name):
+    tokenizer = FAMILIES["chatml"].tokenizer()
+    tokenizer.chat_template = {"default": tokenizer.chat_template, name: "{{ messages }}"}
+    with pytest.raises(UserError, match="is no name of a template"):
+        Codec.of(tokenizer)

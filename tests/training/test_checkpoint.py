@@ -155,12 +155,19 @@ def a_file_that_cannot_be_read(folder):
     with_manifest(folder, lambda manifest: manifest["model.safetensors"].update(bytes=0))
 
 
+def pipe(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
 DAMAGE = {
     "the value model's optimiser gone, and from the manifest": (without_the_optimiser, "value_optimiser.safetensors"),
     "a link to nowhere": (a_link_to_nowhere, "model.safetensors is missing"),
     "a folder for a file": (a_folder_for_a_file, "model.safetensors is missing"),
     "a file that can't be read": (a_file_that_cannot_be_read, "model.safetensors can't be read"),
     "a manifest that nests": (lambda folder: (folder / "manifest.json").write_text("[" * 100_000), "manifest.json"),
+    "a position that never ends": (lambda folder: pipe(folder / "position.json"), "position.json"),
+    "a manifest that never ends": (lambda folder: pipe(folder / "manifest.json"), "manifest.json"),
     "a position that nests": (lambda folder: (folder / "position.json").write_text("[" * 100_000), "position.json"),
     "a manifest that is a list": (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json"),
     "a manifest of wrong entries": (
