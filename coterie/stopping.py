@@ -133,10 +133,26 @@ def _restore() -> None:
         signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
+_forking = threading.local()  # mask: of the signals that the forking thread had blocked before
+
+
+def _hold_signals() -> None:
+    """Until a forked process has handlers of its own, a signal to it would go through our pipe, and be taken for one to us."""
+    if _before:
+        _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _let_signals_through() -> None:
+    mask = _forking.__dict__.pop("mask", None)
+    if mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _as_in_any_process() -> None:
     if _before:
         signal.set_wakeup_fd(-1)
         _restore()
+    _let_signals_through()
 
 
-os.register_at_fork(after_in_child=_as_in_any_process)
+os.register_at_fork(before=_hold_signals, after_in_parent=_let_signals_through, after_in_child=_as_in_any_process)

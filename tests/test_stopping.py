@@ -95,6 +95,27 @@ with stopping.signals(told.append) as stop:
     assert done.stdout == f"{-number} None\n", done.stderr
 
 
+EARLY = """
+import os, signal
+os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))  # runs before what is registered later
+"""
+
+
+def test_a_signal_to_a_process_that_has_only_just_been_forked_is_none_to_its_parent():
+    """As a pool sends it, which is closed before all of its processes have come up."""
+    code = """
+with stopping.signals(told.append) as stop:
+    for _ in range(3):
+        print(os.waitstatus_to_exitcode(os.waitpid(os.fork() or os._exit(0), 0)[1]), end=" ")
+    time.sleep(0.2)
+    print(stop.number, told, signal.pthread_sigmask(signal.SIG_BLOCK, []))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", EARLY + HEAD + code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "-15 -15 -15 None [] set()\n", done.stderr
+
+
 def test_a_process_forked_behind_pythons_back_ends_by_a_signal_too():
     done = run(f"""
 import ctypes
