@@ -21,7 +21,7 @@ _MARK = re.compile(
 _NOTE = re.compile(r"<<[^<>\n]*>>")  # of a calculator
 _CLOSER = re.compile(r"\W*(?:i hope|hope th|let me know|thank|done\b|q\.?e\.?d|good luck|feel free)", re.IGNORECASE)
 _THEREFORE = re.compile(
-    r"^(?:(?:therefore|thus|hence|so|then|now|also|simply|exactly|altogether|finally|lastly|certainly|definitely|clearly|surely|obviously|overall|in total|in all|and|but)\b|∴)[\s,:]*",
+    r"^(?:(?:(?:therefore|thus|hence|so|then|now|also|simply|exactly|altogether|finally|lastly|certainly|definitely|clearly|surely|obviously|overall|in total|in all|and|but)\b|∴)[\s,:]*)+",
     re.IGNORECASE,
 )
 _SENTENCE = re.compile(r"[。；！？]|(?<!\b[A-Za-z])[.;](?:\s|$)|(?<=[^\d)}])!(?:\s|$)|(?<=\?)\s")
@@ -47,7 +47,7 @@ _NUMBER = re.compile(
     re.ASCII | re.IGNORECASE,
 )
 _OPERATOR = re.compile(
-    r"\s*(?:[*×÷+^=<>≈(]|/\s*[\d$(]|[-−–]\s*[\d$(]|x\s*[\d$(]|\\(?:times|cdot|div|le|ge)|(?:or|to|and)\s+\$?\d|times\s+\d|plus|minus|divided"
+    r"\s*(?:[*×÷+^=<>≈(]|/(?!\s*(?!sin|cos|tan|log|ln|exp|sqrt|pi)[A-Za-z]{2})|[-−–]\s*[\d$(]|x\s*[\d$(]|\\(?:times|cdot|div|le|ge)|(?:or|to|and)\s+\$?\d|times\s+\d|plus|minus|divided"
     r"|(?:[a-z]+\s+){0,3}?(?:or (?:more|less|fewer|so|higher|lower)\b|than\s+\$?\d)|(?:below|squared|cubed|percentage|factorial|tens|mod|modulo|\w*[jz]illions?)\b|and a half)",
     re.IGNORECASE,
 )
@@ -74,7 +74,7 @@ _DENIED_AFTER = re.compile(
     r"^[\s\"'’).,*$]*(?:\w+\s+){0,3}?(?:(?:is|was|are|would be|can|could|does|do|will|should|must|may)\s?(?:not|n['’]t)|isn['’]t|wasn['’]t|can['’]?t|cannot|doesn['’]t|won['’]t"
     r"|is never)\s+(?:be\b|the\b|it\b|an?\b|right|correct|possible|true|valid|work|hold|enough|what|our|my|accept|equal|match|seem|make sense|$|[.,;!])"
     r"|^[\s\"'’).,*$]*(?:\w+\s+){0,2}?(?:is|was|are|would be|seems|looks)\s+(?:clearly |definitely |obviously |certainly |just |simply )?(?:wrong|incorrect|false|impossible|mistaken|too|untrue|a mistake|an error|out of|off)"
-    r"|^[\s\"'’).,*$]*(?:\w+\s+){0,2}?(?:fails|violates|contradicts|disagrees)\b"
+    r"|^[\s\"'’).,*$]*(?:\w+\s+){0,2}?(?:fails|violates|contradicts|disagrees|differs)\b"
     r"|^[\s\"'’)*$]*(?:[?？]|，?(?:是)?(?:错|不对|不正确|不是))",
     re.IGNORECASE,
 )
@@ -92,6 +92,15 @@ _COPULA = re.compile(
     r"^.{0,200}\b(?:is|are|was|were|be|equals?|becomes?|falls on|lands on|called|named)\s+(?:on\s+|an?\s+|the\s+)?(?=\S)|^\W*(?:it|we get|we have|we choose)['’]?s?\s+(?:be\s+)?",
     re.IGNORECASE,
 )
+_FORMULA = re.compile(  # behind a verb: `The solution is x > 3`, `The point is (1, 2)`
+    r"\b(?:is|are|be|get|have|for|with|when)\s+(?=[^<>]*(?:[<>]|\\[lg]e)|[(\[{].*,|[a-z]\s*=.*\b[a-z]\s*=)"
+    r"((?:[^A-Za-z\\]|\\[A-Za-z]+|\b[A-Za-z]\b|\b(?:or|and)\b)+)$"
+)
+_UNKNOWN = re.compile(r"\d[a-fi-kn-rt-z](?![A-Za-z])(?!\s*\d)|(?<![\w'’])(?<!\d )[b-z]\s*[-+*/^]\s*[\d(]")
+_WORDY = re.compile(
+    r"\W*\d\S*\s+[a-z]{2,}|.*=.*[A-Za-z]{3}|[A-Z][a-z]+ .*\d|.*[*/+-].*[$%€£].*=|[a-z]+['’]s\s", re.IGNORECASE
+)
+_LIST = re.compile(r"(?:\W|and|or|[A-Za-z]\w{0,2}\s*=\s*[^=\sA-Za-z]+)+")  # x = 1 and y = 2
 
 
 def final_answer(text: str) -> str:
@@ -176,7 +185,7 @@ def _stated(line: str, *, last: bool) -> str:
     sentences = [part.strip() for part in _SENTENCE.split(line) if part and part.strip()]
     sentences = [part for part in sentences if not part.endswith("?") and not _CLOSER.match(part)] or [line]
     told = [part for part in sentences if re.search(r"\d|\$", part)] or sentences
-    sentence = _THEREFORE.sub("", _THEREFORE.sub("", told[-1] if last else told[0]))
+    sentence = _THEREFORE.sub("", told[-1] if last else told[0])
     if sentence.endswith(("?", "？")):  # asks, and answers nothing
         return sentence
     maths = [found for found in MATHS.finditer(sentence) if not _PROSE.search(re.sub(r"\\\w+\{[^{}]*\}", "", found[0]))]
@@ -200,17 +209,6 @@ def _stated(line: str, *, last: bool) -> str:
             return sentence  # `Solve 3x - 5 = 10`
         return _leading(after.strip(), sentence, line)
     return _from_words(sentence, line)
-
-
-_FORMULA = re.compile(  # behind a verb: `The solution is x > 3`, `The point is (1, 2)`
-    r"\b(?:is|are|be|get|have|for|with|when)\s+(?=[^<>]*(?:[<>]|\\[lg]e)|[(\[{].*,|[a-z]\s*=.*\b[a-z]\s*=)"
-    r"((?:[^A-Za-z\\]|\\[A-Za-z]+|\b[A-Za-z]\b|\b(?:or|and)\b)+)$"
-)
-_UNKNOWN = re.compile(r"\d[a-fi-kn-rt-z](?![A-Za-z])(?!\s*\d)|(?<![\w'’])(?<!\d )[b-z]\s*[-+*/^]\s*[\d(]")
-_WORDY = re.compile(
-    r"\W*\d\S*\s+[a-z]{2,}|.*=.*[A-Za-z]{3}|[A-Z][a-z]+ .*\d|.*[*/+-].*[$%€£].*=|[a-z]+['’]s\s", re.IGNORECASE
-)
-_LIST = re.compile(r"(?:\W|and|or|[A-Za-z]\w{0,2}\s*=\s*[^=\sA-Za-z]+)+")  # x = 1 and y = 2
 
 
 def _without_reason(sentence: str) -> str:

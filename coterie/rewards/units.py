@@ -75,7 +75,7 @@ CHINESE_UNITS = sorted((name for name in _UNITS if re.match("[\u4e00-\u9fff]", n
 _ENDING = """in of for on at from by with to left total altogether together remaining more each every who that which when while
 during after before and so as because since if overall instead now then there here all away apart long tall high wide deep old only too"""
 _CHANGING = """or not is are was were be isn't squared cubed below above less fewer than minus plus under over short percentage factorial
-wrong incorrect fails violates contradicts disagrees maybe mod modulo base negative no zillion gazillion bazillion jillion"""
+wrong incorrect fails violates contradicts disagrees differs maybe mod modulo base negative no zillion gazillion bazillion jillion"""
 ENDS = frozenset(_ENDING.split())
 _CHANGES = frozenset(_CHANGING.split()) | NUMBER_WORDS
 
