@@ -76,6 +76,10 @@ def score_completions(recipe_name: str, source: str, overrides: Sequence[str], o
     recipe = load_recipe(recipe_name, overrides)
     if not recipe.rewards:
         raise UserError(f"score: {recipe_name} has no rewards")
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):  # said before the rewards have taken their time
+        raise UserError(
+            f"--out {out}: {'is a folder' if out.is_dir() else f'there is no folder {out.parent}'}; name a file to write"
+        )
     rewards = load_rewards(recipe.rewards)
     with closing_all(rewards):
         rows = _rows_of_run(recipe, Path(source)) if Path(source).is_dir() else _rows_of_file(recipe, Path(source))

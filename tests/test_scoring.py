@@ -221,8 +221,9 @@ def test_what_can_t_be_scored_is_refused(write, tmp_path):
         score_completions(recipe, str(tmp_path / "missing.jsonl"), [], None)
     with pytest.raises(UserError, match=r"run.db does not exist"):
         score_completions(recipe, str(tmp_path), [], None)
-    with pytest.raises(UserError, match="--out"):
-        score_completions(recipe, rows, [], tmp_path / "no" / "folder.jsonl")
+    for out, said in ((tmp_path / "no" / "folder.jsonl", "there is no folder"), (tmp_path, "is a folder")):
+        with pytest.raises(UserError, match=said):
+            score_completions(recipe, rows, [], out)
     with pytest.raises(UserError, match="has no rewards"):
         score_completions("equations_reward_model", rows, [], None)
 

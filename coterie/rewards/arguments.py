@@ -22,7 +22,7 @@ _NAMELESS = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 class Signature:
     """The parameters of a reward function, beside the options that a recipe gives it.
 
-    takes_all: it has `**columns`. names: of its parameters. needs: those that only a column can fill, having no default.
+    takes_all: it has `**columns`. texts: that stand in its code, as the `"letter"` of `columns["letter"]`. names: of its parameters. needs: those that only a column can fill, having no default.
     """
 
     def __init__(self, function: Callable[..., Any], options: Mapping[str, Any], name: str) -> None:
@@ -35,6 +35,7 @@ class Signature:
         unnamed = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
         if unnamed:
             raise UserError(f"reward {name}: the parameter {unnamed[0]} takes no name, and arguments come by name")
+        self.texts = _texts_in(getattr(inspect.unwrap(function), "__code__", None))
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         named = [p for p in parameters if p.kind not in _NAMELESS]
         self.names = [p.name for p in named]
@@ -76,9 +77,21 @@ class Signature:
         missing = [name for name in self.needs if name not in prompt.columns]
         return f"has no column {', '.join(map(repr, missing))}, which the function needs" if missing else ""
 
+    def reads(self, column: str) -> bool:
+        """Whether it seems to take a column out of `**columns`."""
+        return self.takes_all and column not in self.names and column in self.texts
+
     def accepted(self, columns: Iterable[str]) -> list[str]:
         """Of what there is, what the function takes."""
         return [name for name in (*GIVEN, *columns) if self.takes_all or name in self.names]
+
+
+def _texts_in(code: Any) -> set[str]:
+    """The texts among a function's constants, and those of the functions inside it; none where it is not written in Python."""
+    found: set[str] = set()
+    for constant in getattr(code, "co_consts", ()):
+        found |= {constant} if isinstance(constant, str) else _texts_in(constant)
+    return found
 
 
 class Copies:

@@ -150,6 +150,14 @@ def check_fits(rewards: Sequence[Reward], prompts: Sequence[Prompt]) -> None:
                 f"{_origin(first)}: {words}: reward {reward.name}; so it is with {len(lacking)} of {len(concerned)} rows. Give each the "
                 "column, or the parameter a default, or name with `where` the rows that the reward is for"
             )
+        for name in filter(signature.reads, columns_of(concerned)):
+            without = [prompt for prompt in concerned if name not in prompt.columns]
+            if without:
+                warnings.warn(
+                    f"reward {reward.name}: {len(without)} of {len(concerned)} rows have no column {name!r}, the first "
+                    f"{_origin(without[0])}; the function, which names it, gets None there",
+                    stacklevel=2,
+                )
         for name in signature.needs:
             empty = [prompt for prompt in concerned if prompt.columns[name] is None]
             if empty:

@@ -184,7 +184,8 @@ def read_rows(settings: DatasetTask, named: str = "task.data") -> Iterator[Row]:
     if not path.exists() and not is_local_path(settings.data):
         yield from _hub_rows(settings, named)
     elif not path.is_file():
-        raise UserError(f"{named}: the file {settings.data} does not exist")
+        wrong = "is a folder; name a file in it" if path.is_dir() else "does not exist"
+        raise UserError(f"{named}: {'' if path.is_dir() else 'the file '}{settings.data} {wrong}")
     elif path.suffix == ".parquet":
         yield from _parquet_rows(path)
     elif path.suffix in (".jsonl", ".json", ".ndjson"):

@@ -339,6 +339,19 @@ def test_what_looks_like_a_mistake_is_said():
         check_fits([Reward("mine", needs_answer)], empty)
 
 
+def test_a_column_that_some_rows_lack_is_said_where_a_function_takes_it_out_of_all_columns(recwarn):
+    def looks_up(completions, **columns):
+        return [float(text == right) for text, right in zip(completions, columns["answer"], strict=True)]
+
+    def looks_nothing_up(completions, **columns):
+        return [1.0] * len(completions)
+
+    rows = [Prompt(n, "p", [1], {"answer": "x"} if n else {}, f"data.jsonl:{n + 1}") for n in range(3)]
+    check_fits([Reward("other", looks_nothing_up), Reward("mine", looks_up)], rows)
+    (said,) = [str(warning.message) for warning in recwarn]
+    assert said.startswith("reward mine: 1 of 3 rows have no column 'answer', the first data.jsonl:1")
+
+
 def test_a_function_that_is_not_written_in_python_is_called():
     class Counts:
         """Its signature can't be read."""

@@ -432,5 +432,7 @@ def test_r30_rows_of_their_own_to_evaluate_on(jsonl):
     )
     assert "test.jsonl:2" in refused(path, evaluation=jsonl({"prompt": "c"}, {"prompt": 3}, name="test.jsonl"))
     assert refused(path, evaluation="nowhere.jsonl") == "task.evaluation: the file nowhere.jsonl does not exist"
+    folder = path.rpartition("/")[0]
+    assert refused(path, evaluation=folder) == f"task.evaluation: {folder} is a folder; name a file in it"
     broken = jsonl({"prompt": "c"}, *["{"] * 3, *({"prompt": f"p{n}"} for n in range(96)), name="broken.jsonl")
     assert dataset(path, evaluation=broken, lenient=True).left_out == {"not valid JSON": 3}
