@@ -182,6 +182,10 @@ class _Trial:
             raise UserError(
                 f"model: {name} can't be run on tokens alone, as a language model is: {_in_a_line(error)}"
             ) from error
+        if not before.isfinite().all():
+            raise UserError(
+                f"model: what {name} makes of tokens is not finite: weights of it are NaN, infinite, or too large"
+            )
         trial = cls(model, sample, max(_ALLOWED, 3 * noise))
         decoder = "; its is_decoder is false" if getattr(model.config, "is_decoder", None) is False else ""
         for found, what in ((after[:kept], "the tokens after it"), (start, "how many tokens come after it")):

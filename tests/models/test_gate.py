@@ -6,6 +6,7 @@ from architectures import tiny_model
 from test_every_architecture import LOGPROBS, plain_logprobs, some_groups, stream_of
 
 from coterie.errors import UserError
+from coterie.models.gate import serve
 from coterie.models.logprobs import token_logprobs
 from coterie.models.policy import Policy
 
@@ -85,3 +86,12 @@ def test_finding_out_leaves_the_model_as_it_was():
         assert torch.equal(parameter, before[name][0])
         assert parameter.requires_grad == before[name][1]
         assert parameter.grad is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_called_that(make_model, value):
+    model = make_model("qwen3", tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight[7] = value
+    with pytest.raises(UserError, match="what .* makes of tokens is not finite"):
+        serve(model)
