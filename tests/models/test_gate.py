@@ -93,5 +93,5 @@ def test_weights_that_are_not_finite_are_called_that(make_model, value):
     model = make_model("qwen3", tie_word_embeddings=False)
     with torch.no_grad():
         model.lm_head.weight[7] = value
-    with pytest.raises(UserError, match="what .* makes of tokens is not finite"):
+    with pytest.raises(UserError, match=r"what .* makes of tokens is not finite"):
         serve(model)
