@@ -20,6 +20,7 @@ from coterie.recipe import Recipe
 from coterie.types import Messages
 
 _SECONDS = 10.0  # of computing that a template may take for one chat
+_MAX_TEXT = 4_000_000  # characters that it may make of one: far more than a row's prompt, answer and tools together
 _MARK = "Aardvark"  # stands for a text, to see what is written around it
 _QUESTION = {"role": "user", "content": "Zebra?"}
 _ANSWER = {"role": "assistant", "content": _MARK}
@@ -31,7 +32,7 @@ class TemplateRefusedError(UserError):
 
 
 class TemplateEndlessError(UserError):
-    """The template did not come to an end."""
+    """The template did not come to an end, or made far too much of a chat."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,10 @@ class ChatTemplate:
         return "", ""
 
     def _check_settings(self) -> None:
-        """Raises UserError for a setting of the recipe's that the template does nothing with."""
+        """Raises UserError for a setting of the recipe's that the template does nothing with, and for a template that draws lots."""
         chat, source = self._chat, self._source or ""
+        if re.search(r"\|\s*random\b|\blipsum\b", source):
+            raise UserError(f"{self._name} asks for something random, so that no prompt would be the same twice")
         given = [
             *(["system_prompt"] if chat.system else []),
             *(f"chat_template_kwargs.{name}" for name in chat.variables),
@@ -160,6 +163,10 @@ class ChatTemplate:
         except Exception as error:  # a template is a program that came with the tokenizer
             why = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise TemplateRefusedError(f"{self._name} refuses these messages: {why:.300}") from None
+        if len(text) > _MAX_TEXT:
+            raise TemplateEndlessError(
+                f"{self._name} makes {len(text):,} characters of a chat, and {_MAX_TEXT:,} are allowed"
+            )
         if not text:
             raise TemplateRefusedError(f"{self._name} renders nothing for these messages")
         return str(text)

@@ -82,6 +82,8 @@ class Dataset:
         texts += [answer_of(row, origin, column) for column in columns]
         for column, text in zip((settings.prompt, *columns), texts, strict=True):
             _check_text(text, origin, column)
+        for column in columns:
+            _check_turns(row[column], texts[0] if isinstance(content, str) else content, origin, column)
         if settings.chosen and settings.rejected and row[settings.chosen] == row[settings.rejected]:
             raise BadRowError(origin, "a pair of equals", "the preferred answer and the other are the same")
         whole = hashlib.sha256(
@@ -303,6 +305,18 @@ def learned_of(row: Mapping[str, Any], origin: str, column: str) -> Answer:
     """An answer to be learned: a text, or the assistant's message with whatever else it holds for the template, as its reasoning."""
     text, given = answer_of(row, origin, column), row[column]
     return {name: value for name, value in given[-1].items() if value is not None} if isinstance(given, list) else text
+
+
+def _check_turns(answer: Any, content: str | Messages, origin: str, column: str) -> None:
+    """Raises BadRowError where an answer's messages before the last are none of the prompt's: they would be left out."""
+    said = content if isinstance(content, str) else [message["content"] for message in content]
+    for message in answer[:-1] if isinstance(answer, list) else ():
+        text = message.get("content") if isinstance(message, dict) else message
+        if not isinstance(text, str) or text not in said:
+            raise BadRowError(
+                origin, "of other turns", f"column {column!r} holds the message {message!r:.60}, which is none of the prompt's; an "
+                "answer is the assistant's last message, so the turns before it belong into the prompt"
+            )  # fmt: skip
 
 
 def _check_text(text: str, origin: str, column: str) -> None:

@@ -355,3 +355,20 @@ def test_a_template_whose_name_leads_elsewhere_is_refused_before_training(name):
     tokenizer.chat_template = {"default": tokenizer.chat_template, name: "{{ messages }}"}
     with pytest.raises(UserError, match="is no name of a template"):
         Codec.of(tokenizer)
+
+
+def test_a_template_that_makes_millions_of_characters_is_refused_at_once():
+    tokenizer = FAMILIES["chatml"].tokenizer()
+    tokenizer.chat_template += "{{ 'ab' * 3000000 }}"
+    start = time.perf_counter()
+    with pytest.raises(UserError, match=r"makes 6,000,0\d\d characters of a chat"):
+        Codec.of(tokenizer).encode_prompt([QUESTION])
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("drawn", ["{{ ['a', 'b'] | random }}", "{{ ['a', 'b']|random }}", "{{ lipsum() }}"])
+def test_a_template_that_draws_lots_is_refused(drawn):
+    tokenizer = FAMILIES["chatml"].tokenizer()
+    tokenizer.chat_template = drawn + tokenizer.chat_template
+    with pytest.raises(UserError, match="something random"):
+        Codec.of(tokenizer)

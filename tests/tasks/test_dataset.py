@@ -436,3 +436,19 @@ def test_r30_rows_of_their_own_to_evaluate_on(jsonl):
     assert refused(path, evaluation=folder) == f"task.evaluation: {folder} is a folder; name a file in it"
     broken = jsonl({"prompt": "c"}, *["{"] * 3, *({"prompt": f"p{n}"} for n in range(96)), name="broken.jsonl")
     assert dataset(path, evaluation=broken, lenient=True).left_out == {"not valid JSON": 3}
+
+
+@pytest.mark.parametrize("prompt", ["Hi?", [{"role": "user", "content": "Hi?"}]])
+def test_turns_of_an_answer_that_its_prompt_lacks_are_refused(jsonl, prompt):
+    reply = {"role": "assistant", "content": "Yes"}
+    kept = jsonl({"prompt": prompt, "answer": [{"role": "user", "content": "Hi?"}, reply]})
+    assert len(dataset(kept, chat_codec(), answer="answer").train) == 1
+    for before in (
+        {"role": "user", "content": "Other?"},
+        {"role": "system", "content": "Be brief."},
+        {"role": "user"},
+        "Hm",
+    ):
+        said = refused(jsonl({"prompt": prompt, "answer": [before, reply]}), chat_codec(), answer="answer")
+        assert "none of the prompt's" in said
+        assert "rows.jsonl:1" in said
