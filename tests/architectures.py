@@ -38,6 +38,8 @@ _SMALL = {
 }  # fmt: skip
 _ALL_HEADS = {"num_key_value_heads": _HEADS}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+_BY_LAYER = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "num_hidden_layers": 4,
+             "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}  # fmt: skip
 _DECODER = {"is_decoder": True, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
 _OWN: dict[str, dict[str, object]] = {
     **dict.fromkeys(("axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32"), _ALL_HEADS),
@@ -58,12 +60,22 @@ _OWN: dict[str, dict[str, object]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1},
-    "modernbert-decoder": {"pad_token_id": 0, "local_attention": 10},
     "prophetnet": {"pad_token_id": 0, "num_decoder_layers": 2, "num_decoder_attention_heads": 4, "decoder_ffn_dim": 48},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "attention_window_size": 5, "lru_width": 32},
     "rwkv": {"attention_hidden_size": 32, "context_length": 128},
     "zaya": {"num_experts_per_tok": 1},
+    "modernbert-decoder": {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2, "pad_token_id": 0,
+                           "local_attention": 10},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+             "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2}},
+    "gemma3n_text": {**_BY_LAYER, "intermediate_size": [48] * 4, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 4},
+    "gemma4_text": {**_BY_LAYER, "global_head_dim": 8, "num_global_key_value_heads": 2},
 }  # fmt: skip
+# Models that see pictures too, and hold the configuration of their text in another one
+_EYES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+_WITH_PICTURES: dict[str, dict[str, object]] = {
+    "gemma3": {"vision_config": {**_EYES, "image_size": 28, "patch_size": 14}, "mm_tokens_per_image": 4},
+}
 
 _YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 8}
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 10000.0}
@@ -126,6 +138,32 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
         {"attn_temperature_tuning": True, "floor_scale": 8, "no_rope_layers": [1, 0]},
     ),
     "bert, no decoder": ("bert", {"is_decoder": False}),
+    "falcon, alibi and new": ("falcon", {"alibi": True, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "bloom, six heads": ("bloom", {"n_head": 6, "hidden_size": 48}),
+    "mpt, six heads": ("mpt", {"n_heads": 6, "d_model": 48, "no_bias": False, "attn_config": {"clip_qkv": 0.5}}),
+    "gpt_oss, no windows": ("gpt_oss", {"layer_types": ["full_attention"] * 2}),
+    "gemma3_text, full first": (
+        "gemma3_text",
+        {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    ),
+    "gemma3_text, both ways": ("gemma3_text", {"use_bidirectional_attention": True}),
+    "cohere, scaled": ("cohere", {"logit_scale": 3.0}),
+    "cohere2, scaled": ("cohere2", {"logit_scale": 3.0, "layer_types": ["sliding_attention", "full_attention"]}),
+    "granite, scaled": ("granite", {"logits_scaling": 3.0}),
+    "llama, yarn with its own factor": (
+        "llama",
+        {"rope_parameters": {**_YARN, "factor": 16.0, "attention_factor": 1.3}},
+    ),
+    "llama, wide heads": ("llama", {"head_dim": 520, "hidden_size": 64}),
+    "gpt2, short": ("gpt2", {"n_positions": 23}),
+    "opt, short": ("opt", {"max_position_embeddings": 23}),
+    "llama4_text, small chunks": ("llama4_text", {"attention_chunk_size": 4}),
+}
+NOT_ON_THE_STREAM = {
+    **dict.fromkeys(("falcon, alibi", "falcon, new", "falcon, alibi and new"), "padded"),
+    **dict.fromkeys(("minimax_m3_vl_text, sparse", "deepseek_v32, few keys", "glm_moe_dsa, few keys"), "padded"),
+    **dict.fromkeys(("llama4_text, scaled queries", "llama4_text, small chunks"), "padded"),
+    **dict.fromkeys(("bert, no decoder", "gemma3_text, both ways"), "refused"),
 }
 
 
@@ -142,6 +180,8 @@ def tiny_config(architecture: str, **settings: object) -> PretrainedConfig:
     if kinds := stated.get("layer_types"):
         kinds = list(dict.fromkeys(kinds))
         chosen["layer_types"] = kinds if len(kinds) > 1 else kinds * _LAYERS
+    if architecture in _WITH_PICTURES:
+        chosen |= {"text_config": tiny_config(f"{architecture}_text").to_dict(), **_WITH_PICTURES[architecture]}
     chosen |= _OWN.get(architecture, {}) | settings
     if "layer_types" in chosen and "layer_types" in known:
         count = len(chosen["layer_types"])

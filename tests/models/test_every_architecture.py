@@ -17,17 +17,18 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from architectures import TYPES, VARIANTS, VOCABULARY, tiny_model
+from architectures import NOT_ON_THE_STREAM, TYPES, VARIANTS, VOCABULARY, tiny_model
+from conftest import some_quick
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from coterie.errors import UserError
 from coterie.models.logprobs import token_logprobs
 from coterie.models.policy import Policy
-from coterie.models.rounding import rounding_of
+from coterie.models.rounding import TIMES, rounding_of
 from coterie.rollouts.collect import make_engine
 from coterie.rollouts.pack import Row, make_stream
-from coterie.settings import Sampling
+from coterie.settings import Lora, Sampling
 from coterie.types import Stream
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -77,6 +78,14 @@ def gradients_of(model: PreTrainedModel, logprobs: Tensor) -> dict[str, Tensor]:
     return found
 
 
+def sampled_from(policy: Policy, groups: Groups) -> tuple[Tensor, Groups]:
+    """What a policy writes after each prompt, and the log-probabilities that it recorded: [N]."""
+    prompts = [prompt for prompt, _ in groups]
+    made = make_engine(policy).generate(prompts, torch.arange(4).view(2, 2), Sampling(max_new_tokens=6), [])
+    recorded = torch.cat([one.logprobs for of in made for one in of])
+    return recorded, [(p, [one.tokens for one in of]) for p, of in zip(prompts, made, strict=True)]
+
+
 def compare(model: PreTrainedModel) -> Found:
     """Serve a model, then compare log-probabilities, gradients and sampled log-probabilities with the plain way."""
     groups = some_groups()
@@ -86,8 +95,7 @@ def compare(model: PreTrainedModel) -> Found:
             policy = Policy.of(model)
             logprobs = token_logprobs(policy, stream_of(groups))
             ours = gradients_of(model, logprobs)
-            keys = torch.arange(4).view(2, 2)
-            sampled = make_engine(policy).generate([p for p, _ in groups], keys, Sampling(max_new_tokens=6), [])
+            recorded, sampled = sampled_from(policy, groups)
         except UserError as error:
             return Found("refused", str(error))
     plain = plain_logprobs(model, groups)
@@ -100,10 +108,7 @@ def compare(model: PreTrainedModel) -> Found:
         for name, gradient in theirs.items()
     ]
     with torch.no_grad():
-        again = plain_logprobs(
-            model, [(p, [one.tokens for one in of]) for (p, _), of in zip(groups, sampled, strict=True)]
-        )
-    recorded = torch.cat([one.logprobs for of in sampled for one in of])
+        again = plain_logprobs(model, sampled)
     return Found(
         policy.served,
         next((str(one.message) for one in caught if "can't share prompts" in str(one.message)), ""),
@@ -114,18 +119,28 @@ def compare(model: PreTrainedModel) -> Found:
 
 
 # One of each way of being served, and of what is special to the ways
-QUICK = ("bert", "doge", "gemma2", "gpt2", "gpt_oss", "lfm2", "mixtral", "nemotron", "qwen3", "smollm3", "stablelm")
+QUICK = (
+    "bert",
+    "bloom",
+    "cohere",
+    "doge",
+    "gemma2",
+    "gemma3",
+    "gpt2",
+    "gpt_oss",
+    "granite",
+    "lfm2",
+    "mixtral",
+    "nemotron",
+    "qwen3",
+)
+QUICK += ("smollm3", "stablelm")
 
 
 def check(found: Found) -> None:
     assert found.logprobs <= LOGPROBS
     assert found.gradients <= GRADIENTS
     assert found.sampler <= LOGPROBS
-
-
-@pytest.mark.parametrize("architecture", QUICK)
-def test_it_gives_what_each_sequence_gives_alone(architecture: str) -> None:
-    check(compare(tiny_model(architecture, grown=True)))
 
 
 def built(architecture: str, settings: dict[str, object]) -> PreTrainedModel:
@@ -135,14 +150,7 @@ def built(architecture: str, settings: dict[str, object]) -> PreTrainedModel:
         pytest.skip(f"this version of transformers does not build it: {error}")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("architecture", "settings"), VARIANTS.values(), ids=VARIANTS)
-def test_a_variant_gives_what_each_sequence_gives_alone(architecture: str, settings: dict[str, object]) -> None:
-    check(compare(built(architecture, settings)))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", TYPES)
+@pytest.mark.parametrize("architecture", some_quick(TYPES, *QUICK))
 def test_every_architecture_gives_what_each_sequence_gives_alone(architecture: str) -> None:
     """And is served as the page says."""
     found = compare(built(architecture, {}))
@@ -151,6 +159,40 @@ def test_every_architecture_gives_what_each_sequence_gives_alone(architecture: s
     version, table = page_table()
     if at_least(version) and not os.environ.get("COTERIE_WRITE_MODELS"):
         assert table.get(architecture) == found.served, found.why
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_gives_what_each_sequence_gives_alone(variant: str) -> None:
+    found = compare(built(*VARIANTS[variant]))
+    check(found)
+    if at_least(page_table()[0]):
+        assert found.served == NOT_ON_THE_STREAM.get(variant, "stream"), found.why
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", TYPES)
+def test_lora_in_all_linear_layers_merged_is_what_acted(architecture: str) -> None:
+    """On the stream or padded, against the plain pass of the merged model, whose weights are rounded once more."""
+    model, groups = built(architecture, {}), some_groups()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            policy = Policy.of(model).with_adapter(Lora(rank=2), seed=0)
+        except UserError:
+            return
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        start = token_logprobs(policy, stream_of(groups))
+        for _, matrix in policy.named_parameters():
+            matrix.add_(torch.randn(matrix.shape, generator=generator) * 0.1)
+    acted = token_logprobs(policy, stream_of(groups))
+    acted.sum().backward()
+    assert any(matrix.grad is not None and matrix.grad.any() for _, matrix in policy.named_parameters())
+    policy.adapter.merge()
+    merged, moved = rounding_of(model, lambda: plain_logprobs(model, groups))
+    assert (acted - start).abs().max() > 1e-2
+    assert (acted - merged).abs().max() <= max(LOGPROBS, TIMES * moved.max().item())
 
 
 @pytest.mark.slow
@@ -167,10 +209,12 @@ def test_half_precision_differs_by_no_more_than_rounding(architecture: str) -> N
         except UserError:
             return
         found = token_logprobs(policy, stream_of(groups))
-        exact = plain_logprobs(model, groups)
-        plain, moved = rounding_of(half, lambda: plain_logprobs(half, groups))
-    noise = max((plain - exact).abs().max().item(), moved.max().item())
-    assert (found - plain).abs().max().item() <= 3 * noise
+        recorded, sampled = sampled_from(policy, groups)
+        for ours, rows in ((found, groups), (recorded, sampled)):
+            exact = plain_logprobs(model, rows)
+            plain, moved = rounding_of(half, lambda rows=rows: plain_logprobs(half, rows))
+            noise = max((plain - exact).abs().max().item(), moved.max().item())
+            assert (ours - plain).abs().max().item() <= 3 * noise
 
 
 FOUND: dict[str, Found] = {}

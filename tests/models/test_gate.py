@@ -95,3 +95,37 @@ def test_weights_that_are_not_finite_are_called_that(make_model, value):
         model.lm_head.weight[7] = value
     with pytest.raises(UserError, match=r"what .* makes of tokens is not finite"):
         serve(model)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [("cohere", {"logit_scale": 0.3}), ("cohere2", {"logit_scale": 3.0}), ("granite", {"logits_scaling": 3.0})],
+)
+def test_what_follows_the_head_is_the_models(architecture, settings):
+    """Which a policy computes by itself, on hidden states: scaled as the model scales them."""
+    model, tokens = tiny_model(architecture, **settings), torch.arange(3, 20)[None]
+    policy = Policy.of(model)
+    assert (policy.served, policy.plain_head) == ("stream", None)
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        torch.testing.assert_close(policy.logits(hidden), model(input_ids=tokens).logits, rtol=0, atol=1e-6)
+
+
+def test_a_model_that_sees_pictures_is_served_by_its_text():
+    """Its text has a configuration of its own, which says how it attends."""
+    model = tiny_model("gemma3")
+    model.config.text_config._attn_implementation = "eager"
+    before = model.config._attn_implementation, model.config.text_config._attn_implementation
+    policy = Policy.of(model)
+    assert policy.served == "stream"
+    assert policy.windows == {0: 5, 1: None}
+    assert difference(policy) < LOGPROBS
+    assert (model.config._attn_implementation, model.config.text_config._attn_implementation) == before
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text", "cohere2", "gpt_oss", "exaone4"])
+def test_windows_are_those_of_their_layers_alone(architecture):
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    policy = Policy.of(tiny_model(architecture, layer_types=kinds))
+    assert policy.windows == {0: None, 1: 5, 2: None}
+    assert difference(policy) < LOGPROBS

@@ -6,6 +6,7 @@ from conftest import SMALL
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coterie.errors import UserError
+from coterie.models.decoder import Decoder
 from coterie.models.lengths import Lengths
 from coterie.models.logprobs import token_logprobs
 from coterie.models.policy import Policy
@@ -132,3 +133,11 @@ def test_ordinary_positions_keep_all_rows_together(make_model):
     lengths = Lengths.of(make_model("llama"))
     lengths.check(100, 1000)
     assert lengths.alike([5, 100, 1000]) == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_compiled_loops_leave_angles_alone_that_depend_on_the_length(architecture):
+    """They turn every row by the angles of the longest sequence that there is room for."""
+    served, _ = policies(make(architecture))
+    assert served.body is not None
+    assert Decoder.of(served, 2 * LIMIT) is None
