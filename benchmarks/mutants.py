@@ -215,7 +215,7 @@ def main() -> None:
             rows.append({**asdict(mutant), "num_tests": len(tests), "killed": fate})
             print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
     found = {
-        **stamp(),
+        **stamp(sys.argv),
         "seed": options.seed,
         "num_killed": sum(row["killed"] for row in rows),
         "num_mutants": len(rows),

@@ -261,3 +261,8 @@ def test_counting_up_to_the_answer_is_a_guess(steps):
 )  # fmt: skip
 def test_what_uses_the_stated_quantities_is_no_counting(prompt, steps, answer):
     assert Steps()([prompt], [f"{steps}\nThe answer is {answer}."], answer=[answer]) == [1.0]
+
+
+def test_a_number_that_a_word_stands_before_is_named_and_claims_nothing():
+    assert claims_of("the total 3 = 7") == claims_of("2 apples 3 = 7") == []
+    assert len(claims_of("apples: 3 = 7")) == 1

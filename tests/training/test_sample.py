@@ -9,9 +9,9 @@ from coterie.algorithms.advantages import group_advantages
 from coterie.recipe import make_recipe
 from coterie.rewards.score import Reward
 from coterie.rollouts.pack import Row, make_stream
-from coterie.settings import Advantage
+from coterie.settings import Advantage, Overlong
 from coterie.training.grpo import divergence_metrics
-from coterie.training.sample import groups_with_signal, load_advantages
+from coterie.training.sample import groups_with_signal, load_advantages, with_overlong
 from coterie.types import Completion, Group, Prompt, Scored
 
 EACH = Advantage(combine="each")
@@ -51,3 +51,14 @@ def test_the_kl_that_is_watched_is_the_policy_s_from_its_own_samples():
         stream = make_stream([([1], [Row([2, 3], torch.full((2,), sampler))])])
         tally = divergence_metrics([stream], [torch.full((2,), reference)])
         assert tally.values()["policy/kl"] == pytest.approx(expected)
+
+
+def test_what_reached_the_length_limit_abstains_or_loses_by_how_near_it_came():
+    ends = [("stop", 10), ("length", 20), ("stop", 19)]
+    completions = [Completion([1] * n, torch.zeros(n), torch.zeros(n), ended) for ended, n in ends]
+    given = Scored([Group(Prompt(0, "q", [1]), completions)], torch.ones(1, 3, dtype=torch.float64), {}, [])
+    assert with_overlong(given, Overlong(), 20) is given
+    left_out = with_overlong(given, Overlong(treatment="leave_out"), 20)
+    assert left_out.rewards.isnan().tolist() == [[False, True, False]]
+    punished = with_overlong(given, Overlong(treatment="punish", margin=0.2, penalty=2.0), 20)
+    assert punished.rewards[0].tolist() == pytest.approx([1.0, -1.0, 1 - 2 * 3 / 4])
