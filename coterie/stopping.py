@@ -92,6 +92,7 @@ def signals(tell: Callable[[int], None]) -> Iterator[Stop]:
         signal.set_wakeup_fd(woken)
         os.write(writing, _END)
         listener.join()
+        ask(False)  # the thread may have read the signal only now
         os.close(reading)
         os.close(writing)
 

@@ -130,6 +130,7 @@ def test_keys_in_the_environment_reach_no_file_and_no_output(faults, lab, fault)
 
 
 LEAKING = """
+import os
 
 def letters(completions, **columns):
     raise ValueError(f"Incorrect key {os.environ['OPENAI_API_KEY']}, nor is hf_abcdefghijklmnopqrstuvwxyz one")

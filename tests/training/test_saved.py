@@ -163,7 +163,9 @@ def test_an_evaluation_set_of_one_s_own_is_what_training_and_eval_measure(tmp_pa
     assert "task.evaluation: 1 of its 2 prompts are also trained on" in capsys.readouterr().out
     seen = (tmp_path / "seen.txt").read_text().split()
     assert {word: seen.count(word) for word in ("ab", "cd")} == {"ab": 4, "cd": 4}  # 2 steps of 2 completions
-    assert seen.count("gh") == 2 * (2 + 1) + 1  # before and after 2 samples and a greedy one, on the way one
+    assert (
+        seen.count("gh") == 2 * (2 + 1 + 1) + 1
+    )  # before and after 2 samples, a greedy one and one to show, on the way one
     (tmp_path / "seen.txt").unlink()
     evaluate_model(str(run.folder), None, 1, 8, None, 0, ["task.evaluation=" + str(tmp_path / "other.jsonl")])
     assert set((tmp_path / "seen.txt").read_text().split()) == {"ij"}
