@@ -4,8 +4,9 @@
 seed, over all folders of the package, without a look at the tests. A change to a message, a log or a type is none; one that
 cannot change what the code does (an equivalent mutant) has to be told by a reader.
 
-The quick tests are run once with coverage.py, to know which of them runs which line; a mutant then meets only those, each at most
-`--seconds` in all, until one fails.
+The quick tests are run once with coverage.py, child processes too, to know which of them run which line; a mutant then meets only
+those, at most `--seconds`, until one fails. A line that no quick test runs meets all tests of its folder, the slow ones too. What
+failed has to pass on the package as it is, or it has killed nothing.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
+from queue import Queue
 
 from tables import stamp, write_json
 
@@ -34,6 +38,8 @@ COMPARED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, 
 COMPUTED = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult,
             ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd}  # fmt: skip
 SILENT = {"UserError", "RewardError", "warn", "say", "description", "Field", "help", "isinstance", "add_note"}
+
+QUICK = ["-p", "no:cacheprovider", "-m", "not slow"]
 
 
 @dataclass(frozen=True)
@@ -126,25 +132,24 @@ def made(name: str, node: ast.AST, other: ast.AST) -> tuple[Mutant, str]:
     return Mutant(name, node.lineno, before, new), (raw[:first] + new.encode() + raw[last:]).decode()  # type: ignore[attr-defined]
 
 
+COVERAGE = """[run]
+source = coterie
+parallel = True
+patch = subprocess
+dynamic_context = test_function
+context = ${PYTEST_CURRENT_TEST-}
+"""
+
+
 def tests_by_line(folder: Path, kept: Path) -> dict[tuple[str, int], set[str]]:
-    """Which test functions run which line of the package: (file, line) -> "tests/...py::name"."""
+    """Which tests run which line of the package: (file, line) -> "tests/...py::name". A child process is known by the variable in
+    which pytest names the test that started it."""
     if not kept.exists():
-        (folder / ".coveragerc").write_text("[run]\nsource = coterie\ndynamic_context = test_function\n")
-        command = [
-            sys.executable,
-            "-m",
-            "coverage",
-            "run",
-            f"--data-file={kept}",
-            "-m",
-            "pytest",
-            "-q",
-            "-m",
-            "not slow",
-            "-p",
-            "no:cacheprovider",
-        ]
-        subprocess.run(command, cwd=folder, env=environment(folder), check=False)
+        (folder / ".coveragerc").write_text(COVERAGE)
+        coverage, data = [sys.executable, "-m", "coverage"], f"--data-file={kept}"
+        run = [*coverage, "run", data, "-m", "pytest", *QUICK, "-n", "2"]
+        subprocess.run(run, cwd=folder, env=environment(folder), check=False)
+        subprocess.run([*coverage, "combine", "-q", data], cwd=folder, env=environment(folder), check=True)
     from coverage.numbits import numbits_to_nums
 
     found = defaultdict(set)
@@ -153,37 +158,72 @@ def tests_by_line(folder: Path, kept: Path) -> dict[tuple[str, int], set[str]]:
             "SELECT path, context, numbits FROM line_bits JOIN file ON file.id = file_id JOIN context ON context.id = context_id"
         )
         for path, context, bits in rows:
-            if context:
+            if test := test_of(context, folder):
                 name = path[path.rindex("/coterie/") + 1 :]
                 for line in numbits_to_nums(bits):
-                    found[name, line].add(context)
+                    found[name, line].add(test)
     return found
 
 
-def selected(contexts: set[str], folder: Path) -> list[str]:
-    """ "tests.training.test_run.test_it" -> "tests/training/test_run.py::test_it", as pytest names them."""
-    names = []
-    for context in sorted(contexts):
-        module, _, function = context.rpartition(".")
-        for path in (folder / "tests").rglob(module.split(".")[-1] + ".py"):
-            names.append(f"{path.relative_to(folder)}::{function}")
-    return names
+@cache
+def test_of(context: str, folder: Path) -> str | None:
+    """ "tests.training.test_run.test_it", or "tests/training/test_run.py::test_it[4] (call)" of a child: as pytest names the function."""
+    if "::" in context:
+        return context.split("|")[0].split(" (")[0].split("[")[0]
+    module, _, function = context.rpartition(".")
+    found = next((folder / "tests").rglob(module.split(".")[-1] + ".py"), None) if module else None
+    return f"{found.relative_to(folder)}::{function}" if found else None
 
 
-def killed(folder: Path, tests: list[str], seconds: float) -> bool:
-    """Whether one of the tests fails, or they take too long."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *tests]
+def tests_of_folder(file: str, folder: Path) -> list[str]:
+    """The tests that stand where the file stands in the package."""
+    mirrored = folder / "tests" / Path(*Path(file).parts[1:-1])
+    names = [mirrored] if mirrored != folder / "tests" else sorted(mirrored.glob("test_*.py"))
+    return [str(name.relative_to(folder)) for name in names]
+
+
+def failed(folder: Path, tests: list[str], seconds: float) -> str | None:
+    """The first test that fails; "time" where they take too long."""
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-rfE", "--tb=no", *tests]
     try:
         ended = subprocess.run(
             command, cwd=folder, env=environment(folder), capture_output=True, timeout=seconds, text=True
         )
     except subprocess.TimeoutExpired:
-        return True
-    return ended.returncode not in (0, 5)
+        return "time"
+    if ended.returncode in (0, 5):
+        return None
+    named = [
+        line.split(" ", 1)[1].split(" - ")[0]
+        for line in ended.stdout.splitlines()
+        if line.startswith(("FAILED ", "ERROR "))
+    ]
+    return named[0] if named else "the process"
+
+
+def fate(
+    mutant: Mutant, text: str, folder: Path, by_line: dict[tuple[str, int], set[str]], seconds: float
+) -> dict[str, object]:
+    """What the tests make of one mutant in a copy of the project. Only what passes without the mutant can kill it."""
+    tests, original = (
+        sorted(by_line.get((mutant.file, mutant.line), ())),
+        (folder / mutant.file).read_text(encoding="utf-8"),
+    )
+    chosen = [*QUICK[2:], *tests] if tests else tests_of_folder(mutant.file, folder)
+    while True:
+        (folder / mutant.file).write_text(text, encoding="utf-8")
+        try:
+            by = failed(folder, chosen, seconds)
+        finally:
+            (folder / mutant.file).write_text(original, encoding="utf-8")
+        if by is None or by == "the process" or failed(folder, chosen if by == "time" else [by], seconds) is None:
+            return {**asdict(mutant), "num_tests": len(tests), "killed": by is not None, "by": by}
+        assert by != "time", f"{chosen} take more than {seconds} s without a mutant too"
+        chosen += ["--deselect", by]  # it fails without the mutant too
 
 
 def environment(folder: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    return {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def main() -> None:
@@ -191,6 +231,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--map", type=Path, default=Path(tempfile.gettempdir()) / "coterie_mutants.coverage")
     parser.add_argument("--show", action="store_true", help="show the mutants and run nothing")
     options = parser.parse_args()
@@ -200,20 +241,23 @@ def main() -> None:
             print(json.dumps(asdict(mutant)))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "copy"
-        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__"))
-        by_line = tests_by_line(folder, options.map)
-        rows = []
-        for mutant, text in mutants:
-            original = (folder / mutant.file).read_text(encoding="utf-8")
-            tests = selected(by_line.get((mutant.file, mutant.line), set()), folder)
-            (folder / mutant.file).write_text(text, encoding="utf-8")
+        folders: Queue[Path] = Queue()
+        for index in range(options.jobs):
+            ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__")
+            folders.put(Path(shutil.copytree(ROOT, Path(scratch) / f"copy{index}", ignore=ignored)))
+        by_line = tests_by_line(Path(scratch) / "copy0", options.map)
+
+        def run(mutant: Mutant, text: str) -> dict[str, object]:
+            folder = folders.get()
             try:
-                fate = killed(folder, tests, options.seconds) if tests else False
+                row = fate(mutant, text, folder, by_line, options.seconds)
             finally:
-                (folder / mutant.file).write_text(original, encoding="utf-8")
-            rows.append({**asdict(mutant), "num_tests": len(tests), "killed": fate})
-            print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
+                folders.put(folder)
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+            return row
+
+        with ThreadPoolExecutor(options.jobs) as pool:
+            rows = list(pool.map(run, *zip(*mutants, strict=True)))
     found = {
         **stamp(sys.argv),
         "seed": options.seed,

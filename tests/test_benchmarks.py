@@ -81,6 +81,7 @@ def test_r17_what_grpo_trains_is_at_most_0_55_of_what_ppo_trains():
             assert f"{found['grpo / ppo'][name]:.2f}" in page, (size, name)
 
 
+@pytest.mark.slow
 def test_scaling_measures_every_axis_on_both_sides(run_quickly):
     found = run_quickly("scaling")
     assert found["axes"].keys() == {"group", "prompt_tokens", "new_tokens", "vocabulary", "model"}
@@ -99,6 +100,7 @@ def test_scaling_measures_every_axis_on_both_sides(run_quickly):
     assert doubled["held"]["net"] == (doubled["stream"]["net"]["median"] <= 1.15)
 
 
+@pytest.mark.slow
 def test_roofline_measures_the_machine_and_the_work(run_quickly):
     found = run_quickly("roofline")
     step = found["step"]
@@ -109,6 +111,7 @@ def test_roofline_measures_the_machine_and_the_work(run_quickly):
     assert all(one["flop_per_step"] == one["rows"] * found["decode"][0]["flop_per_step"] for one in found["decode"])
 
 
+@pytest.mark.slow
 def test_generation_writes_the_same_tokens_on_every_side(run_quickly):
     found = run_quickly("generation")
     assert found["cases"]
@@ -148,6 +151,7 @@ def test_both_trainers_took_the_same_steps_and_learned_alike():
         assert lengths[0] == pytest.approx(lengths[1], rel=0.1), work
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_steps_of_both_trainers_are_measured_in_turn(load, tmp_path):
     pytest.importorskip("trl", reason="the extra bench is not installed")
@@ -235,6 +239,7 @@ def test_end_tokens_leave_half_and_tokens_are_compared_place_by_place(load):
     assert generation.equal_share([[1, 2]], [[1]]) == 0.5
 
 
+@pytest.mark.slow
 def test_rewards_holds_its_figures_against_targets(load, tmp_path):
     parts = ["programs", "pairs", "cheating", "failing"]
     command = [sys.executable, "benchmarks/rewards.py", "--quick", "--rounds", "1", "--out", str(tmp_path)]

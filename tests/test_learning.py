@@ -20,8 +20,9 @@ def test_r30_the_starter_task_is_learned_from_nothing(tmp_path):
         str(tmp_path / "mytask" / "recipe.yaml"), overrides=["evaluation.every=0"], out=str(tmp_path / "run")
     )
     summary = summary_of(run)
-    assert summary["before"]["reward_interval"][1] < 0.3
-    assert summary["after"]["reward_interval"][0] > 0.7
+    assert summary["before"]["accuracy_interval"][1] < 0.3
+    assert summary["after"]["accuracy_interval"][0] > 0.7
+    assert summary["after"]["reward_interval"][0] > summary["before"]["reward_interval"][1] + 0.2
 
 
 @pytest.mark.slow

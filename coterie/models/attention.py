@@ -58,16 +58,14 @@ class UnservedModelError(RuntimeError):
     """The model's attention does something that a layout can't reproduce."""
 
 
-_acting: ContextVar[tuple[Layout, Windows | None]] = ContextVar("acting")
+_acting: ContextVar[tuple[Layout, Windows]] = ContextVar("acting")
 
 
 @contextmanager
-def stream_attention(
-    model: PreTrainedModel, layout: Layout, windows: Windows | None, name: str = NAME
-) -> Iterator[None]:
+def stream_attention(model: PreTrainedModel, layout: Layout, windows: Windows, name: str = NAME) -> Iterator[None]:
     """Let a layout attend for the model. Outside of this the model is its plain self.
 
-    windows: what `observed` found; without them what each layer's call says is believed.
+    windows: what `observed` found.
     """
     name = _UNMASKED if has_own_attention(model) else name
     configs = (model.config, model.config.get_text_config())  # the same one, unless the model sees pictures too
@@ -88,7 +86,7 @@ def stream_attention(
 def observed(model: PreTrainedModel) -> dict[int, AttentionSettings]:
     """What each layer's attention is called with. Raises UnservedModelError where one does what no layout knows."""
     observer = _Observer()
-    with stream_attention(model, observer, None, _OBSERVED):
+    with stream_attention(model, observer, {}, _OBSERVED):
         model.base_model(input_ids=torch.arange(4, device=model.device)[None], use_cache=False)
     if not observer.settings:
         raise UnservedModelError("its attention is its own, not one of transformers' interface")
@@ -124,7 +122,6 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | _Seen | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **others: Any,
@@ -147,7 +144,7 @@ def _attention(
     elif isinstance(layout, _Observer):
         raise UnservedModelError(f"{name} is given no mask")
     else:
-        window = windows[layer] if windows is not None else _stated_window(module, layer, sliding_window)
+        window = windows[layer]
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     return layout.attend(layer, query, key, value, AttentionSettings(scaling, window, softcap, s_aux)), None
@@ -155,11 +152,6 @@ def _attention(
 
 def _attend_with_slopes(module: Any, q: Tensor, k: Tensor, v: Tensor, scaling: float, slopes: Tensor) -> Tensor:
     return _acting.get()[0].attend(module.layer_idx, q, k, v, AttentionSettings(scaling, None, None, slopes=slopes))
-
-
-def _stated_window(module: Any, layer: int, sliding_window: int | None) -> int | None:
-    kinds = getattr(getattr(module, "config", None), "layer_types", None)
-    return None if kinds and kinds[layer] == "full_attention" else sliding_window
 
 
 def _mask(

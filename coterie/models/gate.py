@@ -39,6 +39,11 @@ _SEED = 0
 
 def serve(model: PreTrainedModel) -> Policy:
     """A policy that computes what the model does. Raises UserError for one that is no causal language model."""
+    if hasattr(model, "peft_config"):
+        raise UserError(
+            f"{type(model).__name__} holds adapters that peft put in; take the plain model and "
+            "Policy.of(model).with_adapter(Lora(rank=16), seed=0), or merge them first: model.merge_and_unload()"
+        )
     model.eval()
     with torch.random.fork_rng(devices=[]), _without_gradients(model):
         specimen = _specimen(model)

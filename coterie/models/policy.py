@@ -41,7 +41,7 @@ class Policy:
 
     model: PreTrainedModel
     served: Literal["stream", "padded"]
-    windows: Windows | None = None
+    windows: Windows = field(default_factory=dict)
     body: Body | None = None
     lengths: Lengths = field(default_factory=Lengths)
     adapter: Adapter | None = None
@@ -49,7 +49,8 @@ class Policy:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Policy:
-        """Wrap a model, after finding out what it is served by. Raises UserError for one that can't be sampled and trained."""
+        """Wrap a model, after finding out what it is served by. Raises UserError for one that can't be sampled and trained, and for one
+        that peft wraps."""
         from coterie.models.gate import serve  # which runs policies
 
         return serve(model)

@@ -63,15 +63,9 @@ def update(
             f"update: one completion per prompt leaves nothing to compare with while advantage.baseline is "
             f"{recipe.advantage.baseline}"
         )
-    for name, model in (("policy", policy), ("reference", reference)):
-        if hasattr(model, "peft_config"):
-            raise UserError(
-                f"update: {name} is a {type(model).__name__}; take the plain model, as coterie.Policy.of(model).with_adapter(Lora(rank=16), "
-                "seed=0), or merge the adapter first: model.merge_and_unload()"
-            )
     policy = policy if isinstance(policy, Policy) else Policy.of(policy)
     policy = policy.recomputing() if recipe.optimiser.activation_checkpointing else policy
-    reference = Policy.of(reference) if isinstance(reference, PreTrainedModel) else reference
+    reference = reference if reference is None or isinstance(reference, Policy) else Policy.of(reference)
     _check_tokens(policy.model.get_input_embeddings().weight.shape[0], prompts, completions)
 
     advantages = _advantages(recipe, rewards)  # [P, G]

@@ -168,7 +168,7 @@ def test_the_random_start_depends_on_the_seed_alone(make_model):
     assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     model = make_model("qwen3")
     state = torch.random.get_rng_state()
-    Policy(model, "stream").with_adapter(Lora(rank=2), seed=3)
+    Policy.of(model).with_adapter(Lora(rank=2), seed=3)
     assert torch.equal(state, torch.random.get_rng_state())
 
 

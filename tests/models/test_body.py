@@ -1,6 +1,7 @@
 """Our forward pass of the Llama family, and attention in a cascade, give what the slow and obvious ways give."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_states_and_every_gradient_equal_those_of_the_models_own_layers(make_mod
     model = ours.model.double()
     weights = torch.randn(NUM_TOKENS, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     found = []
-    for policy in (ours, Policy(model, "stream")):
+    for policy in (ours, replace(ours, body=None)):
         model.zero_grad()
         states = policy.run(*some_stream(), StreamLayout(SEGMENTS))
         (states * weights).sum().backward()

@@ -337,5 +337,5 @@ def test_a_model_that_decoding_changes_is_sampled_through_its_own_cache():
     """Its convolutions read the token before, which stands elsewhere in the stream."""
     model = tiny_model("lfm2", grown=True)
     with pytest.warns(UserWarning, match="Lfm2ForCausalLM can't be decoded natively"):
-        engine = make_engine(Policy(model, "stream"))
+        engine = make_engine(Policy(model, "stream", dict.fromkeys(range(model.config.num_hidden_layers))))
     assert isinstance(engine, PaddedEngine)

@@ -29,7 +29,7 @@ def gradient(groups, case):
     torch.manual_seed(0)
     shape = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8,
              "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
-    policy = Policy(AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **shape)).double(), "stream")
+    policy = Policy.of(AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **shape)).double())
     recipe = make_recipe({**FIXED, **CASES[case]})
     settings = UpdateSettings.of(recipe, kl_weight=recipe.loss.kl_weight, entropy_weight=0.0, temperature=1.0)
     lengths = [len(row.tokens) for _, rows in groups for row in rows]

@@ -31,8 +31,8 @@ def runs(tmp_path_factory):
     kinds = {
         "plain": ("equations_sft", SMALL),
         "lora": ("equations_sft", [*SMALL, LORA]),
-        "scorer": ("equations_reward_model", SMALL),
-        "lora_scorer": ("equations_reward_model", [*SMALL, LORA]),
+        "scorer": ("equations_reward_model", [*SMALL, "cold_start.steps=6"]),
+        "lora_scorer": ("equations_reward_model", [*SMALL, "cold_start.steps=6", LORA]),
     }
     for name, (recipe, overrides) in kinds.items():
         coterie.train(recipe, overrides=overrides, out=str(home / name))
