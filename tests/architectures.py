@@ -49,6 +49,7 @@ _OWN: dict[str, dict[str, object]] = {
     **dict.fromkeys(("bert", "big_bird", "electra", "ernie", "megatron-bert", "rembert", "roc_bert", "roformer"), _DECODER),
     **dict.fromkeys(("camembert", "data2vec-text", "roberta", "roberta-prelayernorm"), _DECODER),
     **dict.fromkeys(("xlm-roberta", "xlm-roberta-xl", "xmod", "bert-generation"), _DECODER),
+    "dory": {"layer_types": ["sliding_attention", "full_attention"] * 2, "n_input_layers": 1, "n_output_layers": 1, "n_recurrent_layers": 2},
     "codegen": {"rotary_dim": 4},
     "gptj": {"rotary_dim": 4},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},

@@ -45,6 +45,9 @@ def serve(model: PreTrainedModel) -> Policy:
             "Policy.of(model).with_adapter(Lora(rank=16), seed=0), or merge them first: model.merge_and_unload()"
         )
     model.eval()
+    text = model.config.get_text_config()
+    if getattr(text, "attn_logit_softcapping", None) and text._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")  # in sdpa transformers 5.17 leaves the limit on scores out, silently
     with torch.random.fork_rng(devices=[]), _without_gradients(model):
         specimen = _specimen(model)
         with _without_gradients(specimen):
