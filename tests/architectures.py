@@ -51,6 +51,18 @@ _OWN: dict[str, dict[str, object]] = {
     **dict.fromkeys(("xlm-roberta", "xlm-roberta-xl", "xmod", "bert-generation"), _DECODER),
     "dory": {"layer_types": ["sliding_attention", "full_attention"] * 2, "n_input_layers": 1, "n_output_layers": 1, "n_recurrent_layers": 2},
     "codegen": {"rotary_dim": 4},
+    "emu3_text_model": {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1},
+    "mllama_text_model": {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, "cross_attention_layers": [1]},
+    "gemma3": {"mm_tokens_per_image": 4},
+    "gemma4_unified_text": {"pad_token_id": 0},
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "reformer": {"is_decoder": True},
+    "zamba": {"num_hidden_layers": 6, "num_key_value_heads": 4, "attn_layer_period": 3, "attn_layer_offset": 2,
+              "layer_types": ["mamba", "mamba", "hybrid"] * 2, "attention_hidden_size": 64, "attention_head_dim": 16,
+              "mamba_d_state": 8, "mamba_dt_rank": 4, "n_mamba_heads": 2, "use_mamba_kernels": False},
+    "zamba2": {"num_hidden_layers": 5, "num_key_value_heads": 4, "num_mem_blocks": 1, "attention_hidden_size": 64,
+               "layer_types": ["mamba", "hybrid", "mamba", "hybrid", "mamba"], "hybrid_layer_ids": [1, 3], "attention_head_dim": 16,
+               "mamba_d_state": 8, "n_mamba_heads": 4, "mamba_headdim": 16, "mamba_ngroups": 1, "use_mamba_kernels": False},
     "gptj": {"rotary_dim": 4},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8},
@@ -70,14 +82,8 @@ _OWN: dict[str, dict[str, object]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
              "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2}},
     "gemma3n_text": {**_BY_LAYER, "intermediate_size": [48] * 4, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 4},
-    "gemma4_text": {**_BY_LAYER, "global_head_dim": 8, "num_global_key_value_heads": 2},
+    "gemma4_text": {**_BY_LAYER, "global_head_dim": 8, "num_global_key_value_heads": 2, "pad_token_id": 0},
 }  # fmt: skip
-# Models that see pictures too, and hold the configuration of their text in another one
-_EYES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-_WITH_PICTURES: dict[str, dict[str, object]] = {
-    "gemma3": {"vision_config": {**_EYES, "image_size": 28, "patch_size": 14}, "mm_tokens_per_image": 4},
-}
-
 _YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 8}
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 10000.0}
 # What an architecture's configuration can make of it
@@ -169,8 +175,11 @@ NOT_ON_THE_STREAM = {
 
 
 def tiny_config(architecture: str, **settings: object) -> PretrainedConfig:
-    """A small configuration; `settings` go before what is chosen here."""
-    kind = CONFIG_MAPPING[architecture]
+    """A small configuration, with those inside it; `settings` go before what is chosen here."""
+    return _tiny(CONFIG_MAPPING[architecture], architecture, settings)
+
+
+def _tiny(kind: type[PretrainedConfig], architecture: str, settings: dict[str, object]) -> PretrainedConfig:
     default = kind()
     stated = default.to_dict()
     known = {*stated, *default.attribute_map}
@@ -181,8 +190,9 @@ def tiny_config(architecture: str, **settings: object) -> PretrainedConfig:
     if kinds := stated.get("layer_types"):
         kinds = list(dict.fromkeys(kinds))
         chosen["layer_types"] = kinds if len(kinds) > 1 else kinds * _LAYERS
-    if architecture in _WITH_PICTURES:
-        chosen |= {"text_config": tiny_config(f"{architecture}_text").to_dict(), **_WITH_PICTURES[architecture]}
+    for name in getattr(kind, "sub_configs", {}):
+        if isinstance(inner := getattr(default, name, None), PretrainedConfig):
+            chosen[name] = _tiny(type(inner), inner.model_type, {}).to_dict()
     chosen |= _OWN.get(architecture, {}) | settings
     if "layer_types" in chosen and "layer_types" in known:
         count = len(chosen["layer_types"])

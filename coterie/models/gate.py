@@ -90,7 +90,8 @@ def _in_a_line(error: Exception) -> str:
         return str(error)
     if isinstance(error, AttributeError | TypeError) and "_Seen" in str(error):
         return "it computes with its masks by itself"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    said = (str(error).strip().splitlines() or [""])[0]
+    return f"its own code fails there: {type(error).__name__}: {said}"[:200]
 
 
 @contextmanager
