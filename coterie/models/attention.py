@@ -68,18 +68,16 @@ def stream_attention(model: PreTrainedModel, layout: Layout, windows: Windows, n
     windows: what `observed` found.
     """
     name = _UNMASKED if has_own_attention(model) else name
-    configs = (model.config, model.config.get_text_config())  # the same one, unless the model sees pictures too
-    before = [(config, config._attn_implementation) for config in configs]
+    config = model.config.get_text_config()
+    before = config._attn_implementation
     token = _acting.set((layout, windows))
     try:
-        for config, _ in before:
-            config._attn_implementation = name
+        config._attn_implementation = name
         with replaced_attention(model, _attend_with_slopes):
             yield
     finally:
         _acting.reset(token)
-        for config, implementation in before:
-            config._attn_implementation = implementation
+        config._attn_implementation = before
 
 
 @torch.no_grad()
