@@ -1,4 +1,4 @@
-"""What leaving the value model out saves (R17): GRPO and PPO updates on the same samples, at two model sizes.
+"""What leaving the value model out saves: GRPO and PPO updates on the same samples, at two model sizes.
 
 `python benchmarks/grpo_vs_ppo.py` runs each side in a process of its own, in turn, and writes
 benchmarks/results/grpo_vs_ppo.json: bytes of parameters, gradients and optimiser state that are trained, the process's peak

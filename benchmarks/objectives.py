@@ -44,7 +44,7 @@ METHODS: dict[str, dict] = {
     },
     # a sum over the completion's tokens of unscaled advantages: a gradient many times as long, held by its norm's clip
     "rloo": {"preset": "rloo"},
-    # R12's control: the same objective held to the start instead of a moving average
+    # The control: the same objective held to the start instead of a moving average
     "anchored, frozen": {"preset": "anchored", "reference": {"kind": "frozen"}},
     # rewards go up to 9: a value model that may move 0.2 a batch never gets there, and its clip is set out of the way
     "ppo": {"preset": "ppo", "value": {"learning_rate": 5.0e-3, "clip": 10, "warmup_steps": 4, "trace": 1.0}},
@@ -101,7 +101,7 @@ def train_here(recipe: str, out: str) -> None:
 
 
 def after_training(folder: Path, start: Path) -> dict:
-    """How far the trained model is from its start, and whether it still can do what it learned before (R12).
+    """How far the trained model is from its start, and whether it still can do what it learned before.
 
     kl_from_start: nats per token, on its own held-out samples. one_step_accuracy: greedy answers to equations of one step,
     which the cold start showed and reinforcement learning did not.

@@ -1,4 +1,4 @@
-"""How the cost of training and sampling grows, beside the way that gives every completion a copy of its prompt (R31).
+"""How the cost of training and sampling grows, beside the way that gives every completion a copy of its prompt.
 
 `python benchmarks/scaling.py` varies one of five quantities at a time: the size of the group, the prompt's and the
 completions' length, the vocabulary, the model. Each point is measured in processes of their own, the two sides in turn:

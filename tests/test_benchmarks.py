@@ -61,7 +61,7 @@ def test_the_tables_of_the_measured_page_are_the_results_files():
         assert f"benchmarks/results/{name}.svg" in page
 
 
-def test_r12_a_moving_and_a_frozen_anchor_were_compared_on_the_same_work():
+def test_a_moving_and_a_frozen_anchor_were_compared_on_the_same_work():
     methods = json.loads((ROOT / "benchmarks" / "results" / "objectives.json").read_text())["methods"]
     moving, frozen = methods["anchored"], methods["anchored, frozen"]
     assert [row["seed"] for row in moving] == [row["seed"] for row in frozen]
@@ -71,7 +71,7 @@ def test_r12_a_moving_and_a_frozen_anchor_were_compared_on_the_same_work():
         assert {"accuracy", "kl_from_start", "one_step_accuracy"} <= one.keys() & other.keys()
 
 
-def test_r17_what_grpo_trains_is_at_most_0_55_of_what_ppo_trains():
+def test_what_grpo_trains_is_at_most_0_55_of_what_ppo_trains():
     page = (ROOT / "docs" / "objectives" / "measured.md").read_text(encoding="utf-8")
     sizes = json.loads((ROOT / "benchmarks" / "results" / "grpo_vs_ppo.json").read_text())["sizes"]
     assert len(sizes) >= 2
@@ -279,7 +279,7 @@ def test_rewards_measures_answers(load):
     assert len(rewards.table_of_answers(found)) == 5
 
 
-def test_r18_r20_r33_what_rewards_have_to_withstand_is_measured_held_and_shown():
+def test_what_rewards_have_to_withstand_is_measured_held_and_shown():
     pages = "".join((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("rewards", "sandbox"))
     results = ROOT / "benchmarks" / "results"
     parts = json.loads((results / "rewards.json").read_text())["parts"]

@@ -81,7 +81,7 @@ def test_what_is_named_as_a_key_is_hidden(text, masked):
         "key_variable: the environment variable OPENAI_API_KEY is not set, and the key is taken from it",
         "key_variable: OPENAI_API_KEY", "password: must be set", "eos_token: </s>", "pad_token='<pad>', token=5, max_tokens=300",
         "the key 'x' stands twice", "the key: value", "a basic understanding of misunderstandings", "git@github.com:me/x",
-        "test_r8_the_functions_of_a_user_that_are_shown0/run", "hf_text_of_the_whole_row", "ssh://git@host/x", "https://example.org/v1?page=2", "3 = 1 + 2: so x = key", "The cookie: 3 eggs",
+        "test_the_functions_of_a_user_that_are_shown0/run", "hf_text_of_the_whole_row", "ssh://git@host/x", "https://example.org/v1?page=2", "3 = 1 + 2: so x = key", "The cookie: 3 eggs",
         "sk-learn-like-a-really-long-name", "the password has 12 characters", "models--a--b/snapshots/0a1b2c3d0a1b2c3d0a1b2c3d0a1b2c3d",
         "runs/try-0a1b2c3d0a1b2c3d0a1b2c3d0a1b2c3d/model", "model-00001-of-00002.safetensors", "Qwen3-0.6B-GPTQ-Int4", "--key-words -u", "tests_of_what_a_function_does_in_123456789012345678901",
         "layers.0.self_attn.k_proj.weight",

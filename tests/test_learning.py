@@ -1,4 +1,4 @@
-"""Learning that must happen: rewards and accuracy rise by margins that no chance explains (R1, R15, R19, R27)."""
+"""Learning that must happen: rewards and accuracy rise by margins that no chance explains."""
 
 import json
 
@@ -13,7 +13,7 @@ def summary_of(run):
 
 
 @pytest.mark.slow
-def test_r30_the_starter_task_is_learned_from_nothing(tmp_path):
+def test_the_starter_task_is_learned_from_nothing(tmp_path):
     """A fresh model that writes random bytes learns to write letters: the intervals are far apart."""
     write_starter(tmp_path / "mytask")
     run = coterie.train(
@@ -26,7 +26,7 @@ def test_r30_the_starter_task_is_learned_from_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_r27_a_policy_that_guesses_learns_to_write_the_steps(tmp_path):
+def test_a_policy_that_guesses_learns_to_write_the_steps(tmp_path):
     """The main job, shortened: a cold start that is right in some answers, and GRPO that makes it right in many more."""
     run = coterie.train(
         "equations",

@@ -1,4 +1,4 @@
-"""Keyed noise (R1, R6): the same keys give the same numbers, whatever the batch is."""
+"""Keyed noise: the same keys give the same numbers, whatever the batch is."""
 
 import itertools
 from collections import Counter

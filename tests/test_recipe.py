@@ -1,4 +1,4 @@
-"""Recipes (R8, R30, R35): strict, explained, and the same after a round trip."""
+"""Recipes: strict, explained, and the same after a round trip."""
 
 import os
 import subprocess
@@ -81,7 +81,7 @@ def test_every_bundled_recipe_is_the_same_after_a_round_trip(path, tmp_path):
     assert load_recipe(str(resolved)).to_yaml() == recipe.to_yaml()
 
 
-def test_r27_the_quick_start_is_equations_with_six_and_three_points():
+def test_the_quick_start_is_equations_with_six_and_three_points():
     recipe = load_recipe("equations")
     assert (recipe.task, [spec.weight for spec in recipe.rewards]) == ("equations", [6, 3])
 
@@ -531,7 +531,7 @@ def test_files_beside_a_recipe_are_found_from_anywhere(tmp_path, monkeypatch):
         ("right_answer", "your own is module:function"),
     ],
 )
-def test_r30_a_reward_that_is_not_there_is_named(function, word):
+def test_a_reward_that_is_not_there_is_named(function, word):
     with pytest.raises(UserError, match=word):
         load_rewards(made(rewards=[function]).rewards)
 
@@ -541,7 +541,7 @@ def test_a_recipe_cannot_be_changed_once_made():
         made().steps = 3
 
 
-def test_r22_files_that_a_reward_s_options_name_are_found_beside_the_recipe(tmp_path):
+def test_files_that_a_reward_s_options_name_are_found_beside_the_recipe(tmp_path):
     """Of a function of the user's what is written as a path; of a built-in reward the options that are paths."""
     for name in ("model", "lists", "judge"):
         (tmp_path / name).mkdir()

@@ -1,4 +1,4 @@
-"""`coterie score`: rewards over completions of a file or a run, without a model (R23, R33)."""
+"""`coterie score`: rewards over completions of a file or a run, without a model."""
 
 import itertools
 import json
@@ -80,7 +80,7 @@ def table(printed, title):
     return {row[0]: row[1:] for row in rows}
 
 
-def test_r33_the_command_prints_parts_spread_failures_and_time(write, tmp_path):
+def test_the_command_prints_parts_spread_failures_and_time(write, tmp_path):
     """By hand: lengths 2, 4, 4, 1, 0, 1; in groups (2, 4), (4, 1, 0) and one alone."""
     recipe, rows = write({"length": 1, "starts": 2}, ROWS)
     out = tmp_path / "scores.jsonl"
@@ -108,7 +108,7 @@ def test_r33_the_command_prints_parts_spread_failures_and_time(write, tmp_path):
     assert "a question" in written[5]["failures"]["starts"]
 
 
-def test_r33_chats_are_scored_as_in_training(write, capsys):
+def test_chats_are_scored_as_in_training(write, capsys):
     prompt = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     answer = [{"role": "assistant", "content": "four"}]
     recipe, rows = write(
@@ -228,7 +228,7 @@ def test_what_can_t_be_scored_is_refused(write, tmp_path):
         score_completions("equations_reward_model", rows, [], None)
 
 
-def test_r33_what_a_run_recorded_is_scored_as_it_was(tiny_recipe, tmp_path, capsys):
+def test_what_a_run_recorded_is_scored_as_it_was(tiny_recipe, tmp_path, capsys):
     folder = coterie.train("equations", overrides=[*tiny_recipe, "steps=2"], out=str(tmp_path / "run")).folder
     capsys.readouterr()
     score_completions(str(folder / "recipe.yaml"), str(folder), [], tmp_path / "out.jsonl")

@@ -102,7 +102,7 @@ def policy_gradient_loss(ratio: Tensor, advantages: Tensor) -> Tensor:
 
 
 def anchor_logprobs(policy_logprobs: Tensor, reference_logprobs: Tensor, *, alpha: float) -> Tensor:
-    """log of pi_bar = alpha * pi_theta + (1 - alpha) * pi_ref, made on the fly (R9): [N], [N] -> [N].
+    """log of pi_bar = alpha * pi_theta + (1 - alpha) * pi_ref, made on the fly: [N], [N] -> [N].
 
     Raises ValueError for alpha outside [0, 1): at 1 the anchor is the policy itself, and nothing would be learned.
     """
@@ -118,7 +118,7 @@ def anchor_logprobs(policy_logprobs: Tensor, reference_logprobs: Tensor, *, alph
 def anchored_loss(
     policy_logprobs: Tensor, reference_logprobs: Tensor, weights: Tensor, *, alpha: float, beta: float
 ) -> Tensor:
-    """-weight * log sigmoid(beta * (log pi_theta - log pi_bar)) (R10): [N] each, or [B] each for whole sequences.
+    """-weight * log sigmoid(beta * (log pi_theta - log pi_bar)): [N] each, or [B] each for whole sequences.
 
     The log-ratio can't exceed -log(alpha). With z the log-ratio, the gradient is
     -weight * beta * sigmoid(-beta * z) * (1 - alpha) * pi_ref / pi_bar times that of log pi_theta.

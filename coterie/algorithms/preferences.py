@@ -1,4 +1,4 @@
-"""Losses on preference pairs: DPO (R14), and the reward model's (R16).
+"""Losses on preference pairs: DPO, and the reward model's.
 
 Legend: B pairs.
 """

@@ -1,4 +1,4 @@
-"""A language model's body with one output in place of its vocabulary: a value model (R13), or a reward model (R16).
+"""A language model's body with one output in place of its vocabulary: a value model, or a reward model.
 
 Legend: T tokens of the stream, N completion tokens, B rows, D width.
 """

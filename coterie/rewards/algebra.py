@@ -1,4 +1,4 @@
-"""What of comparing answers needs algebra (R18). Runs in workers only: it imports sympy, and a text can make it spin.
+"""What of comparing answers needs algebra. Runs in workers only: it imports sympy, and a text can make it spin.
 
 math-verify's grammar reads the LaTeX, which never goes through Python's eval. Sets and inequalities are then compared by math-verify,
 and expressions by their values, at points that are always the same and to 60 digits: math-verify rounds, so that a small difference

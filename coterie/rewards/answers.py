@@ -1,4 +1,4 @@
-"""The built-in reward `answer` (R18): does a completion's answer have the value of the right one? Nothing here imports torch."""
+"""The built-in reward `answer`: does a completion's answer have the value of the right one? Nothing here imports torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a completion takes back one of its own steps, the "aha" of a model that checks itself (R26).
+"""Whether a completion takes back one of its own steps, the "aha" of a model that checks itself.
 
 A sign to look at, not to pay for: paid for, it is learned as a phrase. Its weight in a recipe is 0.
 """

@@ -1,4 +1,4 @@
-"""A language model behind an OpenAI-compatible endpoint as a judge (R22): by a scale, in pairs, or ranking a group.
+"""A language model behind an OpenAI-compatible endpoint as a judge: by a scale, in pairs, or ranking a group.
 
 Legend: a group is the completions of one prompt; equal completions of a group are judged once.
 """

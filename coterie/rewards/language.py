@@ -1,4 +1,4 @@
-"""Whether a completion keeps to the language of its prompt (R21).
+"""Whether a completion keeps to the language of its prompt.
 
 Scripts decide first: Han against Latin needs no statistics and holds for two characters. Only languages that share
 a script are told apart by their words and by py3langid, and only where there is enough text.

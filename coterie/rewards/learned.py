@@ -1,4 +1,4 @@
-"""A reward model as a reward (R16, R22): trained on pairs that people preferred, then frozen."""
+"""A reward model as a reward: trained on pairs that people preferred, then frozen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rewards for worked solutions: arithmetic in any words, and linear equations (R19).
+"""Rewards for worked solutions: arithmetic in any words, and linear equations.
 
 A claimed equality is checked in exact fractions. A solution is followed by its numbers: a step takes numbers that the
 problem or an earlier step gave, and makes a new one. Where each step does one operation, and they lead to the answer,

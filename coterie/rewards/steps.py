@@ -1,4 +1,4 @@
-"""Rewards for worked solutions of linear equations: each written step must really follow (R19).
+"""Rewards for worked solutions of linear equations: each written step must really follow.
 
 A solution is a chain of equations in one unknown. Every line is compared, in exact fractions, with the equation it has to
 follow from; the last line answers. With the weights 6 and 3 a lucky guess gets 6 points, a right and terse solution 8, a

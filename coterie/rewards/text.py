@@ -1,4 +1,4 @@
-"""Rewards for the shape of a text: its format, its length, and how much it repeats itself (R18).
+"""Rewards for the shape of a text: its format, its length, and how much it repeats itself.
 
 All are linear in the length of a completion, whatever stands in it; a pattern of the user's own has a time limit.
 """

@@ -1,4 +1,4 @@
-"""Whether two answers are the same mathematical value (R18): their structure, and plain numbers in exact fractions.
+"""Whether two answers are the same mathematical value: their structure, and plain numbers in exact fractions.
 
 A text is tidied to one spelling, read as a value of one of the kinds below, and the values are compared. What needs algebra is
 asked of a function, so that this file can run in the trainer: it evaluates nothing that it reads, and the work that a text can

@@ -1,4 +1,4 @@
-"""Signs that a reward is being hacked, or has nothing left to teach, read from the figures of a run (R33).
+"""Signs that a reward is being hacked, or has nothing left to teach, read from the figures of a run.
 
 A rule looks at series, which hold one number for each step from step 1 on, NaN where a step has none, and says what holds at
 their end, with the figures. A sign is a reason to read completions, not a verdict.

@@ -1,4 +1,4 @@
-"""The user's own prompts: JSONL, Parquet or a hub data set, as text or as chat messages (R30)."""
+"""The user's own prompts: JSONL, Parquet or a hub data set, as text or as chat messages."""
 
 from __future__ import annotations
 

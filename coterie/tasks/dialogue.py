@@ -1,4 +1,4 @@
-"""Polite, on-topic answers in the question's language, in English and Chinese, preferred to answers that are not (R29).
+"""Polite, on-topic answers in the question's language, in English and Chinese, preferred to answers that are not.
 
 Questions come from a small grammar (`phrases.py`). Whether one is held out depends on its content alone, so all its wordings, in
 both languages, are on the same side. Preferences are pairs of a good answer and one with a flaw; the rules that an evaluation

@@ -1,4 +1,4 @@
-"""Linear equations in English and Chinese, to be solved with every step written (R27).
+"""Linear equations in English and Chinese, to be solved with every step written.
 
 `ax + b = c` with a in 2..9, b in -9..9 without 0, x in 1..9, and c of 1 or more. Whether an equation is held out depends on its numbers
 alone, so both languages of one are on the same side; the two that the documentation shows are always held out.

@@ -1,4 +1,4 @@
-"""What is asked and answered in the dialogue task, in English and Chinese, and the rules that an answer is judged by (R29).
+"""What is asked and answered in the dialogue task, in English and Chinese, and the rules that an answer is judged by.
 
 A content is a subject, a thing and a detail of it: the weather, Paris, tomorrow. Every sentence that answers names both,
 and no phrase names another, so that a rule can tell what an answer is about. What an answer claims is made up.

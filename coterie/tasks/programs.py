@@ -1,4 +1,4 @@
-"""Python functions to be written from a few examples of what they do, judged by running them (R28).
+"""Python functions to be written from a few examples of what they do, judged by running them.
 
 A prompt shows two calls and their results, `f(0) = 7; f(100) = 307`; the answer is a function's source. It is judged by its
 results on other inputs, which the prompt does not show; of a list or text they have other lengths, values and orders. Which

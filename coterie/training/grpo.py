@@ -1,4 +1,4 @@
-"""Group-relative policy optimisation: the loop (R1).
+"""Group-relative policy optimisation: the loop.
 
 prompts -> completions -> rewards -> advantages -> stream -> log-probabilities -> objective -> weights, a line each.
 """
@@ -165,7 +165,7 @@ def evaluate_on_the_way(
 
 
 def rollout_metrics(scored: Scored, signal: Tensor) -> Tally:
-    """What the samples of a step were like (R36): rewards, groups without signal [P], entropy, lengths, truncation."""
+    """What the samples of a step were like: rewards, groups without signal [P], entropy, lengths, truncation."""
     tally = Tally()
     valid = scored.valid
     completions = [completion for group in scored.groups for completion in group.completions]

@@ -249,7 +249,7 @@ def _checked(per_token: Tensor, terms: TokenTerms) -> Tensor:
 
 @torch.no_grad()
 def _add_ratio_metrics(terms: TokenTerms, settings: UpdateSettings, tally: Tally) -> None:
-    """How far the policy is from the one that sampled, and how often each clip bound acts (R36)."""
+    """How far the policy is from the one that sampled, and how often each clip bound acts."""
     loss = settings.loss
     ratio = terms.ratio(loss.ratio)
     low, high = terms.bounds(loss.clip_bounds, loss.clip_low, loss.clip_high)

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation with a trained value model: the loop (R13).
+"""Proximal policy optimisation with a trained value model: the loop.
 
 It differs from GRPO's in one thing: what a token's advantage is measured against. There the group's mean, here what a second
 model, trained beside the policy, expected at that token.

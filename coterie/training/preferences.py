@@ -1,4 +1,4 @@
-"""Learning from preference pairs: DPO (R14) and the reward model (R16), a loop each.
+"""Learning from preference pairs: DPO and the reward model, a loop each.
 
 A pair is a group of two on the stream: the prompt once, then the preferred completion, then the other.
 """

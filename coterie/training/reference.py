@@ -1,4 +1,4 @@
-"""The policy that the trained one is held near: frozen, moving after it, or replaced by it now and then (R11)."""
+"""The policy that the trained one is held near: frozen, moving after it, or replaced by it now and then."""
 
 from __future__ import annotations
 

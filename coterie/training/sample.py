@@ -144,7 +144,7 @@ def with_overlong(scored: Scored, settings: Overlong, limit: int) -> Scored:
 
 @section("reference")
 def with_kl(scored: Scored, policy: Policy, reference: Policy, recipe: Recipe, *, weight: float) -> Scored:
-    """The KL to the reference in the reward: -weight * its sum over each completion, as a part of its own (R5)."""
+    """The KL to the reference in the reward: -weight * its sum over each completion, as a part of its own."""
     if not scored.valid.any():
         return scored
     streams = streams_of(scored, recipe.optimiser.micro_batch_tokens)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on a task's demonstrations (R15): the cold start, or a method of its own."""
+"""Supervised fine-tuning on a task's demonstrations: the cold start, or a method of its own."""
 
 from __future__ import annotations
 

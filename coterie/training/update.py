@@ -1,4 +1,4 @@
-"""`coterie.update`: one policy update, for people with a loop of their own (R8)."""
+"""`coterie.update`: one policy update, for people with a loop of their own."""
 
 from __future__ import annotations
 

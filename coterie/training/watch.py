@@ -1,4 +1,4 @@
-"""Figures that say a run is going wrong, step by step (R36): an event when one begins, and where asked for, the end of the run."""
+"""Figures that say a run is going wrong, step by step: an event when one begins, and where asked for, the end of the run."""
 
 from __future__ import annotations
 

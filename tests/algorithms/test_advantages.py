@@ -1,4 +1,4 @@
-"""Group advantages (R2), and one reward for a whole sequence (R7)."""
+"""Group advantages, and one reward for a whole sequence."""
 
 import itertools
 import math
@@ -38,7 +38,7 @@ def advantages_of(*rewards: list[float], scale: str, dtype: torch.dtype = torch.
         ([6, 8, 9], "none", [-1.67, 0.33, 1.33]),
     ],
 )
-def test_r2_worked_examples_come_out_to_the_printed_digits(rewards, scale, printed, dtype):
+def test_worked_examples_come_out_to_the_printed_digits(rewards, scale, printed, dtype):
     got = group_advantages(torch.tensor([rewards], dtype=dtype), scale=scale)[0]
     assert [round(a, 2) for a in got.tolist()] == printed
 
@@ -46,18 +46,18 @@ def test_r2_worked_examples_come_out_to_the_printed_digits(rewards, scale, print
 @pytest.mark.parametrize(
     ("rewards", "scale", "printed"), [([3.8, 5.2, 6.1], "sample", 1.16), ([6, 8, 9], "population", 1.25)]
 )
-def test_r2_the_std_of_the_worked_examples_is_the_printed_one(rewards, scale, printed):
+def test_the_std_of_the_worked_examples_is_the_printed_one(rewards, scale, printed):
     """The std is what stands between the mean-only and the normalised advantage."""
     plain, scaled = (advantages_of(rewards, scale=s)[0][0] for s in ("none", scale))
     assert round(plain / scaled, 2) == printed
 
 
-def test_r2_default_scale_is_the_sample_std():
+def test_default_scale_is_the_sample_std():
     rewards = torch.tensor([[6.0, 8.0, 9.0]])
     assert torch.equal(group_advantages(rewards), group_advantages(rewards, scale="sample"))
 
 
-def test_r2_batch_scale_divides_by_the_std_of_all_rewards_but_subtracts_each_group_mean():
+def test_batch_scale_divides_by_the_std_of_all_rewards_but_subtracts_each_group_mean():
     """0, 2, 4, 10: mean 4, squares 16 + 4 + 0 + 36 = 56, sample variance 56 / 3. Group means 1 and 7."""
     std = math.sqrt(56 / 3)
     expected = [[-1 / std, 1 / std], [-3 / std, 3 / std]]
@@ -66,12 +66,12 @@ def test_r2_batch_scale_divides_by_the_std_of_all_rewards_but_subtracts_each_gro
     )
 
 
-def test_r2_groups_do_not_look_at_one_another():
+def test_groups_do_not_look_at_one_another():
     together = advantages_of([0, 1, 1], [5, -7, 30], scale="sample")
     assert together == advantages_of([0, 1, 1], scale="sample") + advantages_of([5, -7, 30], scale="sample")
 
 
-def test_r2_epsilon_is_added_to_the_std():
+def test_epsilon_is_added_to_the_std():
     """Rewards 0 and 2 have the population std 1: with an epsilon of 1 the advantages are halved."""
     got = group_advantages(torch.tensor([[0.0, 2.0]], dtype=torch.float64), scale="population", epsilon=1.0)
     assert got.tolist() == [[-0.5, 0.5]]
@@ -81,7 +81,7 @@ def test_r2_epsilon_is_added_to_the_std():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 16])
 @pytest.mark.parametrize("value", [0.95, 0.1, 1 / 3, 0.0, -2.7, 1e-7, 60000.0])
-def test_r2_flat_group_is_exactly_zero(value, size, dtype, scale):
+def test_flat_group_is_exactly_zero(value, size, dtype, scale):
     """The mean of 16 times 0.95 is not 0.95 in float32; its residue over a small epsilon must not become a signal.
 
     The second group has signal, so that no scale is degenerate for the batch.
@@ -92,31 +92,31 @@ def test_r2_flat_group_is_exactly_zero(value, size, dtype, scale):
 
 @given(value=st.floats(-(2.0**100), 2.0**100, width=32), size=st.integers(1, 24), scale=st.sampled_from(SCALES))
 @settings(max_examples=100, deadline=None)
-def test_r2_any_flat_group_is_exactly_zero(value, size, scale):
+def test_any_flat_group_is_exactly_zero(value, size, scale):
     rewards = torch.full((2, size), value, dtype=torch.float32)
     assert (group_advantages(rewards, scale=scale) == 0).all()
     assert not has_signal(rewards).any()
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_r2_a_flat_group_with_an_abstention_is_exactly_zero(scale):
+def test_a_flat_group_with_an_abstention_is_exactly_zero(scale):
     rewards = torch.tensor([[0.95] * 7 + [NAN], [NAN] * 8, [0.0] * 7 + [1.0]])
     assert (group_advantages(rewards, scale=scale)[:2] == 0).all()
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_r2_one_or_no_valid_reward_gives_zero(scale):
+def test_one_or_no_valid_reward_gives_zero(scale):
     rewards = torch.tensor([[NAN, 3.0, NAN], [NAN, NAN, NAN], [5.0, NAN, NAN]])
     assert group_advantages(rewards, scale=scale).tolist() == [[0.0] * 3] * 3
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_r2_a_group_of_one_gives_zero(scale):
+def test_a_group_of_one_gives_zero(scale):
     assert advantages_of([4.0], [9.0], scale=scale) == [[0.0], [0.0]]
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_r2_an_abstention_leaves_the_mean_and_the_std(scale):
+def test_an_abstention_leaves_the_mean_and_the_std(scale):
     """With or without the abstaining completion the others get the same."""
     with_nan = advantages_of([6, NAN, 8, 9], [1, 2, NAN, 4], scale=scale)
     without = advantages_of([6, 8, 9], [1, 2, 4], scale=scale)
@@ -127,7 +127,7 @@ def test_r2_an_abstention_leaves_the_mean_and_the_std(scale):
 
 @given(rewards=rewards_of_any_shape, scale=st.sampled_from(SCALES))
 @settings(max_examples=150, deadline=None)
-def test_r2_nothing_but_finite_numbers_comes_out(rewards, scale):
+def test_nothing_but_finite_numbers_comes_out(rewards, scale):
     rewards = torch.from_numpy(rewards)
     advantages = group_advantages(rewards, scale=scale)
     assert advantages.shape == rewards.shape
@@ -138,7 +138,7 @@ def test_r2_nothing_but_finite_numbers_comes_out(rewards, scale):
 
 @given(rewards=groups, scale=st.sampled_from(SCALES))
 @settings(max_examples=150, deadline=None)
-def test_r2_advantages_sum_to_zero_and_keep_the_order_of_the_rewards(rewards, scale):
+def test_advantages_sum_to_zero_and_keep_the_order_of_the_rewards(rewards, scale):
     got = advantages_of(rewards, scale=scale)[0]
     assert sum(got) == pytest.approx(0, abs=1e-9)
     for (r, a), (s, b) in itertools.combinations(zip(rewards, got, strict=True), 2):
@@ -148,21 +148,21 @@ def test_r2_advantages_sum_to_zero_and_keep_the_order_of_the_rewards(rewards, sc
 
 @given(rewards=groups, constant=st.integers(-1000, 1000), scale=st.sampled_from(SCALES))
 @settings(max_examples=100, deadline=None)
-def test_r2_adding_a_constant_changes_nothing(rewards, constant, scale):
+def test_adding_a_constant_changes_nothing(rewards, constant, scale):
     moved = [reward + constant for reward in rewards]
     assert advantages_of(moved, scale=scale)[0] == pytest.approx(advantages_of(rewards, scale=scale)[0], abs=1e-9)
 
 
 @given(rewards=groups, factor=st.sampled_from([0.5, 4.0, 1024.0]), scale=st.sampled_from(NORMALISING))
 @settings(max_examples=100, deadline=None)
-def test_r2_a_normalised_advantage_does_not_depend_on_the_unit_of_the_reward(rewards, factor, scale):
+def test_a_normalised_advantage_does_not_depend_on_the_unit_of_the_reward(rewards, factor, scale):
     scaled = [reward * factor for reward in rewards]
     assert advantages_of(scaled, scale=scale)[0] == pytest.approx(advantages_of(rewards, scale=scale)[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("scale", NORMALISING)
 @pytest.mark.parametrize("unit", [1e25, 1e37])
-def test_r2_very_large_rewards_are_normalised_like_small_ones(unit, scale):
+def test_very_large_rewards_are_normalised_like_small_ones(unit, scale):
     """Their squares overflow float32, they do not."""
     got = advantages_of([0.0, unit], [unit, 3 * unit], scale=scale, dtype=torch.float32)
     expected = advantages_of([0.0, 1.0], [1.0, 3.0], scale=scale)
@@ -170,7 +170,7 @@ def test_r2_very_large_rewards_are_normalised_like_small_ones(unit, scale):
 
 
 @pytest.mark.parametrize("scale", NORMALISING)
-def test_r2_rewards_as_far_apart_as_the_type_allows_do_not_become_nan(scale):
+def test_rewards_as_far_apart_as_the_type_allows_do_not_become_nan(scale):
     """The difference from the mean, -4e38, is more than float32 holds, though no reward is."""
     got = group_advantages(torch.tensor([[3e38, 3e38, -3e38]]), scale=scale)
     assert not got.isnan().any()
@@ -178,7 +178,7 @@ def test_r2_rewards_as_far_apart_as_the_type_allows_do_not_become_nan(scale):
 
 @given(data=st.data(), rewards=groups, scale=st.sampled_from(SCALES))
 @settings(max_examples=100, deadline=None)
-def test_r2_the_order_of_a_group_does_not_matter(data, rewards, scale):
+def test_the_order_of_a_group_does_not_matter(data, rewards, scale):
     order = data.draw(st.permutations(range(len(rewards))))
     moved = advantages_of([rewards[i] for i in order], scale=scale)[0]
     plain = advantages_of(rewards, scale=scale)[0]
@@ -187,25 +187,25 @@ def test_r2_the_order_of_a_group_does_not_matter(data, rewards, scale):
 
 @given(rewards=groups)
 @settings(max_examples=50, deadline=None)
-def test_r2_the_two_stds_differ_by_the_square_root_of_g_over_g_minus_one(rewards):
+def test_the_two_stds_differ_by_the_square_root_of_g_over_g_minus_one(rewards):
     size = len(rewards)
     sample, population = (advantages_of(rewards, scale=scale)[0] for scale in ("sample", "population"))
     assert population == pytest.approx([a * math.sqrt(size / (size - 1)) for a in sample], rel=1e-5)
 
 
-def test_r2_integer_and_boolean_rewards_are_numbers():
+def test_integer_and_boolean_rewards_are_numbers():
     """0, 0, 1: mean 1/3, sample variance (1/9 + 1/9 + 4/9) / 2 = 1/3."""
     for rewards in (torch.tensor([[0, 0, 1]]), torch.tensor([[False, False, True]])):
         got = group_advantages(rewards)[0].tolist()
         assert got == pytest.approx([-(3**-0.5), -(3**-0.5), 2 * 3**-0.5], rel=1e-5)
 
 
-def test_r2_a_batch_without_prompts_has_no_advantages():
+def test_a_batch_without_prompts_has_no_advantages():
     assert group_advantages(torch.zeros(0, 4)).shape == (0, 4)
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_r2_the_rewards_are_left_as_they_were(scale):
+def test_the_rewards_are_left_as_they_were(scale):
     rewards = torch.tensor([[1.0, NAN, 3.0], [2.0, 2.0, 2.0]])
     before = rewards.clone()
     group_advantages(rewards, scale=scale)
@@ -222,7 +222,7 @@ def test_r2_the_rewards_are_left_as_they_were(scale):
         (torch.tensor([[1.0, -math.inf]]), "none", "infinite"),
     ],
 )
-def test_r2_what_cannot_be_used_is_refused_with_what_was_given(rewards, scale, message):
+def test_what_cannot_be_used_is_refused_with_what_was_given(rewards, scale, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         group_advantages(rewards, scale=scale)
 
@@ -233,7 +233,7 @@ def test_has_signal_counts_groups_that_tell_their_completions_apart():
     assert has_signal(torch.tensor([[NAN, 1.0, 2.0]])).tolist() == [True]
 
 
-def test_r7_one_reward_a_sequence_needs_no_value_per_token():
+def test_one_reward_a_sequence_needs_no_value_per_token():
     """Rewards 0 and 1, completions of 2 and 1 tokens, at ratio 1: a token's gradient is -A / (length B).
 
     Mean only, A is -1/2 and 1/2: 1/8 for each of the two tokens, and -1/4 for the one.
@@ -248,7 +248,7 @@ def test_r7_one_reward_a_sequence_needs_no_value_per_token():
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_r7_the_group_mean_stands_in_for_the_state_value(size):
+def test_the_group_mean_stands_in_for_the_state_value(size):
     """Enumerated over every group: the expected gradient points where the expected reward's does.
 
     The mean holds the completion's own reward, which shortens it by exactly (G - 1) / G.
@@ -267,7 +267,7 @@ def test_r7_the_group_mean_stands_in_for_the_state_value(size):
     torch.testing.assert_close(got, exact * (size - 1) / size, atol=1e-12, rtol=0)
 
 
-def test_r33_the_std_of_a_group_leaves_out_who_abstains_and_is_exactly_0_where_all_are_equal():
+def test_the_std_of_a_group_leaves_out_who_abstains_and_is_exactly_0_where_all_are_equal():
     """The sample std of 1, 2, 4 is sqrt(7 / 3). Huge rewards do not overflow, and one reward alone has no std."""
     nan = math.nan
     rewards = torch.tensor(

@@ -1,4 +1,4 @@
-"""Aggregation of per-token losses (R6): four denominators, and the same sum however the batch is cut."""
+"""Aggregation of per-token losses: four denominators, and the same sum however the batch is cut."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ TOTALS = BatchTotals(num_rows=3, num_tokens=6, max_length=8)
         ("fixed_length", 28 / (3 * 8)),
     ],
 )
-def test_r6_the_four_aggregations_by_hand(aggregation, expected):
+def test_the_four_aggregations_by_hand(aggregation, expected):
     got = aggregate(VALUES, ROW, LENGTHS, aggregation=aggregation, totals=TOTALS)
     assert got.item() == pytest.approx(expected, rel=1e-14)
 
@@ -38,14 +38,14 @@ def test_r6_the_four_aggregations_by_hand(aggregation, expected):
         ("fixed_length", [1 / 24] * 6),
     ],
 )
-def test_r6_the_gradient_of_a_token_is_its_weight(aggregation, weights):
+def test_the_gradient_of_a_token_is_its_weight(aggregation, weights):
     values = VALUES.clone().requires_grad_()
     aggregate(values, ROW, LENGTHS, aggregation=aggregation, totals=TOTALS).backward()
     assert values.grad.tolist() == pytest.approx(weights, rel=1e-14)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_r6_completions_that_were_counted_and_left_out_still_weigh(aggregation):
+def test_completions_that_were_counted_and_left_out_still_weigh(aggregation):
     """A completion without signal is not in the stream, but in the totals: its loss counts as zero."""
     silent = torch.cat([VALUES[:4], torch.zeros(2, dtype=torch.float64)])
     everything = aggregate(silent, ROW, LENGTHS, aggregation=aggregation, totals=TOTALS)
@@ -53,7 +53,7 @@ def test_r6_completions_that_were_counted_and_left_out_still_weigh(aggregation):
     assert without.item() == pytest.approx(everything.item(), rel=1e-14)
 
 
-def test_r6_sequence_mean_and_token_mean_agree_for_equal_lengths():
+def test_sequence_mean_and_token_mean_agree_for_equal_lengths():
     row, lengths = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([2, 2, 2])
     by_sequence, by_token = (
         aggregate(VALUES, row, lengths, aggregation=name, totals=TOTALS) for name in ("sequence_mean", "token_mean")
@@ -61,7 +61,7 @@ def test_r6_sequence_mean_and_token_mean_agree_for_equal_lengths():
     assert by_sequence.item() == pytest.approx(by_token.item(), rel=1e-14)
 
 
-def test_r6_fixed_length_does_not_reward_a_longer_completion_with_a_smaller_step():
+def test_fixed_length_does_not_reward_a_longer_completion_with_a_smaller_step():
     """Per token the weight is the same in a long completion and in a short one; with sequence_mean it is not."""
     values = torch.ones(5, dtype=torch.float64, requires_grad=True)
     row, lengths = torch.tensor([0, 0, 0, 0, 1]), torch.tensor([4, 1])
@@ -77,7 +77,7 @@ batches = st.lists(st.lists(st.floats(-100, 100), min_size=1, max_size=5), min_s
 
 @given(batch=batches, data=st.data(), name=st.sampled_from(sorted(AGGREGATIONS)))
 @settings(max_examples=100, deadline=None)
-def test_r6_any_split_into_micro_batches_gives_the_same_sum(batch, data, name):
+def test_any_split_into_micro_batches_gives_the_same_sum(batch, data, name):
     totals = BatchTotals(len(batch), sum(map(len, batch)), max_length=7)
 
     def share_of(rows: list[list[float]]) -> torch.Tensor:
@@ -93,7 +93,7 @@ def test_r6_any_split_into_micro_batches_gives_the_same_sum(batch, data, name):
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_r6_the_sum_is_taken_in_the_type_of_the_values(aggregation):
+def test_the_sum_is_taken_in_the_type_of_the_values(aggregation):
     got = aggregate(VALUES.float(), ROW, LENGTHS, aggregation=aggregation, totals=TOTALS)
     assert got.dtype == torch.float32
     exact = aggregate(VALUES, ROW, LENGTHS, aggregation=aggregation, totals=TOTALS)

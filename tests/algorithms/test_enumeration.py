@@ -65,7 +65,7 @@ POLICY, SAMPLER, REFERENCE = table(1), table(2), table(3)
 
 
 def reward(completion: Completion) -> float:
-    """One number for the whole completion (R7), with no pattern: it depends on every token and on the length."""
+    """One number for the whole completion, with no pattern: it depends on every token and on the length."""
     return math.sin(1 + sum((place + 2) * (token + 1.7) for place, token in enumerate(completion))) + 0.4
 
 
@@ -178,17 +178,17 @@ def test_the_completions_are_all_there_is(logits):
         assert expectation(logits, lambda completion: 1.0, limit).item() == pytest.approx(1, abs=1e-14)
 
 
-# The policy gradient (R3, R7)
+# The policy gradient
 
 
 @pytest.mark.parametrize(("ratio", "aggregation"), [("token", "sequence_sum"), ("sequence", "sequence_mean")])
-def test_r7_the_policy_gradient_with_raw_rewards_is_that_of_the_expected_reward(logits, ratio, aggregation):
+def test_the_policy_gradient_with_raw_rewards_is_that_of_the_expected_reward(logits, ratio, aggregation):
     """A ratio of the whole completion stands at each of its tokens, so that their mean is taken and not their sum."""
     loss = loss_of(logits, objective="policy_gradient", settings={"ratio": ratio}, aggregation=aggregation)
     assert_same(expected_gradient(loss, logits, POLICY), -gradient_of_expected(reward))
 
 
-def test_r3_off_the_policy_the_ratio_of_the_whole_completion_is_exact(logits):
+def test_off_the_policy_the_ratio_of_the_whole_completion_is_exact(logits):
     """Sampled from another policy, the expected gradient is still that of the expected reward under the policy."""
     loss = loss_of(
         logits,
@@ -200,7 +200,7 @@ def test_r3_off_the_policy_the_ratio_of_the_whole_completion_is_exact(logits):
     assert_same(expected_gradient(loss, logits, SAMPLER), -gradient_of_expected(reward))
 
 
-def test_r3_the_sum_of_sequence_ratios_optimises_the_reward_times_the_length(logits):
+def test_the_sum_of_sequence_ratios_optimises_the_reward_times_the_length(logits):
     """The sum over tokens counts the one ratio of a completion as often as it has tokens."""
     loss = loss_of(logits, objective="policy_gradient", settings={"ratio": "sequence"}, sampler=SAMPLER)
     assert_same(
@@ -209,7 +209,7 @@ def test_r3_the_sum_of_sequence_ratios_optimises_the_reward_times_the_length(log
     )
 
 
-def test_r3_off_the_policy_the_token_ratio_is_biased(logits):
+def test_off_the_policy_the_token_ratio_is_biased(logits):
     """It leaves out the ratio of the earlier and of the later tokens.
 
     What it optimises is the expected reward of choosing one token with the policy, where the sampler led to the prefix
@@ -229,7 +229,7 @@ def test_r3_off_the_policy_the_token_ratio_is_biased(logits):
     assert angle_between(got, -gradient_of_expected(reward)) > 0.1
 
 
-def test_r3_off_the_policy_the_token_ratio_is_exact_for_one_token(logits):
+def test_off_the_policy_the_token_ratio_is_exact_for_one_token(logits):
     loss = loss_of(logits, objective="policy_gradient", settings={"ratio": "token"}, sampler=SAMPLER)
     assert_same(expected_gradient(loss, logits, SAMPLER, limit=1), -gradient_of_expected(reward, limit=1))
 
@@ -238,7 +238,7 @@ GROUPS = [(2, 3), (3, 2)]  # pairs of completions of up to three tokens, and tri
 
 
 @pytest.mark.parametrize(("size", "limit"), GROUPS)
-def test_r7_the_mean_of_the_others_as_baseline_leaves_the_gradient_exact(logits, size, limit):
+def test_the_mean_of_the_others_as_baseline_leaves_the_gradient_exact(logits, size, limit):
     """The mean of the others does not depend on the completion, so that it takes nothing away in expectation."""
     advantages = within_group(baseline="leave_one_out", scale="none")
     loss = loss_of(logits, objective="policy_gradient", settings={"ratio": "token"}, advantages=advantages)
@@ -247,7 +247,7 @@ def test_r7_the_mean_of_the_others_as_baseline_leaves_the_gradient_exact(logits,
 
 
 @pytest.mark.parametrize(("size", "limit"), GROUPS)
-def test_r7_the_group_mean_as_baseline_shortens_the_gradient(logits, size, limit):
+def test_the_group_mean_as_baseline_shortens_the_gradient(logits, size, limit):
     """The mean holds the completion's own reward: (G - 1) / G of the gradient is left, in the same direction."""
     advantages = within_group(baseline="group", scale="none")
     loss = loss_of(logits, objective="policy_gradient", settings={"ratio": "token"}, advantages=advantages)
@@ -255,11 +255,11 @@ def test_r7_the_group_mean_as_baseline_shortens_the_gradient(logits, size, limit
     assert_same(got, -gradient_of_expected(reward, limit) * (size - 1) / size)
 
 
-# The other objectives, on the policy (R4)
+# The other objectives, on the policy
 
 
 @pytest.mark.parametrize("name", ON_THE_POLICY)
-def test_r4_on_the_policy_the_objective_has_the_policy_gradient(logits, name):
+def test_on_the_policy_the_objective_has_the_policy_gradient(logits, name):
     """Clipped, softly gated or weighted: at a ratio of one each has the slope A, so that RLOO's estimate is exact."""
     loss = loss_of(
         logits,
@@ -272,7 +272,7 @@ def test_r4_on_the_policy_the_objective_has_the_policy_gradient(logits, name):
 
 @pytest.mark.parametrize("name", ["clip", "dual_clip", "cispo", "sapo"])
 @pytest.mark.parametrize("ratio", ["sequence_mean", "sequence_mean_token"])
-def test_r4_on_the_policy_a_length_normalised_ratio_divides_by_the_length_once(logits, name, ratio):
+def test_on_the_policy_a_length_normalised_ratio_divides_by_the_length_once(logits, name, ratio):
     """Each token of a completion holds the mean of its log-ratios; summed over its tokens, the division is undone.
 
     cispo takes the ratio as a weight only, so that there its kind does not matter.
@@ -281,14 +281,14 @@ def test_r4_on_the_policy_a_length_normalised_ratio_divides_by_the_length_once(l
     assert_same(expected_gradient(loss, logits, POLICY), -gradient_of_expected(reward))
 
 
-def test_r4_off_the_policy_cispo_with_the_ratio_of_the_whole_completion_is_exact_where_nothing_is_clipped(logits):
+def test_off_the_policy_cispo_with_the_ratio_of_the_whole_completion_is_exact_where_nothing_is_clipped(logits):
     """Its weight has no gradient and log pi of each token has: with the full ratio that is the policy gradient."""
     settings = {"ratio": "sequence", "clip_low": 1.0, "clip_high": 1e6}
     loss = loss_of(logits, objective="cispo", settings=settings, sampler=SAMPLER)
     assert_same(expected_gradient(loss, logits, SAMPLER), -gradient_of_expected(reward))
 
 
-def test_r4_off_the_policy_cispo_is_the_token_ratio_s_policy_gradient_where_nothing_is_clipped(logits):
+def test_off_the_policy_cispo_is_the_token_ratio_s_policy_gradient_where_nothing_is_clipped(logits):
     plain = loss_of(logits, objective="policy_gradient", settings={"ratio": "token"}, sampler=SAMPLER)
     settings = {"ratio": "token", "clip_low": 1.0, "clip_high": 1e6}
     cispo = loss_of(logits, objective="cispo", settings=settings, sampler=SAMPLER)
@@ -296,7 +296,7 @@ def test_r4_off_the_policy_cispo_is_the_token_ratio_s_policy_gradient_where_noth
 
 
 @pytest.mark.parametrize("aggregation", ["sequence_sum", "sequence_mean"])
-def test_r4_on_the_policy_gmpo_divides_by_the_length(logits, aggregation):
+def test_on_the_policy_gmpo_divides_by_the_length(logits, aggregation):
     """A geometric mean of n ratios moves by 1/n with each: the mean over tokens keeps the 1/n, their sum undoes it."""
     settings = {"clip_low": 0.4, "clip_high": 0.4}
     loss = loss_of(logits, objective="gmpo", settings=settings, aggregation=aggregation)
@@ -306,7 +306,7 @@ def test_r4_on_the_policy_gmpo_divides_by_the_length(logits, aggregation):
     )
 
 
-def test_r4_off_the_policy_the_clip_leaves_out_what_a_bound_stops(logits):
+def test_off_the_policy_the_clip_leaves_out_what_a_bound_stops(logits):
     """Every token by hand: its ratio times grad log pi, but none where the ratio left the range on the side of A."""
     loss = loss_of(logits, objective="clip", settings=CLIP, sampler=SAMPLER)
     wanted, num_stopped = torch.zeros_like(logits), 0
@@ -322,7 +322,7 @@ def test_r4_off_the_policy_the_clip_leaves_out_what_a_bound_stops(logits):
     assert_same(expected_gradient(loss, logits, SAMPLER), wanted)
 
 
-# The KL to the reference (R5)
+# The KL to the reference
 
 BETA = 0.3
 
@@ -345,14 +345,14 @@ def visits(policy: Tensor) -> Tensor:
     return torch.stack([logprobs(policy, prefix).sum().exp() for prefix in PREFIXES])
 
 
-def test_r5_the_kl_over_completions_is_the_kl_at_each_prefix_times_its_visits(logits):
+def test_the_kl_over_completions_is_the_kl_at_each_prefix_times_its_visits(logits):
     at_prefixes = (visits(logits) * exact_kl(logits, REFERENCE)).sum()
     assert at_prefixes.item() == pytest.approx(sequence_kl(logits).item(), abs=1e-12)
     assert_same(gradient(at_prefixes, logits), gradient(sequence_kl(logits), logits))
 
 
 @pytest.mark.parametrize(("size", "baseline"), [(1, "none"), (2, "leave_one_out")])
-def test_r5_k1_in_the_reward_is_the_kl_over_completions(logits, size, baseline):
+def test_k1_in_the_reward_is_the_kl_over_completions(logits, size, baseline):
     """The reward less beta times the summed log-ratio: the policy gradient is that of E[r] - beta KL(pi || ref)."""
 
     def rewarded(completion: Completion) -> float:
@@ -371,7 +371,7 @@ def test_r5_k1_in_the_reward_is_the_kl_over_completions(logits, size, baseline):
     assert (got + gradient_of_expected(reward)).abs().max() > 1e-2  # the KL is felt
 
 
-def test_r5_k3_in_the_reward_is_not_the_kl(logits):
+def test_k3_in_the_reward_is_not_the_kl(logits):
     """Its value is right; as a reward it lacks its own slope, which at a prefix is that of KL(ref || pi)."""
 
     def rewarded(completion: Completion) -> float:
@@ -402,7 +402,7 @@ SAMPLERS = {"on the policy": POLICY, "off the policy": SAMPLER}
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_r5_in_the_loss_the_gradient_is_that_of_the_exact_kl_at_each_prefix(logits, estimator, sampler):
+def test_in_the_loss_the_gradient_is_that_of_the_exact_kl_at_each_prefix(logits, estimator, sampler):
     """A prefix weighs as much as the sampler visits it.
 
     k2's weight has no gradient, and so it is right off the policy too.
@@ -414,7 +414,7 @@ def test_r5_in_the_loss_the_gradient_is_that_of_the_exact_kl_at_each_prefix(logi
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("prefix", PREFIXES, ids=str)
-def test_r5_at_a_single_prefix_the_gradient_is_that_of_the_exact_kl(prefix, estimator, sampler):
+def test_at_a_single_prefix_the_gradient_is_that_of_the_exact_kl(prefix, estimator, sampler):
     policy = POLICY[STATE[prefix]].clone().requires_grad_()
     old, reference = (x[STATE[prefix]].log_softmax(0) for x in (sampler, REFERENCE))
     penalty = kl_penalty(policy.log_softmax(0), reference, estimator=estimator, sampler_logprobs=old)
@@ -425,7 +425,7 @@ def test_r5_at_a_single_prefix_the_gradient_is_that_of_the_exact_kl(prefix, esti
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_r5_in_expectation_k1_and_k3_have_the_value_of_the_kl_and_k2_has_not(logits, estimator):
+def test_in_expectation_k1_and_k3_have_the_value_of_the_kl_and_k2_has_not(logits, estimator):
     got = expectation(
         logits,
         lambda c: kl_penalty(logprobs(POLICY, c), logprobs(REFERENCE, c), estimator=estimator).sum(),
@@ -437,7 +437,7 @@ def test_r5_in_expectation_k1_and_k3_have_the_value_of_the_kl_and_k2_has_not(log
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_r5_without_the_sampler_s_probabilities_the_gradient_is_another_one(logits, estimator):
+def test_without_the_sampler_s_probabilities_the_gradient_is_another_one(logits, estimator):
     """On the policy k1 has none; k3 has that of KL(ref || pi) at each prefix; k2 alone has that of KL(pi || ref)."""
     got = kl_gradients(logits, POLICY, estimator=estimator, corrected=False)
     right = gradient((visits(POLICY) * exact_kl(logits, REFERENCE)).sum(), logits)
@@ -451,13 +451,13 @@ def test_r5_without_the_sampler_s_probabilities_the_gradient_is_another_one(logi
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2"])
-def test_r5_off_the_policy_and_without_the_weight_the_gradient_is_not_the_kl_s(logits, estimator):
+def test_off_the_policy_and_without_the_weight_the_gradient_is_not_the_kl_s(logits, estimator):
     got = kl_gradients(logits, SAMPLER, estimator=estimator, corrected=False)
     right = gradient((visits(SAMPLER) * exact_kl(logits, REFERENCE)).sum(), logits)
     assert angle_between(got, right) > 0.1
 
 
-def test_r5_in_the_loss_the_kl_at_each_prefix_is_not_the_kl_over_completions(logits):
+def test_in_the_loss_the_kl_at_each_prefix_is_not_the_kl_over_completions(logits):
     """It does not feel that a token leads to prefixes that are far from the reference; in the reward it does."""
     got = kl_gradients(logits, POLICY, estimator="k1", corrected=True)
     whole = gradient(sequence_kl(logits), logits)
@@ -466,7 +466,7 @@ def test_r5_in_the_loss_the_kl_at_each_prefix_is_not_the_kl_over_completions(log
     torch.testing.assert_close(got[last], whole[last], atol=EXACT, rtol=0)
 
 
-# What is biased, and how (R2, R6)
+# What is biased, and how
 
 
 def score_gradient(completion: Completion) -> Tensor:
@@ -496,7 +496,7 @@ def differences(group: Group) -> list[float]:
 
 @pytest.mark.parametrize(("size", "limit"), GROUPS)
 @pytest.mark.parametrize(("scale", "std"), [("sample", statistics.stdev), ("population", statistics.pstdev)])
-def test_r2_the_std_divides_each_group_s_gradient_and_turns_the_expected_one(logits, scale, std, size, limit):
+def test_the_std_divides_each_group_s_gradient_and_turns_the_expected_one(logits, scale, std, size, limit):
     """A group counts as much as it agrees: the expected gradient is E[group's gradient / (std + epsilon)].
 
     It is no longer along the gradient of the expected reward.
@@ -518,7 +518,7 @@ def test_r2_the_std_divides_each_group_s_gradient_and_turns_the_expected_one(log
     assert angle_between(hand_expected(differences, size, limit), -gradient_of_expected(reward, limit)) < 1e-6
 
 
-def test_r2_in_a_pair_the_std_leaves_only_who_won(logits):
+def test_in_a_pair_the_std_leaves_only_who_won(logits):
     """+-1/sqrt(2) by the sample std, however close: any increasing function of the rewards has the same gradient."""
     gradients = []
     for rewarded in (reward, lambda c: math.exp(3 * reward(c))):
@@ -534,7 +534,7 @@ def test_r2_in_a_pair_the_std_leaves_only_who_won(logits):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_r6_the_mean_over_each_completion_optimises_the_reward_per_token(logits, size):
+def test_the_mean_over_each_completion_optimises_the_reward_per_token(logits, size):
     """Each term is divided by its length, as though it had earned r / length: a long wrong completion costs less."""
     loss = loss_of(logits, objective="policy_gradient", settings={"ratio": "token"}, aggregation="sequence_mean")
     got = expected_gradient(loss, logits, POLICY, size=size)
@@ -542,13 +542,13 @@ def test_r6_the_mean_over_each_completion_optimises_the_reward_per_token(logits,
     assert angle_between(got, -gradient_of_expected(reward)) > 0.01
 
 
-def test_r6_the_fixed_length_divides_every_completion_alike(logits):
+def test_the_fixed_length_divides_every_completion_alike(logits):
     """The gradient of the expected reward, over the length limit."""
     loss = loss_of(logits, objective="policy_gradient", settings={"ratio": "token"}, aggregation="fixed_length")
     assert_same(expected_gradient(loss, logits, POLICY), -gradient_of_expected(reward) / LIMIT)
 
 
-def test_r6_the_mean_over_all_tokens_divides_a_group_by_its_tokens(logits):
+def test_the_mean_over_all_tokens_divides_a_group_by_its_tokens(logits):
     """The number of tokens is drawn with the group, so that groups of short completions weigh more."""
 
     def per_token(group: Group) -> list[float]:
@@ -569,7 +569,7 @@ def test_r6_the_mean_over_all_tokens_divides_a_group_by_its_tokens(logits):
     assert angle_between(got, -gradient_of_expected(reward)) > 0.01
 
 
-# The anchored objective (R9, R10)
+# The anchored objective
 
 
 def sigmoid(x: float) -> float:
@@ -586,7 +586,7 @@ def anchored_slope(policy: float, reference: float, *, weight: float, alpha: flo
 @pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 0.99])
 @pytest.mark.parametrize("aggregation", ["sequence_sum", "sequence_mean"])
-def test_r10_per_sequence_the_gradient_is_its_closed_form(logits, alpha, beta, aggregation):
+def test_per_sequence_the_gradient_is_its_closed_form(logits, alpha, beta, aggregation):
     """As written: a mixture of the probabilities of whole completions. The loss stands at each token, so its mean is the loss."""
     settings = {"anchor_alpha": alpha, "anchor_beta": beta, "anchor_level": "sequence", "anchor_weight": "reward"}
     loss = loss_of(logits, objective="anchored", settings=settings, aggregation=aggregation)
@@ -602,7 +602,7 @@ def test_r10_per_sequence_the_gradient_is_its_closed_form(logits, alpha, beta, a
 
 @pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 0.99])
-def test_r10_per_token_the_gradient_is_its_closed_form(logits, alpha, beta):
+def test_per_token_the_gradient_is_its_closed_form(logits, alpha, beta):
     settings = {"anchor_alpha": alpha, "anchor_beta": beta, "anchor_level": "token", "anchor_weight": "reward"}
     loss = loss_of(logits, objective="anchored", settings=settings)
     wanted = torch.zeros_like(logits)
@@ -618,7 +618,7 @@ def test_r10_per_token_the_gradient_is_its_closed_form(logits, alpha, beta):
     assert wanted.abs().max() > 1e-5
 
 
-def test_r10_the_weight_is_the_reward_or_the_advantage(logits):
+def test_the_weight_is_the_reward_or_the_advantage(logits):
     """With the advantage each completion of a pair weighs what it is better than the other."""
     settings = {"anchor_alpha": 0.5, "anchor_beta": 1.0, "anchor_level": "sequence"}
     group = (COMPLETIONS[LIMIT][3], COMPLETIONS[LIMIT][9])
@@ -639,7 +639,7 @@ def test_r10_the_weight_is_the_reward_or_the_advantage(logits):
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("alpha", [0.0, 0.4])
-def test_r11_where_the_reference_was_just_replaced_the_gradient_is_the_policy_gradient(logits, level, alpha):
+def test_where_the_reference_was_just_replaced_the_gradient_is_the_policy_gradient(logits, level, alpha):
     """There z is 0, and what is left is beta / 2 * (1 - alpha) times the gradient of the expected reward."""
     beta = 1.7
 
@@ -655,7 +655,7 @@ def test_r11_where_the_reference_was_just_replaced_the_gradient_is_the_policy_gr
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 0.5, 0.9])
-def test_r9_the_anchor_of_whole_completions_is_a_distribution(alpha):
+def test_the_anchor_of_whole_completions_is_a_distribution(alpha):
     """The mixture of two distributions over completions sums to one; each is between the two it is made from."""
     policy, reference = (torch.stack([logprobs(x, c).sum() for c in COMPLETIONS[LIMIT]]) for x in (POLICY, REFERENCE))
     anchor = anchor_logprobs(policy, reference, alpha=alpha)
@@ -665,7 +665,7 @@ def test_r9_the_anchor_of_whole_completions_is_a_distribution(alpha):
         assert min(p, r) - 1e-12 <= mixed <= max(p, r) + 1e-12
 
 
-def test_r9_an_alpha_of_zero_compares_with_the_reference_itself():
+def test_an_alpha_of_zero_compares_with_the_reference_itself():
     policy, reference = POLICY.log_softmax(1).flatten(), REFERENCE.log_softmax(1).flatten()
     assert torch.equal(anchor_logprobs(policy, reference, alpha=0.0), reference)
     got = anchored_loss(policy, reference, torch.full_like(policy, 2.0), alpha=0.0, beta=0.7).tolist()
@@ -674,7 +674,7 @@ def test_r9_an_alpha_of_zero_compares_with_the_reference_itself():
 
 
 @pytest.mark.parametrize("alpha", [-0.1, -1e-9, 1.0, 1.5, math.nan])
-def test_r10_an_alpha_outside_its_range_is_refused(alpha):
+def test_an_alpha_outside_its_range_is_refused(alpha):
     """At 1 the anchor is the policy, and the gradient zero everywhere."""
     one = torch.zeros(1)
     with pytest.raises(ValueError, match="alpha"):
@@ -690,7 +690,7 @@ def test_r10_an_alpha_outside_its_range_is_refused(alpha):
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 @settings(max_examples=200, deadline=None)
-def test_r10_the_log_ratio_never_exceeds_minus_log_alpha(policy, reference, alpha, dtype):
+def test_the_log_ratio_never_exceeds_minus_log_alpha(policy, reference, alpha, dtype):
     """However unlikely the reference finds it: the anchor holds a share alpha of the policy.
 
     Rounding is allowed for.
@@ -704,7 +704,7 @@ def test_r10_the_log_ratio_never_exceeds_minus_log_alpha(policy, reference, alph
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 0.9])
-def test_r10_the_bound_on_the_log_ratio_is_reached_where_the_reference_excludes_the_token(alpha):
+def test_the_bound_on_the_log_ratio_is_reached_where_the_reference_excludes_the_token(alpha):
     policy, reference = torch.tensor([-1.0]).double(), torch.tensor([-1e4]).double()
     log_ratio = policy - anchor_logprobs(policy, reference, alpha=alpha)
     assert log_ratio.item() == pytest.approx(-math.log(alpha), abs=1e-12)

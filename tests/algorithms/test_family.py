@@ -1,4 +1,4 @@
-"""The family of objectives, ratios and advantages (R2, R3, R4, R9, R10, R13, R23) against their formulas.
+"""The family of objectives, ratios and advantages against their formulas.
 
 Each reference below is written from its paper's formula, a number at a time, and calls nothing of the package.
 Legend: a batch is a list of completions, each a list of tokens; N tokens in all, B completions.
@@ -253,7 +253,7 @@ def slow_advantages(rewards: list[list[float]], baseline: str, scale: str, epsil
 # Objectives
 
 
-def test_r4_the_settings_of_each_objective_are_its_keywords():
+def test_the_settings_of_each_objective_are_its_keywords():
     """What a recipe says of a setting without effect depends on it."""
     assert set(OBJECTIVE_SETTINGS) == set(OBJECTIVES) == set(SLOW)
     for name, function in OBJECTIVES.items():
@@ -265,7 +265,7 @@ def test_r4_the_settings_of_each_objective_are_its_keywords():
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("name", "chosen"), VARIANTS)
-def test_r4_the_objective_is_its_formula(name, chosen, seed):
+def test_the_objective_is_its_formula(name, chosen, seed):
     terms = batch_of(seed)
     got = OBJECTIVES[name](terms, **chosen)
     assert got.dtype == torch.float64
@@ -273,7 +273,7 @@ def test_r4_the_objective_is_its_formula(name, chosen, seed):
 
 
 @pytest.mark.parametrize(("name", "chosen"), SMOOTH)
-def test_r4_the_gradient_is_the_finite_difference(name, chosen):
+def test_the_gradient_is_the_finite_difference(name, chosen):
     """Where no part of the value has its gradient stopped on purpose: those slopes are tested in closed form below."""
     terms = batch_of(7)
     policy = terms.policy_logprobs.clone().requires_grad_()
@@ -286,7 +286,7 @@ def gradient_of(loss: Callable[[Tensor], Tensor], at: Tensor) -> list[float]:
 
 
 @pytest.mark.parametrize("kind", RATIOS)
-def test_r4_every_token_of_cispo_keeps_a_gradient(kind):
+def test_every_token_of_cispo_keeps_a_gradient(kind):
     """-clip(ratio) * A exactly: the clipped ratio is a weight, through which nothing flows."""
     terms = batch_of(3)
     got = gradient_of(
@@ -299,7 +299,7 @@ def test_r4_every_token_of_cispo_keeps_a_gradient(kind):
     assert any(not 0.8 <= r <= 1.3 for r in ratios)
 
 
-def test_r4_the_soft_gate_falls_off_on_both_sides():
+def test_the_soft_gate_falls_off_on_both_sides():
     """The slope in the ratio is 4 * s * (1 - s) * A with s = sigmoid(tau * (ratio - 1)): A at 1, less elsewhere."""
     ratio = tensor(0.2, 0.7, 1.0, 1.5, 3.0)
     for advantage, tau in ((2.0, 1.5), (-2.0, 4.0)):
@@ -310,7 +310,7 @@ def test_r4_the_soft_gate_falls_off_on_both_sides():
         assert all(abs(slope) < abs(advantage) for n, slope in enumerate(got) if n != 2)
 
 
-def test_r4_equal_bounds_are_ppo_s_clip_for_every_ratio_and_sign():
+def test_equal_bounds_are_ppo_s_clip_for_every_ratio_and_sign():
     """PPO, by its cases: beyond 1 + epsilon a good token earns no more, below 1 - epsilon a bad one costs no less."""
     for r in (0.1, 0.79, 0.81, 1.0, 1.19, 1.21, 4.0):
         for advantage in (-3.0, -0.5, 0.0, 0.5, 3.0):
@@ -325,7 +325,7 @@ def test_r4_equal_bounds_are_ppo_s_clip_for_every_ratio_and_sign():
     ceiling=st.floats(1.5, 5),
 )
 @settings(max_examples=60, deadline=None)
-def test_r4_the_dual_clip_acts_only_on_bad_tokens_that_became_likely(ratio, advantage, ceiling):
+def test_the_dual_clip_acts_only_on_bad_tokens_that_became_likely(ratio, advantage, ceiling):
     """For A >= 0 it is the clip; for A < 0 the loss is at most ceiling * |A|, and the clip's wherever that is less."""
     ratio = tensor(*ratio)
     for value in (advantage, 0.0, -advantage):
@@ -338,7 +338,7 @@ def test_r4_the_dual_clip_acts_only_on_bad_tokens_that_became_likely(ratio, adva
             assert dual.tolist() == pytest.approx([min(x, ceiling * advantage) for x in plain.tolist()], rel=1e-14)
 
 
-def test_r4_beyond_the_ceiling_the_dual_clip_has_no_gradient():
+def test_beyond_the_ceiling_the_dual_clip_has_no_gradient():
     ratio, advantages = tensor(0.5, 1.0, 2.9, 3.1, 50.0), tensor(-2, -2, -2, -2, -2)
     got = gradient_of(lambda r: dual_clipped_loss(r, advantages, low=0.2, high=0.2, ceiling=3.0), ratio)
     assert got == [0.0, 2.0, 2.0, 0.0, 0.0]
@@ -346,7 +346,7 @@ def test_r4_beyond_the_ceiling_the_dual_clip_has_no_gradient():
 
 @given(q=st.floats(1e-4, 1), low=st.floats(0.01, 0.24), high=st.floats(0.01, 0.5))
 @settings(max_examples=150, deadline=None)
-def test_r4_at_a_dynamic_bound_the_ratio_uses_up_its_epsilon(q, low, high):
+def test_at_a_dynamic_bound_the_ratio_uses_up_its_epsilon(q, low, high):
     """|r - 1| * r * q = epsilon, where no cap acts; at a cap the ratio is 1/2, or 10, and has used less."""
     lower, upper = (bound.item() for bound in dynamic_bounds(tensor(math.log(q)), low=low, high=high))
     least, most = 1 - lower, 1 + upper
@@ -363,7 +363,7 @@ def test_r4_at_a_dynamic_bound_the_ratio_uses_up_its_epsilon(q, low, high):
         assert 90 * q <= high * (1 + 1e-6)
 
 
-def test_r4_rarer_tokens_have_wider_dynamic_bounds():
+def test_rarer_tokens_have_wider_dynamic_bounds():
     """Strictly where no cap acts: below 4 epsilon for the lower one, below epsilon / 90 for the upper one."""
     probabilities = [1.0, 0.9, 0.7, 0.5, 0.1, 0.01, 1e-4, 1e-8]
     low, high = dynamic_bounds(tensor(*probabilities).log(), low=0.1, high=0.2)
@@ -373,7 +373,7 @@ def test_r4_rarer_tokens_have_wider_dynamic_bounds():
     assert high[6:].tolist() == pytest.approx([9.0, 9.0])
 
 
-def test_r4_the_dynamic_bounds_follow_the_sampler_and_not_the_policy():
+def test_the_dynamic_bounds_follow_the_sampler_and_not_the_policy():
     """No gradient flows through them, and a token rarer under the policy alone has no more room."""
     terms = batch_of(2)
     moved = with_policy(terms, terms.policy_logprobs - 3)
@@ -383,13 +383,13 @@ def test_r4_the_dynamic_bounds_follow_the_sampler_and_not_the_policy():
     assert not any(bound.requires_grad for bound in dynamic_bounds(tensor(-1.0).requires_grad_(), low=0.1, high=0.2))
 
 
-def test_r4_the_largest_dynamic_ratio_is_a_setting():
+def test_the_largest_dynamic_ratio_is_a_setting():
     _, high = dynamic_bounds(tensor(-30.0), low=0.1, high=0.2, largest=4.0)
     assert high.item() == 3.0
 
 
 @pytest.mark.parametrize("advantage", [1.5, -1.5])
-def test_r4_gmpo_of_one_token_is_the_clip_on_one_side(advantage):
+def test_gmpo_of_one_token_is_the_clip_on_one_side(advantage):
     """One token's geometric mean is its ratio, held at exp(high) if good and at exp(-low) if bad."""
     log_ratio = tensor(-0.9, -0.1, 0.0, 0.1, 0.9)
     got = gmpo_loss(log_ratio, torch.full_like(log_ratio, advantage), torch.arange(5), 5, low=0.4, high=0.3)
@@ -397,7 +397,7 @@ def test_r4_gmpo_of_one_token_is_the_clip_on_one_side(advantage):
     assert got.tolist() == pytest.approx([-math.exp(x) * advantage for x in held], rel=1e-14)
 
 
-def test_r4_gmpo_stops_a_clipped_token_and_not_its_completion():
+def test_gmpo_stops_a_clipped_token_and_not_its_completion():
     """Log-ratios 1 and 0.2, A = 1, bound 0.4: the mean is 0.3, and only the second token has a gradient: half of it."""
     got = gradient_of(
         lambda x: gmpo_loss(x, tensor(1, 1), torch.tensor([0, 0]), 1, low=0.4, high=0.4)[:1], tensor(1.0, 0.2)
@@ -405,14 +405,14 @@ def test_r4_gmpo_stops_a_clipped_token_and_not_its_completion():
     assert got == pytest.approx([0.0, -math.exp(0.3) / 2], rel=1e-14)
 
 
-def test_r4_the_policy_gradient_clips_nothing():
+def test_the_policy_gradient_clips_nothing():
     ratio, advantages = tensor(0.01, 1.0, 40.0), tensor(2.0, -2.0, 3.0)
     assert policy_gradient_loss(ratio, advantages).tolist() == pytest.approx([-0.02, 2.0, -120.0])
     assert gradient_of(lambda r: policy_gradient_loss(r, advantages), ratio) == [-2.0, 2.0, -3.0]
 
 
 @pytest.mark.parametrize(("name", "chosen"), VARIANTS)
-def test_r4_rows_of_different_length_do_not_leak_into_one_another(name, chosen):
+def test_rows_of_different_length_do_not_leak_into_one_another(name, chosen):
     """Each completion alone has the losses that it has in a batch, and another one's tokens move nothing."""
     terms = batch_of(5, lengths=(4, 1, 2, 6))
     policy = terms.policy_logprobs.clone().requires_grad_()
@@ -429,7 +429,7 @@ def test_r4_rows_of_different_length_do_not_leak_into_one_another(name, chosen):
 
 
 @pytest.mark.parametrize(("name", "chosen"), VARIANTS)
-def test_r4_the_order_of_a_batch_does_not_matter(name, chosen):
+def test_the_order_of_a_batch_does_not_matter(name, chosen):
     """Tokens need not stand together: each says which completion it belongs to."""
     terms = batch_of(6)
     order = torch.randperm(len(terms.row), generator=torch.Generator().manual_seed(0))
@@ -450,7 +450,7 @@ def test_r4_the_order_of_a_batch_does_not_matter(name, chosen):
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 @settings(max_examples=300, deadline=None)
-def test_r4_no_log_probability_gives_nan(name_and_settings, tokens, of_row, dtype):
+def test_no_log_probability_gives_nan(name_and_settings, tokens, of_row, dtype):
     """However far policy, sampler and reference lie apart: neither in the loss nor in its gradient."""
     name, chosen = name_and_settings
     policy, old, reference, row = zip(*tokens, strict=True)
@@ -481,7 +481,7 @@ NOTHING, LIKELY, ROW = tensor(0.0), tensor(math.inf), torch.tensor([0])
     ],
     ids=["clip", "dual clip", "cispo", "sapo", "gmpo", "policy gradient", "anchored"],
 )
-def test_r4_no_advantage_is_exactly_no_loss_though_the_ratio_is_infinite(loss):
+def test_no_advantage_is_exactly_no_loss_though_the_ratio_is_infinite(loss):
     """0 * inf is no number, and 0 is meant."""
     assert loss(LIKELY).tolist() == [0.0]
 
@@ -498,7 +498,7 @@ def test_r4_no_advantage_is_exactly_no_loss_though_the_ratio_is_infinite(loss):
     data=st.data(),
 )
 @settings(max_examples=25, deadline=None)
-def test_r2_a_flat_group_has_no_gradient_at_all(
+def test_a_flat_group_has_no_gradient_at_all(
     name, baseline, value, num_abstaining, size, dtype, scale, aggregation, data
 ):
     """Exactly zero, whatever the reward, the type of the rewards and the objective, and whatever another group does."""
@@ -518,7 +518,7 @@ def test_r2_a_flat_group_has_no_gradient_at_all(
     assert (policy.grad == 0).all()
 
 
-def test_r10_the_advantage_of_a_flat_group_leaves_the_anchored_loss_without_gradient():
+def test_the_advantage_of_a_flat_group_leaves_the_anchored_loss_without_gradient():
     terms = batch_of(1)
     policy = terms.policy_logprobs.clone().requires_grad_()
     for level in ("token", "sequence"):
@@ -530,7 +530,7 @@ def test_r10_the_advantage_of_a_flat_group_leaves_the_anchored_loss_without_grad
         assert (torch.autograd.grad(loss.sum(), policy)[0] == 0).all()
 
 
-def test_r9_the_mixture_is_made_in_logarithms():
+def test_the_mixture_is_made_in_logarithms():
     """Probabilities of 1e-400 are zero in float64; their mixture's logarithm is not."""
     logprob = -400 * math.log(10)
     got = anchor_logprobs(tensor(logprob), tensor(logprob - 1), alpha=0.25).item()
@@ -538,7 +538,7 @@ def test_r9_the_mixture_is_made_in_logarithms():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_r10_the_anchored_loss_where_policy_and_reference_disagree_fully(dtype):
+def test_the_anchored_loss_where_policy_and_reference_disagree_fully(dtype):
     """z = -log(alpha) where only the policy likes it, hence no gradient; z = -1e4 where only the reference does."""
     policy, reference = torch.tensor([-1.0, -1e4], dtype=dtype), torch.tensor([-1e4, 0.0], dtype=dtype)
     policy.requires_grad_()
@@ -551,13 +551,13 @@ def test_r10_the_anchored_loss_where_policy_and_reference_disagree_fully(dtype):
 
 
 @pytest.mark.parametrize("kind", RATIOS)
-def test_r3_the_ratio_is_its_formula(kind):
+def test_the_ratio_is_its_formula(kind):
     for seed in range(3):
         terms = batch_of(seed)
         assert terms.ratio(kind).tolist() == pytest.approx(slow_ratios(terms, kind), rel=1e-12)
 
 
-def test_r3_one_token_completions_make_every_kind_the_token_ratio():
+def test_one_token_completions_make_every_kind_the_token_ratio():
     terms = batch_of(4, lengths=(1,) * 6)
     token = terms.ratio("token")
     for kind in RATIOS:
@@ -568,7 +568,7 @@ def test_r3_one_token_completions_make_every_kind_the_token_ratio():
     rows=st.lists(st.lists(st.floats(-4, 4).map(lambda x: round(x, 3)), min_size=1, max_size=5), min_size=1, max_size=4)
 )
 @settings(max_examples=60, deadline=None)
-def test_r3_gspo_token_has_the_value_of_gspo_and_the_gradient_of_each_token(rows):
+def test_gspo_token_has_the_value_of_gspo_and_the_gradient_of_each_token(rows):
     """Its derivative by a token's own log-ratio is the completion's ratio; by every other one's it is zero."""
     row = torch.tensor([number for number, values in enumerate(rows) for _ in values])
     log_ratio = tensor(*[value for values in rows for value in values]).requires_grad_()
@@ -579,7 +579,7 @@ def test_r3_gspo_token_has_the_value_of_gspo_and_the_gradient_of_each_token(rows
     torch.testing.assert_close(jacobian, torch.diag(tensor(*mean)), rtol=1e-13, atol=0)
 
 
-def test_r3_gspo_token_is_gspo_where_advantages_are_equal_inside_a_completion():
+def test_gspo_token_is_gspo_where_advantages_are_equal_inside_a_completion():
     """Summed over a completion, the two losses have the same gradient; with an advantage per token they have not."""
     terms = batch_of(8, lengths=(3, 4))
 
@@ -599,7 +599,7 @@ def test_r3_gspo_token_is_gspo_where_advantages_are_equal_inside_a_completion():
 
 
 @pytest.mark.parametrize("kind", RATIOS)
-def test_r3_a_ratio_beyond_what_can_be_represented_is_held_without_gradient(kind):
+def test_a_ratio_beyond_what_can_be_represented_is_held_without_gradient(kind):
     log_ratio = torch.full((2,), 2 * MAX_LOG_RATIO, requires_grad=True)
     ratio = RATIOS[kind](log_ratio, torch.tensor([0, 0]), 1)
     assert ratio.tolist() == pytest.approx([math.exp(MAX_LOG_RATIO)] * 2, rel=1e-5)
@@ -608,7 +608,7 @@ def test_r3_a_ratio_beyond_what_can_be_represented_is_held_without_gradient(kind
 
 @pytest.mark.parametrize("level", ["token", "sequence", "sequence_mean"])
 @pytest.mark.parametrize("limit", [1.2, 2.0])
-def test_r3_importance_weights_are_truncated_or_masked(level, limit):
+def test_importance_weights_are_truncated_or_masked(level, limit):
     """pi_old / pi_sampler: at most the limit, or zero outside of [1 / limit, limit].
 
     A completion is masked as a whole.
@@ -636,7 +636,7 @@ def test_r3_importance_weights_are_truncated_or_masked(level, limit):
 
 
 @pytest.mark.parametrize("kind", ["truncate", "mask"])
-def test_r3_importance_weights_have_no_gradient_and_are_one_for_equal_policies(kind):
+def test_importance_weights_have_no_gradient_and_are_one_for_equal_policies(kind):
     logprobs = tensor(-1.0, -2.0, -0.1).requires_grad_()
     row = torch.tensor([0, 0, 1])
     for level in ("token", "sequence", "sequence_mean"):
@@ -645,7 +645,7 @@ def test_r3_importance_weights_have_no_gradient_and_are_one_for_equal_policies(k
         assert not weights.requires_grad
 
 
-def test_r3_with_importance_weights_the_expected_loss_is_that_of_the_old_policy():
+def test_with_importance_weights_the_expected_loss_is_that_of_the_old_policy():
     """Enumerated over four tokens: samples of another engine, weighted, are as good as the old policy's own."""
     old, sampler, policy = (batch_of(seed, lengths=(4,)).old_logprobs.log_softmax(0) for seed in (1, 2, 3))
     row = torch.arange(4)
@@ -659,7 +659,7 @@ def test_r3_with_importance_weights_the_expected_loss_is_that_of_the_old_policy(
 
 @given(values=st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=6), shift=st.floats(-5, 5, width=32))
 @settings(max_examples=60, deadline=None)
-def test_r5_equal_policies_have_a_kl_of_exactly_zero(values, shift):
+def test_equal_policies_have_a_kl_of_exactly_zero(values, shift):
     """In float32, exactly and with no gradient to speak of; a constant added to all logits is the same policy."""
     policy = torch.tensor([values], requires_grad=True)
     kl = exact_kl(policy, policy.detach())
@@ -670,7 +670,7 @@ def test_r5_equal_policies_have_a_kl_of_exactly_zero(values, shift):
     assert exact_kl(policy + shift, policy).abs().item() < 1e-4
 
 
-def test_r5_the_exact_kl_by_hand():
+def test_the_exact_kl_by_hand():
     """Probabilities 1/2, 1/2, 0 against 1/4, 3/4, 0: log(2) / 2 + log(2 / 3) / 2.
 
     What neither can write adds nothing.
@@ -693,13 +693,13 @@ GROUPS = [[1.0, 4.0, NAN, 0.5], [-2.0, NAN, 3.0, NAN], [10.0, 9.0, 8.5, NAN]]
 
 @pytest.mark.parametrize("epsilon", [1e-6, 0.5])
 @pytest.mark.parametrize(("baseline", "scale"), PAIRS)
-def test_r2_the_advantage_is_its_formula(baseline, scale, epsilon):
+def test_the_advantage_is_its_formula(baseline, scale, epsilon):
     got = group_advantages(tensor(*GROUPS), baseline=baseline, scale=scale, epsilon=epsilon)
     for row, expected in zip(got.tolist(), slow_advantages(GROUPS, baseline, scale, epsilon), strict=True):
         assert row == pytest.approx(expected, rel=1e-12, abs=1e-14)
 
 
-def test_r2_baselines_worked_by_hand():
+def test_baselines_worked_by_hand():
     """Rewards 0, 3 and 6, 9: the others' means are 3, 0 and 9, 6; the batch's mean is 4.5."""
     rewards = tensor([0, 3], [6, 9])
     expected = {
@@ -716,7 +716,7 @@ def test_r2_baselines_worked_by_hand():
         assert got.flatten().tolist() == pytest.approx([x / math.sqrt(variance) for x in (-1.5, 1.5, -1.5, 1.5)])
 
 
-def test_r2_an_unknown_baseline_is_refused_with_what_is_allowed():
+def test_an_unknown_baseline_is_refused_with_what_is_allowed():
     with pytest.raises(ValueError, match=r"'mean'.*group, leave_one_out, batch, none"):
         group_advantages(torch.zeros(1, 2), baseline="mean")
 
@@ -730,7 +730,7 @@ rewards_of_a_group = st.lists(eighths, min_size=2, max_size=8)
     scale=st.sampled_from(SCALES),
 )
 @settings(max_examples=80, deadline=None)
-def test_r2_leave_one_out_is_the_group_mean_stretched(rewards, scale):
+def test_leave_one_out_is_the_group_mean_stretched(rewards, scale):
     """By G / (G - 1), G being those that did not abstain; the std of the batch's differences is stretched with them."""
     rewards = tensor(*rewards, NAN)[None]
     others, mean = (
@@ -744,7 +744,7 @@ def test_r2_leave_one_out_is_the_group_mean_stretched(rewards, scale):
 @pytest.mark.parametrize("baseline", GROUP_BASELINES)
 @given(rewards=rewards_of_a_group, constant=st.integers(-(2**20), 2**20), scale=st.sampled_from(SCALES))
 @settings(max_examples=100, deadline=None)
-def test_r2_adding_a_constant_to_a_group_changes_nothing(baseline, rewards, constant, scale):
+def test_adding_a_constant_to_a_group_changes_nothing(baseline, rewards, constant, scale):
     """Rewards are eighths and the constant is whole, so that the sums are exact; what rounding costs is bounded."""
     if scale == "batch":  # the std of the batch sees how far groups lie apart
         groups, moved = [rewards], [[r + constant for r in rewards]]
@@ -760,7 +760,7 @@ def test_r2_adding_a_constant_to_a_group_changes_nothing(baseline, rewards, cons
 @pytest.mark.parametrize(("baseline", "scale"), PAIRS)
 @given(data=st.data(), rewards=rewards_of_a_group)
 @settings(max_examples=15, deadline=None)
-def test_r2_permuting_a_group_permutes_its_advantages(baseline, scale, data, rewards):
+def test_permuting_a_group_permutes_its_advantages(baseline, scale, data, rewards):
     """Another group and an abstaining completion beside it; groups without signal are left to tests of their own."""
     rewards = [*rewards, min(rewards) - 1, NAN]
     order = data.draw(st.permutations(range(len(rewards))))
@@ -774,7 +774,7 @@ def test_r2_permuting_a_group_permutes_its_advantages(baseline, scale, data, rew
 
 
 @pytest.mark.parametrize(("baseline", "scale"), PAIRS)
-def test_r2_abstaining_completions_leave_the_others_as_if_they_were_absent(baseline, scale):
+def test_abstaining_completions_leave_the_others_as_if_they_were_absent(baseline, scale):
     """Two of five abstain in each group, at different places; without them the group has three."""
     with_them = tensor([1.0, NAN, 4.0, NAN, 6.0], [NAN, -3.0, NAN, 2.0, 2.5])
     without = tensor([1.0, 4.0, 6.0], [-3.0, 2.0, 2.5])
@@ -798,7 +798,7 @@ def test_r2_abstaining_completions_leave_the_others_as_if_they_were_absent(basel
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
 )
 @settings(max_examples=150, deadline=None)
-def test_r2_no_reward_gives_nan(rewards, pair, dtype):
+def test_no_reward_gives_nan(rewards, pair, dtype):
     """In any type, with any baseline and scale, and however many abstain."""
     rewards = torch.tensor(rewards, dtype=dtype)
     got = group_advantages(rewards, baseline=pair[0], scale=pair[1])
@@ -814,13 +814,13 @@ def test_r2_no_reward_gives_nan(rewards, pair, dtype):
     [[[0.95]], [[0.95], [3.0]], [[NAN, NAN, NAN]], [[NAN, 0.95, NAN]], [[NAN, 0.95, 0.95], [NAN, NAN, 7.0]]],
     ids=["one of one", "groups of one", "all abstained", "one valid", "two equal and one valid"],
 )
-def test_r2_a_group_with_nothing_to_compare_gets_exactly_zero(baseline, scale, rewards):
+def test_a_group_with_nothing_to_compare_gets_exactly_zero(baseline, scale, rewards):
     got = group_advantages(tensor(*rewards), baseline=baseline, scale=scale)
     assert (got == 0).all()
 
 
 @pytest.mark.parametrize("scale", ["none", "batch", "batch_differences"])
-def test_r2_a_batch_of_one_value_gets_exactly_zero_from_its_own_mean(scale):
+def test_a_batch_of_one_value_gets_exactly_zero_from_its_own_mean(scale):
     """However its mean is rounded: that of ten times 0.95 is not 0.95. And one alone, and none."""
     for size in range(1, 17):
         for value in (0.95, 0.1, 1 / 3, -2.7, 1e-7, 60000.0):
@@ -830,7 +830,7 @@ def test_r2_a_batch_of_one_value_gets_exactly_zero_from_its_own_mean(scale):
         assert (group_advantages(rewards, baseline="batch", scale=scale) == 0).all()
 
 
-def test_r2_without_a_baseline_the_advantage_is_the_reward_in_groups_of_one_too():
+def test_without_a_baseline_the_advantage_is_the_reward_in_groups_of_one_too():
     assert group_advantages(tensor([2.0, 2.0], [NAN, -1.0]), baseline="none", scale="none").tolist() == [
         [2, 2],
         [0, -1],
@@ -838,7 +838,7 @@ def test_r2_without_a_baseline_the_advantage_is_the_reward_in_groups_of_one_too(
     assert group_advantages(tensor([2.0], [5.0]), baseline="none", scale="none").tolist() == [[2], [5]]
 
 
-# Several rewards, normalised each then summed (R23)
+# Several rewards, normalised each then summed
 
 PARTS = [
     [[0.0, 1.0, 1.0], [2.0, 0.0, 1.0]],
@@ -850,7 +850,7 @@ WEIGHTS = [1.0, 0.5, -2.0]
 
 @pytest.mark.parametrize("scale", ["sample", "population"])
 @pytest.mark.parametrize("baseline", GROUP_BASELINES)
-def test_r23_normalised_then_summed_is_its_formula(baseline, scale):
+def test_normalised_then_summed_is_its_formula(baseline, scale):
     """The third reward's second group is flat, and says nothing there."""
     epsilon = 1e-3
     each = [slow_advantages(part, baseline, scale, epsilon) for part in PARTS]
@@ -863,14 +863,14 @@ def test_r23_normalised_then_summed_is_its_formula(baseline, scale):
         assert row == pytest.approx([x / (std + epsilon) for x in expected], rel=1e-10)
 
 
-def test_r23_equal_sums_of_different_parts_keep_their_signal_where_spreads_differ():
+def test_equal_sums_of_different_parts_keep_their_signal_where_spreads_differ():
     """0 + 10 and 10 + 0 are equal sums; a third completion gives the two rewards different spreads."""
     first, second = tensor([0.0, 10.0, 0.0]), tensor([10.0, 0.0, 5.0])
     got = normalised_then_summed([first, second], [1.0, 1.0], baseline="group", scale="sample")[0].tolist()
     assert abs(got[0] - got[1]) > 0.1
 
 
-def test_r23_the_size_does_not_grow_with_the_number_of_rewards():
+def test_the_size_does_not_grow_with_the_number_of_rewards():
     """The same reward once, or four times: the batch's std of the sum takes it out."""
     part = tensor([0.0, 1.0, 5.0], [2.0, 0.0, 1.0])
     one, four = (
@@ -880,7 +880,7 @@ def test_r23_the_size_does_not_grow_with_the_number_of_rewards():
     assert one.std().item() == pytest.approx(1, rel=1e-13)
 
 
-def test_r23_the_unit_of_a_reward_does_not_matter():
+def test_the_unit_of_a_reward_does_not_matter():
     part, other = tensor([0.0, 1.0, 5.0]), tensor([2.0, 0.0, 1.0])
     plain, scaled = (
         normalised_then_summed([part * unit, other], [1.0, 1.0], baseline="group", scale="sample") for unit in (1, 1e4)
@@ -888,7 +888,7 @@ def test_r23_the_unit_of_a_reward_does_not_matter():
     torch.testing.assert_close(scaled, plain, rtol=1e-5, atol=0)
 
 
-def test_r23_a_completion_for_which_no_reward_spoke_gets_zero_and_leaves_the_std():
+def test_a_completion_for_which_no_reward_spoke_gets_zero_and_leaves_the_std():
     with_it = [tensor([0.0, 1.0, 5.0, NAN]), tensor([2.0, 0.0, NAN, NAN])]
     got = normalised_then_summed(with_it, [1.0, 1.0], baseline="group", scale="sample")
     without = normalised_then_summed([x[:, :3] for x in with_it], [1.0, 1.0], baseline="group", scale="sample")
@@ -900,19 +900,19 @@ def test_r23_a_completion_for_which_no_reward_spoke_gets_zero_and_leaves_the_std
 @pytest.mark.parametrize(
     "part", [[[0.95] * 3, [0.1] * 3], [[NAN] * 3, [NAN] * 3], [[NAN, 4.0, NAN], [NAN] * 3], [[0.95], [2.0]]]
 )
-def test_r23_rewards_without_signal_give_exactly_zero(part, dtype):
+def test_rewards_without_signal_give_exactly_zero(part, dtype):
     part = torch.tensor(part, dtype=dtype)
     got = normalised_then_summed([part, part], [1.0, 0.3], baseline="group", scale="sample")
     assert got.dtype == dtype
     assert (got == 0).all()
 
 
-def test_r23_each_reward_needs_its_weight():
+def test_each_reward_needs_its_weight():
     with pytest.raises(ValueError, match="shorter"):
         normalised_then_summed([torch.zeros(1, 2)] * 2, [1.0], baseline="group", scale="sample")
 
 
-# Generalised advantages and the value model (R13)
+# Generalised advantages and the value model
 
 
 def slow_generalised(
@@ -940,7 +940,7 @@ def row_data(seed: int, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     seed=st.integers(0, 100),
 )
 @settings(max_examples=80, deadline=None)
-def test_r13_generalised_advantages_are_the_double_sum(lengths, discount, trace, seed):
+def test_generalised_advantages_are_the_double_sum(lengths, discount, trace, seed):
     rewards, values, row_lengths = row_data(seed, lengths)
     got = generalised_advantages(rewards, values, row_lengths, discount=discount, trace=trace)
     expected: tuple[list[float], list[float]] = ([], [])
@@ -951,7 +951,7 @@ def test_r13_generalised_advantages_are_the_double_sum(lengths, discount, trace,
         assert tensor_.tolist() == pytest.approx(numbers, rel=1e-12, abs=1e-12)
 
 
-def test_r13_generalised_advantages_by_hand():
+def test_generalised_advantages_by_hand():
     """Rewards 0, 0, 1; values 0.5, 0.25, 0.75; discount 1/2, trace 1/2, so that what is carried shrinks to a quarter.
 
     Surprises: 0.125 - 0.5 = -0.375, 0.375 - 0.25 = 0.125, 1 - 0.75 = 0.25.
@@ -963,7 +963,7 @@ def test_r13_generalised_advantages_by_hand():
     assert returns.tolist() == [advantages[0].item() + 0.5, advantages[1].item() + 0.25, 1.0]
 
 
-def test_r13_with_a_trace_of_one_the_advantage_is_the_return_less_the_value():
+def test_with_a_trace_of_one_the_advantage_is_the_return_less_the_value():
     """And the return, undiscounted, is the sum of what is still to come."""
     rewards, values, lengths = row_data(0, [4, 1, 3])
     advantages, returns = generalised_advantages(rewards, values, lengths, discount=1.0, trace=1.0)
@@ -972,7 +972,7 @@ def test_r13_with_a_trace_of_one_the_advantage_is_the_return_less_the_value():
     assert advantages.tolist() == pytest.approx([r - v for r, v in zip(to_come, values.tolist(), strict=True)])
 
 
-def test_r13_with_a_trace_of_zero_the_advantage_is_the_surprise_of_one_step():
+def test_with_a_trace_of_zero_the_advantage_is_the_surprise_of_one_step():
     rewards, values, lengths = row_data(1, [2, 3])
     advantages, _ = generalised_advantages(rewards, values, lengths, discount=0.9, trace=0.0)
     r, v = rewards.tolist(), values.tolist()
@@ -980,7 +980,7 @@ def test_r13_with_a_trace_of_zero_the_advantage_is_the_surprise_of_one_step():
     assert advantages.tolist() == pytest.approx([r[n] + 0.9 * after[n] - v[n] for n in range(5)], rel=1e-12)
 
 
-def test_r13_a_row_does_not_see_its_neighbours():
+def test_a_row_does_not_see_its_neighbours():
     """Bit by bit what it gets alone, and whatever the others hold."""
     lengths = [3, 1, 5, 2]
     rewards, values, row_lengths = row_data(2, lengths)
@@ -999,7 +999,7 @@ def test_r13_a_row_does_not_see_its_neighbours():
             assert torch.equal(one[own], three[own])
 
 
-def test_r13_generalised_advantages_have_no_gradient():
+def test_generalised_advantages_have_no_gradient():
     rewards, values, lengths = row_data(3, [2, 2])
     got = generalised_advantages(rewards, values.requires_grad_(), lengths, discount=1.0, trace=0.9)
     assert not any(x.requires_grad for x in got)
@@ -1009,7 +1009,7 @@ def test_r13_generalised_advantages_have_no_gradient():
     numbers=st.lists(st.tuples(*[st.floats(-3, 3)] * 3), min_size=1, max_size=8), clip=st.sampled_from([0.0, 0.2, 1.5])
 )
 @settings(max_examples=60, deadline=None)
-def test_r13_the_clipped_value_loss_is_its_formula(numbers, clip):
+def test_the_clipped_value_loss_is_its_formula(numbers, clip):
     values, old, returns = (tensor(*column) for column in zip(*numbers, strict=True))
     got = clipped_value_loss(values, old, returns, clip=clip)
     expected = [max((v - r) ** 2, (max(o - clip, min(o + clip, v)) - r) ** 2) / 2 for v, o, r in numbers]
@@ -1025,7 +1025,7 @@ def test_r13_the_clipped_value_loss_is_its_formula(numbers, clip):
         (3.0, 1.0),  # beyond the return, by more than the held value lies short of it
     ],
 )
-def test_r13_the_value_moves_towards_the_return_only_so_far(value, slope):
+def test_the_value_moves_towards_the_return_only_so_far(value, slope):
     """The old value is 1, the return 2, the clip 0.5."""
 
     def loss(v: Tensor) -> Tensor:
@@ -1036,7 +1036,7 @@ def test_r13_the_value_moves_towards_the_return_only_so_far(value, slope):
 
 
 @pytest.mark.parametrize("size", [4, 7, 8])
-def test_r2_the_factor_of_leave_one_out_has_all_digits(size):
+def test_the_factor_of_leave_one_out_has_all_digits(size):
     rewards = torch.tensor([[1.0] + [0.0] * (size - 1)], dtype=torch.float64)
     got = group_advantages(rewards, baseline="leave_one_out", scale="none")[0]
     assert got[0].item() == pytest.approx(1.0, rel=1e-14)
@@ -1044,18 +1044,18 @@ def test_r2_the_factor_of_leave_one_out_has_all_digits(size):
 
 
 @pytest.mark.parametrize(("baseline", "scale"), [("none", "sample"), ("batch", "population")])
-def test_r2_a_group_s_std_goes_with_a_group_s_baseline_alone(baseline, scale):
+def test_a_group_s_std_goes_with_a_group_s_baseline_alone(baseline, scale):
     """A flat group has a std of 0 and a difference from the batch's mean that is not."""
     with pytest.raises(ValueError, match=baseline):
         group_advantages(torch.tensor([[0.95, 0.95, 0.95], [0.0, 1.0, 2.0]]), baseline=baseline, scale=scale)
 
 
-def test_r23_parts_that_are_normalised_each_need_a_group_s_baseline():
+def test_parts_that_are_normalised_each_need_a_group_s_baseline():
     with pytest.raises(ValueError, match="none"):
         normalised_then_summed([torch.ones(2, 3)], [1.0], baseline="none", scale="none")
 
 
-def test_r23_whole_number_parts_are_numbers():
+def test_whole_number_parts_are_numbers():
     whole = torch.tensor([[0, 1, 2]])
     got = normalised_then_summed([whole], [1.0], baseline="group", scale="sample")
     torch.testing.assert_close(
@@ -1064,25 +1064,25 @@ def test_r23_whole_number_parts_are_numbers():
 
 
 @pytest.mark.parametrize("lengths", [[], [0, 0]])
-def test_r13_no_tokens_have_no_advantages(lengths):
+def test_no_tokens_have_no_advantages(lengths):
     lengths = torch.tensor(lengths, dtype=torch.long)
     advantages, returns = generalised_advantages(torch.zeros(0), torch.zeros(0), lengths, discount=1.0, trace=1.0)
     assert advantages.shape == returns.shape == (0,)
 
 
-def test_r4_the_gate_of_sapo_has_all_digits():
+def test_the_gate_of_sapo_has_all_digits():
     ratio = torch.tensor([1.3], dtype=torch.float64)
     got = sapo_loss(ratio, torch.tensor([-1.0], dtype=torch.float64), positive=1.0, negative=1.05).item()
     assert got == pytest.approx(4 / 1.05 / (1 + math.exp(-1.05 * (ratio.item() - 1))), rel=1e-14)
 
 
-def test_r3_gspo_token_has_the_value_of_gspo_in_float32():
+def test_gspo_token_has_the_value_of_gspo_in_float32():
     log_ratio, row = torch.tensor([9.77, -9.7675]), torch.tensor([0, 0])
     assert torch.equal(RATIOS["sequence_mean_token"](log_ratio, row, 1), RATIOS["sequence_mean"](log_ratio, row, 1))
 
 
 @pytest.mark.parametrize("policy", [-60.0, -91.0, -120.0])
-def test_r5_the_weighted_k3_is_finite_where_the_policy_gave_a_token_up(policy):
+def test_the_weighted_k3_is_finite_where_the_policy_gave_a_token_up(policy):
     """Weight times exp(d) is pi_ref / pi_old, e here, however unlikely the policy makes the token."""
     logprobs = torch.tensor([policy], requires_grad=True)
     penalty = kl_penalty(logprobs, torch.tensor([-1.0]), estimator="k3", sampler_logprobs=torch.tensor([-2.0]))

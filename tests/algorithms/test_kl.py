@@ -1,4 +1,4 @@
-"""KL to the reference (R5): the three estimates, and their gradient against the exact sum over the vocabulary."""
+"""KL to the reference: the three estimates, and their gradient against the exact sum over the vocabulary."""
 
 import itertools
 import math
@@ -27,39 +27,39 @@ def exact_kl(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     # Probabilities 1/2 and 1/8: d = log(1/8) - log(1/2) = -log 4.
     [("k1", math.log(4)), ("k2", math.log(4) ** 2 / 2), ("k3", 1 / 4 - 1 + math.log(4))],
 )
-def test_r5_values_by_hand(estimator, expected):
+def test_values_by_hand(estimator, expected):
     policy, reference = torch.tensor([0.5]).double().log(), torch.tensor([0.125]).double().log()
     assert kl_penalty(policy, reference, estimator=estimator).item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_r5_k1_may_be_negative_and_the_others_not():
+def test_k1_may_be_negative_and_the_others_not():
     """Probabilities 1/8 and 1/2: d = log 4."""
     policy, reference = torch.tensor([0.125]).double().log(), torch.tensor([0.5]).double().log()
     values = [kl_penalty(policy, reference, estimator=name).item() for name in ("k1", "k2", "k3")]
     assert values == pytest.approx([-math.log(4), math.log(4) ** 2 / 2, 4 - 1 - math.log(4)], rel=1e-12)
 
 
-def test_r5_default_is_k3():
+def test_default_is_k3():
     policy, reference = torch.tensor([-1.0]), torch.tensor([-2.0])
     assert torch.equal(kl_penalty(policy, reference), kl_penalty(policy, reference, estimator="k3"))
 
 
 @given(values=st.lists(st.floats(-40, 0, width=32), min_size=1, max_size=8), name=st.sampled_from(sorted(ESTIMATORS)))
 @settings(max_examples=80, deadline=None)
-def test_r5_equal_policies_have_a_penalty_of_exactly_zero(values, name):
+def test_equal_policies_have_a_penalty_of_exactly_zero(values, name):
     logprobs = torch.tensor(values, dtype=torch.float32)
     sampler = logprobs - 0.3
     assert (kl_penalty(logprobs, logprobs, estimator=name) == 0).all()
     assert (kl_penalty(logprobs, logprobs, estimator=name, sampler_logprobs=sampler) == 0).all()
 
 
-def test_r5_k3_keeps_its_digits_for_nearly_equal_policies():
+def test_k3_keeps_its_digits_for_nearly_equal_policies():
     """exp(d) - 1 - d is d^2 / 2 + d^3 / 6; in float32 the plain formula would lose all of it at d = 1e-4."""
     for d in (1e-4, -1e-4, 1e-3, -1e-3):
         assert k3(torch.tensor([d], dtype=torch.float32)).item() == pytest.approx(d * d / 2 + d**3 / 6, rel=5e-3)
 
 
-def test_r5_k2_and_k3_are_never_negative():
+def test_k2_and_k3_are_never_negative():
     differences = torch.cat([torch.linspace(-30, 30, 10001), torch.logspace(-12, 0, 10001)])
     for name in ("k2", "k3"):
         assert (ESTIMATORS[name](differences) >= 0).all()
@@ -67,7 +67,7 @@ def test_r5_k2_and_k3_are_never_negative():
 
 
 @pytest.mark.parametrize("name", ["k1", "k3"])
-def test_r5_k1_and_k3_are_unbiased_and_k2_is_not(name):
+def test_k1_and_k3_are_unbiased_and_k2_is_not(name):
     policy, reference = logits(1, VOCABULARY).log_softmax(0), logits(2, VOCABULARY).log_softmax(0)
     exact = exact_kl(policy, reference).item()
     assert (policy.exp() * kl_penalty(policy, reference, estimator=name)).sum().item() == pytest.approx(
@@ -90,7 +90,7 @@ def gradients(name: str, seed: int, *, on_policy: bool, corrected: bool) -> tupl
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("on_policy", [True, False])
 @pytest.mark.parametrize("name", ["k1", "k3"])
-def test_r5_the_corrected_gradient_is_that_of_the_exact_kl(name, on_policy, seed):
+def test_the_corrected_gradient_is_that_of_the_exact_kl(name, on_policy, seed):
     expected, exact = gradients(name, seed, on_policy=on_policy, corrected=True)
     torch.testing.assert_close(expected, exact, atol=1e-9, rtol=0)
 
@@ -98,12 +98,12 @@ def test_r5_the_corrected_gradient_is_that_of_the_exact_kl(name, on_policy, seed
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("on_policy", [True, False])
 @pytest.mark.parametrize("name", ["k1", "k3"])
-def test_r5_the_uncorrected_gradient_is_not(name, on_policy, seed):
+def test_the_uncorrected_gradient_is_not(name, on_policy, seed):
     expected, exact = gradients(name, seed, on_policy=on_policy, corrected=False)
     assert (expected - exact).abs().max() > 1e-3
 
 
-def test_r5_the_uncorrected_k1_has_no_gradient_at_all_on_the_policy():
+def test_the_uncorrected_k1_has_no_gradient_at_all_on_the_policy():
     """The expected gradient of log pi is zero: k1 as a plain loss holds nothing near anything."""
     expected, exact = gradients("k1", 0, on_policy=True, corrected=False)
     assert expected.abs().max() < 1e-12 < exact.abs().max()
@@ -111,13 +111,13 @@ def test_r5_the_uncorrected_k1_has_no_gradient_at_all_on_the_policy():
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("corrected", [True, False])
-def test_r5_k2_has_the_right_gradient_on_the_policy(corrected, seed):
+def test_k2_has_the_right_gradient_on_the_policy(corrected, seed):
     expected, exact = gradients("k2", seed, on_policy=True, corrected=corrected)
     torch.testing.assert_close(expected, exact, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["k1", "k3"])
-def test_r5_over_sequences_the_corrected_gradient_is_that_of_the_kl_at_each_state(name):
+def test_over_sequences_the_corrected_gradient_is_that_of_the_kl_at_each_state(name):
     """Two tokens, every sequence enumerated. The KL at a state weighs as much as the sampler visits it."""
     size = 3
     first, second = logits(7, size).requires_grad_(), logits(8, size, size).requires_grad_()
@@ -144,7 +144,7 @@ def test_r5_over_sequences_the_corrected_gradient_is_that_of_the_kl_at_each_stat
 
 
 @pytest.mark.parametrize("name", ["k1", "k3"])
-def test_r5_on_the_policy_the_correction_does_not_change_the_value(name):
+def test_on_the_policy_the_correction_does_not_change_the_value(name):
     policy, reference = logits(3, VOCABULARY).log_softmax(0), logits(4, VOCABULARY).log_softmax(0)
     plain = kl_penalty(policy, reference, estimator=name)
     assert torch.equal(kl_penalty(policy, reference, estimator=name, sampler_logprobs=policy), plain)

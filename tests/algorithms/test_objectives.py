@@ -1,4 +1,4 @@
-"""The clipped policy objective (R4): min(ratio A, clip(ratio, 1 - low, 1 + high) A), as a loss."""
+"""The clipped policy objective: min(ratio A, clip(ratio, 1 - low, 1 + high) A), as a loss."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def tensor(*values: float) -> torch.Tensor:
         (1.5, 0.0, 0.0, ""),
     ],
 )
-def test_r4_every_sign_and_region_by_hand(ratio, advantage, loss, acts):
+def test_every_sign_and_region_by_hand(ratio, advantage, loss, acts):
     ratio = tensor(ratio).requires_grad_()
     got = clipped_loss(ratio, tensor(advantage), low=LOW, high=HIGH)
     assert got.item() == pytest.approx(loss, abs=1e-12)
@@ -44,13 +44,13 @@ def test_r4_every_sign_and_region_by_hand(ratio, advantage, loss, acts):
     assert (low.item(), high.item()) == (acts == "low", acts == "high")
 
 
-def test_r4_equal_bounds_are_ppo_s_clip():
+def test_equal_bounds_are_ppo_s_clip():
     ratio, advantages = torch.meshgrid(torch.linspace(0.1, 3, 59), torch.tensor([-2.0, -0.5, 0.0, 1.0]), indexing="ij")
     ppo = -torch.min(ratio * advantages, ratio.clip(0.8, 1.2) * advantages)
     torch.testing.assert_close(clipped_loss(ratio, advantages, low=0.2, high=0.2), ppo)
 
 
-def test_r4_a_higher_upper_bound_moves_only_what_is_clipped_above():
+def test_a_higher_upper_bound_moves_only_what_is_clipped_above():
     """A decoupled upper bound (DAPO) leaves negative advantages, and ratios inside, as they were."""
     ratio, advantages = tensor(0.5, 1.1, 1.5, 0.5, 1.1, 1.5), tensor(1, 1, 1, -1, -1, -1)
     one, two = (clipped_loss(ratio, advantages, low=0.2, high=high) for high in (0.2, 0.28))
@@ -58,7 +58,7 @@ def test_r4_a_higher_upper_bound_moves_only_what_is_clipped_above():
     assert two[2].item() == pytest.approx(-1.28)
 
 
-def test_r4_bounds_may_differ_by_token():
+def test_bounds_may_differ_by_token():
     """What a bound that depends on the token's own probability is built on."""
     ratio, advantages = tensor(1.5, 1.5, 0.5, 0.5), tensor(1, 1, -1, -1)
     low, high = tensor(0.1, 0.1, 0.1, 0.4), tensor(0.1, 0.6, 0.1, 0.1)
@@ -69,7 +69,7 @@ def test_r4_bounds_may_differ_by_token():
     assert above.tolist() == [True, False, False, False]
 
 
-def test_r4_a_bound_per_token_of_equal_numbers_is_the_number():
+def test_a_bound_per_token_of_equal_numbers_is_the_number():
     ratio, advantages = torch.linspace(0.3, 2, 40, dtype=torch.float64), tensor(*[-1, 1] * 20)
     per_token = clipped_loss(ratio, advantages, low=torch.full((40,), 0.2), high=torch.full((40,), 0.3))
     torch.testing.assert_close(per_token, clipped_loss(ratio, advantages, low=0.2, high=0.3), atol=1e-7, rtol=0)
@@ -87,7 +87,7 @@ ratios_and_bounds = {
 
 @given(**ratios_and_bounds)
 @settings(max_examples=100, deadline=None)
-def test_r4_the_loss_is_the_formula_and_a_pessimistic_bound(ratio, advantage, low, high):
+def test_the_loss_is_the_formula_and_a_pessimistic_bound(ratio, advantage, low, high):
     got = clipped_loss(tensor(*ratio), torch.full((len(ratio),), advantage).double(), low=low, high=high).tolist()
     advantage = float(torch.tensor(advantage))
     for value, loss in zip(ratio, got, strict=True):
@@ -98,7 +98,7 @@ def test_r4_the_loss_is_the_formula_and_a_pessimistic_bound(ratio, advantage, lo
 
 @given(**ratios_and_bounds, dtype=st.sampled_from([torch.float32, torch.float64]))
 @settings(max_examples=150, deadline=None)
-def test_r4_the_gradient_is_zero_exactly_where_a_bound_acts(ratio, advantage, low, high, dtype):
+def test_the_gradient_is_zero_exactly_where_a_bound_acts(ratio, advantage, low, high, dtype):
     """What is counted as clipped is what does not learn; the rest learns in full."""
     inside = [v for v in ratio if min(abs(v - 1 + low), abs(v - 1 - high)) > 1e-6]  # a bound is rounded to the type
     values = torch.tensor(inside, dtype=dtype, requires_grad=True)
@@ -111,7 +111,7 @@ def test_r4_the_gradient_is_zero_exactly_where_a_bound_acts(ratio, advantage, lo
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
-def test_r4_a_ratio_at_the_bound_learns_and_the_next_number_outside_does_not(advantage, dtype):
+def test_a_ratio_at_the_bound_learns_and_the_next_number_outside_does_not(advantage, dtype):
     """With the bounds 0.75 and 1.5, which no type rounds."""
     bounds = torch.tensor([0.75, 1.5], dtype=dtype)
     outside = bounds.nextafter(torch.tensor([0.0, 9.0], dtype=dtype))
@@ -126,7 +126,7 @@ def test_r4_a_ratio_at_the_bound_learns_and_the_next_number_outside_does_not(adv
 
 @given(**ratios_and_bounds)
 @settings(max_examples=50, deadline=None)
-def test_r4_the_gradient_is_the_finite_difference(ratio, advantage, low, high):
+def test_the_gradient_is_the_finite_difference(ratio, advantage, low, high):
     step = 1e-6
     values = [v for v in ratio if min(abs(v - 1 + low), abs(v - 1 - high)) > 1e-4]  # away from the kinks
 
@@ -139,7 +139,7 @@ def test_r4_the_gradient_is_the_finite_difference(ratio, advantage, low, high):
 
 
 @pytest.mark.parametrize("name", ["token", "sequence"])
-def test_r4_a_clipped_token_has_no_gradient_though_its_ratio_overflows(name):
+def test_a_clipped_token_has_no_gradient_though_its_ratio_overflows(name):
     """exp(100) is infinite in float32; with A > 0 the upper bound acts, so the loss is -1.3 A and the gradient 0."""
     log_ratio = torch.full((1,), 100.0, requires_grad=True)
     ratio = RATIOS[name](log_ratio, torch.tensor([0]), 1)
@@ -149,6 +149,6 @@ def test_r4_a_clipped_token_has_no_gradient_though_its_ratio_overflows(name):
     assert log_ratio.grad.item() == 0
 
 
-def test_r4_no_advantage_is_no_loss_though_the_ratio_overflows():
+def test_no_advantage_is_no_loss_though_the_ratio_overflows():
     loss = clipped_loss(torch.tensor([torch.inf]), torch.tensor([0.0]), low=LOW, high=HIGH)
     assert loss.item() == 0

@@ -1,4 +1,4 @@
-"""Losses on preference pairs: DPO (R14), and Bradley-Terry, of which a reward model is made (R16)."""
+"""Losses on preference pairs: DPO, and Bradley-Terry, of which a reward model is made."""
 
 import math
 
@@ -31,12 +31,12 @@ def sigmoid(x: float) -> float:
         (0.0, math.log(3), 1.0, 0.25, 0.75 * math.log(4) + 0.25 * math.log(4 / 3)),
     ],
 )
-def test_r14_dpo_by_hand(chosen, rejected, beta, smoothing, expected):
+def test_dpo_by_hand(chosen, rejected, beta, smoothing, expected):
     got = dpo_loss(tensor(chosen), tensor(rejected), beta=beta, label_smoothing=smoothing)
     assert got.item() == pytest.approx(expected, rel=1e-14)
 
 
-def test_r14_dpo_from_four_log_probabilities_by_hand():
+def test_dpo_from_four_log_probabilities_by_hand():
     """Chosen: 1/2 under the policy, 1/4 under the reference; rejected: 1/8 and 1/4. Ratios 2 and 1/2, margin log 4.
 
     With beta 1 the probability of the preference is 4/5.
@@ -56,7 +56,7 @@ pairs = {
 
 @given(**pairs)
 @settings(max_examples=100, deadline=None)
-def test_r14_the_gradient_of_dpo_is_its_closed_form(chosen, rejected, beta, smoothing):
+def test_the_gradient_of_dpo_is_its_closed_form(chosen, rejected, beta, smoothing):
     """By the chosen log-ratio: beta * (sigmoid(margin) - (1 - smoothing)); by the rejected one the opposite.
 
     Unsmoothed that is -beta * sigmoid(-margin): a pair weighs as much as the implicit reward has it wrong.
@@ -70,7 +70,7 @@ def test_r14_the_gradient_of_dpo_is_its_closed_form(chosen, rejected, beta, smoo
 
 @given(chosen=pairs["chosen"], rejected=pairs["rejected"], smoothing=pairs["smoothing"])
 @settings(max_examples=50, deadline=None)
-def test_r14_smoothing_is_the_expectation_over_labels_that_may_be_wrong(chosen, rejected, smoothing):
+def test_smoothing_is_the_expectation_over_labels_that_may_be_wrong(chosen, rejected, smoothing):
     """The share `smoothing` of pairs the wrong way round, and the rest the right way."""
     one, other = tensor(chosen), tensor(rejected)
     right, wrong = dpo_loss(one, other, beta=0.7), dpo_loss(other, one, beta=0.7)
@@ -79,7 +79,7 @@ def test_r14_smoothing_is_the_expectation_over_labels_that_may_be_wrong(chosen, 
 
 
 @pytest.mark.parametrize("smoothing", [0.1, 0.3])
-def test_r14_with_smoothing_the_best_margin_is_finite(smoothing):
+def test_with_smoothing_the_best_margin_is_finite(smoothing):
     """Where sigmoid(margin) is the share of right labels the gradient is zero; beyond it the loss rises again."""
     best = math.log((1 - smoothing) / smoothing) / 0.5
     chosen = tensor(best - 1, best, best + 1).requires_grad_()
@@ -91,7 +91,7 @@ def test_r14_with_smoothing_the_best_margin_is_finite(smoothing):
     assert loss[1] < min(loss[0], loss[2])
 
 
-def test_r14_the_default_has_no_smoothing():
+def test_the_default_has_no_smoothing():
     one, other = tensor(0.3, -2.0), tensor(1.0, -5.0)
     assert torch.equal(dpo_loss(one, other, beta=0.2), dpo_loss(one, other, beta=0.2, label_smoothing=0.0))
 
@@ -99,7 +99,7 @@ def test_r14_the_default_has_no_smoothing():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("margin", [1e4, -1e4])
-def test_r14_at_extreme_margins_the_loss_is_linear_and_not_nan(margin, smoothing, dtype):
+def test_at_extreme_margins_the_loss_is_linear_and_not_nan(margin, smoothing, dtype):
     """Though the sigmoid underflows: the loss is the margin that is wrong, and its slope is full or none."""
     chosen, rejected = (torch.tensor([x], dtype=dtype, requires_grad=True) for x in (margin / 2, -margin / 2))
     loss = dpo_loss(chosen, rejected, beta=1.0, label_smoothing=smoothing)
@@ -109,7 +109,7 @@ def test_r14_at_extreme_margins_the_loss_is_linear_and_not_nan(margin, smoothing
     assert slopes == pytest.approx([math.copysign(weight, margin), -math.copysign(weight, margin)], rel=1e-6, abs=1e-12)
 
 
-def test_r14_pairs_do_not_look_at_one_another():
+def test_pairs_do_not_look_at_one_another():
     chosen, rejected = tensor(1.0, -3.0, 1e4), tensor(0.5, 2.0, -1e4)
     together = dpo_loss(chosen, rejected, beta=0.3)
     alone = [dpo_loss(chosen[n : n + 1], rejected[n : n + 1], beta=0.3).item() for n in range(3)]
@@ -125,13 +125,13 @@ def test_r14_pairs_do_not_look_at_one_another():
         (2.0, 0.0, 0.126928011042972),  # log(1 + e^-2)
     ],
 )
-def test_r16_bradley_terry_by_hand(chosen, rejected, expected):
+def test_bradley_terry_by_hand(chosen, rejected, expected):
     assert bradley_terry_loss(tensor(chosen), tensor(rejected)).item() == pytest.approx(expected, rel=1e-13)
 
 
 @given(chosen=pairs["chosen"], rejected=pairs["rejected"])
 @settings(max_examples=60, deadline=None)
-def test_r16_the_gradient_of_bradley_terry_is_the_chance_of_the_other_answer(chosen, rejected):
+def test_the_gradient_of_bradley_terry_is_the_chance_of_the_other_answer(chosen, rejected):
     ends = [tensor(x).requires_grad_() for x in (chosen, rejected)]
     got = [slope.item() for slope in torch.autograd.grad(bradley_terry_loss(*ends).sum(), ends)]
     wrong = sigmoid(rejected - chosen)
@@ -140,7 +140,7 @@ def test_r16_the_gradient_of_bradley_terry_is_the_chance_of_the_other_answer(cho
 
 @given(chosen=pairs["chosen"], rejected=pairs["rejected"], constant=st.integers(-1000, 1000))
 @settings(max_examples=60, deadline=None)
-def test_r16_only_the_difference_of_two_scores_matters(chosen, rejected, constant):
+def test_only_the_difference_of_two_scores_matters(chosen, rejected, constant):
     one, other = tensor(chosen), tensor(rejected)
     moved = bradley_terry_loss(one + constant, other + constant)
     assert moved.item() == pytest.approx(bradley_terry_loss(one, other).item(), rel=1e-9, abs=1e-12)
@@ -148,21 +148,21 @@ def test_r16_only_the_difference_of_two_scores_matters(chosen, rejected, constan
 
 @given(chosen=pairs["chosen"], rejected=pairs["rejected"])
 @settings(max_examples=60, deadline=None)
-def test_r16_the_two_answers_chances_sum_to_one(chosen, rejected):
+def test_the_two_answers_chances_sum_to_one(chosen, rejected):
     one, other = tensor(chosen), tensor(rejected)
     chances = [math.exp(-bradley_terry_loss(*pair).item()) for pair in ((one, other), (other, one))]
     assert sum(chances) == pytest.approx(1, rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_r16_at_extreme_margins_the_loss_is_linear_and_not_nan(dtype):
+def test_bradley_terry_is_linear_at_extreme_margins(dtype):
     chosen = torch.tensor([1e4, -1e4], dtype=dtype, requires_grad=True)
     loss = bradley_terry_loss(chosen, torch.zeros(2, dtype=dtype))
     assert loss.tolist() == [0.0, 1e4]
     assert torch.autograd.grad(loss.sum(), chosen)[0].tolist() == [0.0, -1.0]
 
 
-def test_r16_scores_trained_on_pairs_find_the_odds_they_were_preferred_with():
+def test_scores_trained_on_pairs_find_the_odds_they_were_preferred_with():
     """One answer is preferred 3 times in 4, so that the scores end log 3 apart: the maximum of the likelihood."""
     scores = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     winner, loser = torch.tensor([0, 0, 0, 1]), torch.tensor([1, 1, 1, 0])
@@ -173,7 +173,7 @@ def test_r16_scores_trained_on_pairs_find_the_odds_they_were_preferred_with():
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_r14_dpo_is_bradley_terry_on_the_scaled_log_ratio(smoothing):
+def test_dpo_is_bradley_terry_on_the_scaled_log_ratio(smoothing):
     """Its implicit reward is beta * log(pi_theta / pi_ref); smoothed, it is the mean over both labels."""
     chosen, rejected = tensor(0.4, -3.0, 2.0), tensor(1.0, -1.5, -9.0)
     scores = 0.3 * chosen, 0.3 * rejected

@@ -1,4 +1,4 @@
-"""Probability ratios (R3): per token, per sequence as the product, per sequence length-normalised."""
+"""Probability ratios: per token, per sequence as the product, per sequence length-normalised."""
 
 import math
 
@@ -32,18 +32,18 @@ def ratios(name: str, log_ratio: torch.Tensor = LOG_RATIO, row: torch.Tensor = R
         ("sequence_mean", [1, 1, 3, 2, 2, 2]),
     ],
 )
-def test_r3_ratios_worked_by_hand(name, expected):
+def test_ratios_worked_by_hand(name, expected):
     assert ratios(name).tolist() == pytest.approx(expected, rel=1e-14)
 
 
 @pytest.mark.parametrize("name", RATIOS)
-def test_r3_equal_policies_have_the_ratio_one_exactly(name):
+def test_equal_policies_have_the_ratio_one_exactly(name):
     assert ratios(name, torch.zeros(6)).tolist() == [1.0] * 6
 
 
 @given(values=st.lists(st.floats(-5, 5), min_size=1, max_size=8))
 @settings(max_examples=50, deadline=None)
-def test_r3_completions_of_one_token_make_all_three_equal(values):
+def test_completions_of_one_token_make_all_three_equal(values):
     log_ratio, row = torch.tensor(values, dtype=torch.float64), torch.arange(len(values))
     token, sequence, mean = (
         RATIOS[name](log_ratio, row, len(values)) for name in ("token", "sequence", "sequence_mean")
@@ -54,7 +54,7 @@ def test_r3_completions_of_one_token_make_all_three_equal(values):
 
 @given(rows=completions)
 @settings(max_examples=50, deadline=None)
-def test_r3_the_product_is_the_length_th_power_of_the_length_normalised_ratio(rows):
+def test_the_product_is_the_length_th_power_of_the_length_normalised_ratio(rows):
     log_ratio = torch.tensor([value for row in rows for value in row], dtype=torch.float64)
     row = torch.tensor([number for number, values in enumerate(rows) for _ in values])
     length = torch.tensor([len(values) for values in rows])[row]
@@ -65,13 +65,13 @@ def test_r3_the_product_is_the_length_th_power_of_the_length_normalised_ratio(ro
 
 
 @pytest.mark.parametrize("name", RATIOS)
-def test_r3_other_rows_do_not_matter(name):
+def test_other_rows_do_not_matter(name):
     alone = ratios(name, LOG_RATIO[3:], torch.zeros(3, dtype=torch.long), 1)
     torch.testing.assert_close(ratios(name)[3:], alone)
 
 
 @pytest.mark.parametrize("name", RATIOS)
-def test_r3_a_row_without_tokens_changes_nothing(name):
+def test_a_row_without_tokens_changes_nothing(name):
     moved = torch.tensor([1, 1, 3, 4, 4, 4])
     assert torch.equal(ratios(name, row=moved, num_rows=6), ratios(name))
 
@@ -85,14 +85,14 @@ def test_r3_a_row_without_tokens_changes_nothing(name):
         ("sequence_mean", [1, 1, 3, 2, 2, 2]),  # n products, each moved by 1/n
     ],
 )
-def test_r3_gradients_worked_by_hand(name, expected):
+def test_gradients_worked_by_hand(name, expected):
     log_ratio = LOG_RATIO.clone().requires_grad_()
     ratios(name, log_ratio).sum().backward()
     assert log_ratio.grad.tolist() == pytest.approx(expected, rel=1e-14)
     assert torch.autograd.gradcheck(lambda values: ratios(name, values), log_ratio)
 
 
-def test_r3_the_length_normalised_ratio_stays_finite_where_the_product_overflows():
+def test_the_length_normalised_ratio_stays_finite_where_the_product_overflows():
     log_ratio, row = torch.full((2000,), 0.1), torch.zeros(2000, dtype=torch.long)
     assert torch.allclose(
         ratios("sequence", log_ratio, row, 1), torch.full((2000,), math.exp(60))

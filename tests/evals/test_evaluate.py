@@ -1,4 +1,4 @@
-"""Held-out figures and their intervals, from scored groups (R28)."""
+"""Held-out figures and their intervals, from scored groups."""
 
 import pytest
 import torch

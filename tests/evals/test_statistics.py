@@ -1,4 +1,4 @@
-"""Evaluation statistics: intervals against published values, pass@k against enumeration (R28, R36)."""
+"""Evaluation statistics: intervals against published values, pass@k against enumeration."""
 
 import itertools
 import math

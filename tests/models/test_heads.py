@@ -1,4 +1,4 @@
-"""Value and reward models read the same stream as the policy (R13, R16)."""
+"""Value and reward models read the same stream as the policy."""
 
 import warnings
 
@@ -13,7 +13,7 @@ GROUPS = [([3, 4, 5], [[6, 7], [8, 9, 10, 11], [12]]), ([13], [[14, 15, 16]]), (
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "qwen2", "llama", "gpt2", "mistral", "doge"])
-def test_r13_r16_scores_and_values_are_those_of_each_row_alone(make_model, architecture):
+def test_scores_and_values_are_those_of_each_row_alone(make_model, architecture):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         policy = Policy.of(make_model(architecture))

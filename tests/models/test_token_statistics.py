@@ -1,4 +1,4 @@
-"""Entropy and the exact KL from the same pass as the log-probabilities (R5, R36)."""
+"""Entropy and the exact KL from the same pass as the log-probabilities."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def tables(policy, temperature, support):
 
 @pytest.mark.parametrize("support", [None, [1, 2, 30]])
 @pytest.mark.parametrize("chunk", [1 << 24, 61 * 3])
-def test_r5_r36_entropy_and_exact_kl_with_every_gradient(make_model, monkeypatch, support, chunk):
+def test_entropy_and_exact_kl_with_every_gradient(make_model, monkeypatch, support, chunk):
     """In chunks of three tokens, and whole; with tokens left out by the sampler, and without."""
     monkeypatch.setattr(logprobs, "CHUNK_LOGITS", chunk)
     policy, reference = Policy.of(make_model("llama")), Policy.of(make_model("llama", initializer_range=0.3))

@@ -1,4 +1,4 @@
-"""The built-in reward `answer` (R18): equal in value, not in spelling; and what hostile answers cost."""
+"""The built-in reward `answer`: equal in value, not in spelling; and what hostile answers cost."""
 
 import inspect
 import json
@@ -49,7 +49,7 @@ def one(reward, gold, text):
     return reward([text], answer=[gold])[0]
 
 
-def test_r18_false_accepts_and_false_rejects_on_the_labelled_pairs():
+def test_false_accepts_and_false_rejects_on_the_labelled_pairs():
     """What is measured here is what docs/rewards.md says. A right answer that can't be read counts as a reject."""
     reward = Answer(seconds=4.0)
     scores = reward([pair["answer"] for pair in PAIRS], answer=[pair["gold"] for pair in PAIRS])
@@ -64,7 +64,7 @@ def test_r18_false_accepts_and_false_rejects_on_the_labelled_pairs():
 
 
 @pytest.mark.parametrize("kind", sorted({pair["kind"] for pair in KINDS}))
-def test_r18_traps_are_refused_and_equal_answers_accepted(reward, kind):
+def test_traps_are_refused_and_equal_answers_accepted(reward, kind):
     """Kinds of mistakes that a reader of answers makes, each with traps and with what must not be lost for their sake."""
     pairs = [pair for pair in KINDS if pair["kind"] == kind]
     scores = reward([pair["answer"] for pair in pairs], answer=[pair["gold"] for pair in pairs])
@@ -118,7 +118,7 @@ def towers():
         yield rf"\boxed{{\binom{{10^{{{i}0}}}}{{5 \cdot 10^9}}}}"
 
 
-def test_r18_sixty_four_answers_that_blow_up_cost_seconds(quick):
+def test_sixty_four_answers_that_blow_up_cost_seconds(quick):
     texts = list(towers())
     assert len(set(texts)) == 64
     one(quick, "x", "2x")  # the workers are there
@@ -137,7 +137,7 @@ def test_r18_sixty_four_answers_that_blow_up_cost_seconds(quick):
         "(" * 150 + "x" + ")" * 150,
     ],
 )
-def test_r18_a_tower_in_disguise_is_not_worked_out(quick, text):
+def test_a_tower_in_disguise_is_not_worked_out(quick, text):
     one(quick, "x", f"2x + {len(text)}")  # which has not been asked before: a worker is there
     workers = list(quick._pool[0]._workers)
     assert workers
@@ -145,7 +145,7 @@ def test_r18_a_tower_in_disguise_is_not_worked_out(quick, text):
     assert quick._pool[0]._workers == workers  # none had to be killed for it
 
 
-def test_r18_an_answer_over_its_time_scores_0_and_the_others_their_due(quick):
+def test_an_answer_over_its_time_scores_0_and_the_others_their_due(quick):
     slow = r"\boxed{\sum_{n=1}^{10^{15}} \frac{1}{n^n}}"
     began = time.monotonic()
     assert quick([slow, r"\boxed{\frac{x+x}{2}}", slow], answer=["x"] * 3) == [0.0, 1.0, 0.0]
@@ -158,12 +158,12 @@ def test_r18_an_answer_over_its_time_scores_0_and_the_others_their_due(quick):
      r"\sum_{n=1}^{1/2} n", r"\int_0^{\frac{1}{0}} x dx", r"\lceil \begin{pmatrix}k\end{pmatrix}\rceil", r"i \ne x = k",
      r"\cos{\lim_{x \to \frac{1}{0}} \frac{1}{x}}", "(" * 190 + "x" + ")" * 190, r"\sqrt{" * 60 + "x" + "}" * 60],
 )  # fmt: skip
-def test_r18_an_answer_that_breaks_the_algebra_is_wrong_and_does_not_abstain(reward, answer):
+def test_an_answer_that_breaks_the_algebra_is_wrong_and_does_not_abstain(reward, answer):
     """Else a policy could escape a low reward, and stop the run, with what makes sympy raise."""
     assert reward([answer] * 2, answer=["x+7", r"\pi"]) == [0.0, 0.0]
 
 
-def test_r18_no_text_makes_the_search_for_an_answer_long():
+def test_no_text_makes_the_search_for_an_answer_long():
     """Nothing that a text holds takes the trainer more than a moment: neither to find the answer nor to compare it."""
     pieces = [
         "1",
@@ -226,7 +226,7 @@ def never(gold, answer):
     raise UndecidedError
 
 
-def test_r18_a_worker_that_dies_is_a_failure_and_no_zero():
+def test_a_worker_that_dies_is_a_failure_and_no_zero():
     reward = Answer(workers=1)
     assert one(reward, "x", "\\boxed{2x}") == 0.0
     reward._pool[0].seconds = 30.0
@@ -239,11 +239,11 @@ def test_r18_a_worker_that_dies_is_a_failure_and_no_zero():
 
 
 @pytest.mark.parametrize("gold", [None, "", "  ", "\\frac{1}{", "\\boxed{}", "\\{x \\mid"])
-def test_r18_a_right_answer_that_cannot_be_read_is_a_failure(reward, gold):
+def test_a_right_answer_that_cannot_be_read_is_a_failure(reward, gold):
     assert isinstance(one(reward, gold, "\\boxed{y+7}"), RewardError)
 
 
-def test_r18_an_unreadable_right_answer_is_still_equal_to_itself():
+def test_an_unreadable_right_answer_is_still_equal_to_itself():
     assert Answer(extract="whole")(["\\frac{1}{"], answer=["\\frac{1}{"]) == [1.0]
 
 
@@ -305,7 +305,7 @@ def test_a_chat_another_column_and_a_long_answer(reward):
     assert list(inspect.signature(Answer(column="solution")).parameters) == ["completions", "solution"]
 
 
-def test_r33_in_a_recipe_a_right_answer_that_cannot_be_read_is_counted_and_named():
+def test_in_a_recipe_a_right_answer_that_cannot_be_read_is_counted_and_named():
     (reward,) = load_rewards([RewardSpec(function="answer", options={"column": "solution"}, weight=2.0)])
     zeros = torch.zeros(1)
     texts = ["\\boxed{2x}", "\\boxed{x+x}", "\\boxed{3}", "nothing"]

@@ -1,4 +1,4 @@
-"""Completions that take back a step of their own are seen (R26)."""
+"""Completions that take back a step of their own are seen."""
 
 import pytest
 
@@ -46,14 +46,14 @@ KEPT = [
 
 
 @pytest.mark.parametrize("text", REVISED)
-def test_r26_a_step_that_is_taken_back_is_seen(text):
+def test_a_step_that_is_taken_back_is_seen(text):
     assert revises(text)
 
 
 @pytest.mark.parametrize("text", KEPT)
-def test_r26_words_and_checks_alone_are_no_revision(text):
+def test_words_and_checks_alone_are_no_revision(text):
     assert not revises(text)
 
 
-def test_r26_the_metric_is_a_reward_of_zero_and_one():
+def test_the_metric_is_a_reward_of_zero_and_one():
     assert SelfCorrection()(["3 * 4 = 11\n3 * 4 = 12", [{"role": "assistant", "content": "7"}]]) == [1, 0]

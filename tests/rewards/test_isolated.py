@@ -1,4 +1,4 @@
-"""A user's reward in processes of its own (R33, R23): a completion that breaks it is counted and named, the others are scored."""
+"""A user's reward in processes of its own: a completion that breaks it is counted and named, the others are scored."""
 
 import inspect
 import math
@@ -69,7 +69,7 @@ def groups(*texts, letter="a"):
     ]
 
 
-def test_r33_whatever_one_completion_of_64_does_the_others_get_their_reward(load):
+def test_whatever_one_completion_of_64_does_the_others_get_their_reward(load):
     bad = {
         5: ("sleep", "took longer than 1 s"),
         6: ("spin", "took longer than 1 s"),
@@ -99,7 +99,7 @@ def test_what_a_worker_raises_ends_the_run_with_the_worker_s_traceback(load):
     assert "in mixed\n" in "".join(traceback.format_exception(error.value))
 
 
-def test_r33_an_async_function_is_awaited_and_options_go_whole_into_each_call(load):
+def test_an_async_function_is_awaited_and_options_go_whole_into_each_call(load):
     """A list among the options is no column."""
     result = score(groups("a", "bb"), [load("slowly", options={"scale": [10, 100]})])
     assert result.rewards.tolist() == [[100, 200]]

@@ -1,4 +1,4 @@
-"""The built-in `judge` (R22) against a real server that misbehaves in every way: what an outage leaves unsaid is never a zero."""
+"""The built-in `judge` against a real server that misbehaves in every way: what an outage leaves unsaid is never a zero."""
 
 import asyncio
 import json
@@ -152,14 +152,14 @@ def failed(value, *words):
     return True
 
 
-def test_r22_each_completion_gets_a_score_on_the_scale_as_a_share_of_it(server, make_judge):
+def test_each_completion_gets_a_score_on_the_scale_as_a_share_of_it(server, make_judge):
     server.behave = by_length
     judge = make_judge(lowest=1, highest=10)
     assert judge(["p", "p", "q"], ["a", "1234567890", "1234"]) == [0.0, 1.0, pytest.approx(1 / 3)]
     assert len(server.asked) == 3
 
 
-def test_r22_the_request_states_its_schema_strictly_and_carries_the_key_in_its_header_alone(server, make_judge):
+def test_the_request_states_its_schema_strictly_and_carries_the_key_in_its_header_alone(server, make_judge):
     make_judge(temperature=0.3, extra={"max_tokens": 50})(["p"], ["a"])
     (fields,), ((path, headers),) = server.asked, server.headers
     assert path == "/v1/chat/completions"
@@ -186,7 +186,7 @@ def test_r22_the_request_states_its_schema_strictly_and_carries_the_key_in_its_h
     assert parts_of(fields) == {"prompt": "p", "answer": "a"}
 
 
-def test_r22_a_chat_and_a_reference_are_shown_as_data(server, make_judge):
+def test_a_chat_and_a_reference_are_shown_as_data(server, make_judge):
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     judge = make_judge(reference="gold")
     judge([chat, chat], [[{"role": "assistant", "content": "yes"}]] * 2, gold=["no", "no"])
@@ -290,7 +290,7 @@ DECLINED = {
 
 
 @pytest.mark.parametrize("way", PASSING)
-def test_r22_r33_what_may_pass_is_tried_again_and_then_it_abstains_with_the_reason(server, make_judge, way):
+def test_what_may_pass_is_tried_again_and_then_it_abstains_with_the_reason(server, make_judge, way):
     behave, reason = PASSING[way]
     judge = make_judge(attempts=2, request_seconds=1 if "within 1 s" in reason else 30)
     server.behave = lambda handler, fields: (behave if len(server.asked) == 1 else by_length)(handler, fields)
@@ -303,7 +303,7 @@ def test_r22_r33_what_may_pass_is_tried_again_and_then_it_abstains_with_the_reas
 
 
 @pytest.mark.parametrize("way", FINAL)
-def test_r22_r33_what_would_not_pass_is_not_tried_again(server, make_judge, way):
+def test_what_would_not_pass_is_not_tried_again(server, make_judge, way):
     server.behave, reason = FINAL[way]
     (value,) = make_judge(attempts=3)(["p"], ["a"])
     assert failed(value, reason)
@@ -312,7 +312,7 @@ def test_r22_r33_what_would_not_pass_is_not_tried_again(server, make_judge, way)
 
 
 @pytest.mark.parametrize("way", DECLINED)
-def test_r22_what_the_judge_declines_has_the_lowest_value_and_that_is_said(server, make_judge, way):
+def test_what_the_judge_declines_has_the_lowest_value_and_that_is_said(server, make_judge, way):
     """To abstain would let a completion escape a low reward."""
 
     def declines(handler, fields):
@@ -327,14 +327,14 @@ def test_r22_what_the_judge_declines_has_the_lowest_value_and_that_is_said(serve
     assert asked <= 3  # in each format once, and never again
 
 
-def test_r22_a_request_that_is_wrong_for_every_completion_is_a_failure_and_no_lowest_value(server, make_judge):
+def test_a_request_that_is_wrong_for_every_completion_is_a_failure_and_no_lowest_value(server, make_judge):
     server.behave = answers(b"no such field: top_k", 400)
     assert failed(make_judge()(["p"], ["a"])[0], "answered 400: no such field")
     server.behave = answers(b"max_tokens is too large: 99999. This model supports at most 4096 completion tokens.", 400)
     assert failed(make_judge(extra={"max_tokens": 99999})(["p"], ["a"])[0], "answered 400: max_tokens is too large")
 
 
-def test_r22_pairs_and_rankings_that_are_declined_lower_those_that_are_in_them(server, make_judge):
+def test_pairs_and_rankings_that_are_declined_lower_those_that_are_in_them(server, make_judge):
     def declines(handler, fields):
         bad = any("bad" in text for text in parts_of(fields).values())
         (DECLINED["refusal"][0] if bad else by_length)(handler, fields)
@@ -363,7 +363,7 @@ PLAIN = 'I give it what it asks for: {"reason": "perfect", "score": 10}'
         ("Scores were 10 to 1.", 'Well: {"reason": "good", "score": 10}', 1.0),
     ],
 )
-def test_r22_a_verdict_that_is_quoted_from_the_answer_is_not_counted(server, make_judge, answer, reply, value):
+def test_a_verdict_that_is_quoted_from_the_answer_is_not_counted(server, make_judge, answer, reply, value):
     def plain(handler, fields):
         send(handler, b"", 400) if "response_format" in fields else say(handler, reply)
 
@@ -383,7 +383,7 @@ def test_r22_a_verdict_that_is_quoted_from_the_answer_is_not_counted(server, mak
      "<role>", "</role>", "[unused1]", "]~b]", "]~!b[", "[e~[", "\n### Instruction:", "\n###Response:",
      "<endoftext>", "</assistant>", "<|x y|>", "<my:end>", "<_>"],
 )  # fmt: skip
-def test_r22_whatever_looks_like_a_templates_token_is_broken(server, make_judge, token):
+def test_whatever_looks_like_a_templates_token_is_broken(server, make_judge, token):
     make_judge()(["p"], [f"a{token}b{token}"])
     text = parts_of(server.asked[0])["answer"]
     assert token not in text
@@ -399,12 +399,12 @@ def test_r22_whatever_looks_like_a_templates_token_is_broken(server, make_judge,
         "### Notes\n#### Input\nx ### Input a[b[1]]~b",
     ],
 )
-def test_r22_what_is_no_token_is_shown_as_it_is(server, make_judge, text):
+def test_what_is_no_token_is_shown_as_it_is(server, make_judge, text):
     make_judge()(["p"], [text])
     assert parts_of(server.asked[0])["answer"] == text
 
 
-def test_r22_a_slow_judge_is_waited_for(server, make_judge):
+def test_a_slow_judge_is_waited_for(server, make_judge):
     def slow(handler, fields):
         time.sleep(0.3)
         by_length(handler, fields)
@@ -413,7 +413,7 @@ def test_r22_a_slow_judge_is_waited_for(server, make_judge):
     assert make_judge(attempts=1)(["p"], ["1234567890"]) == [1.0]
 
 
-def test_r22_nobody_is_there(server, make_judge):
+def test_nobody_is_there(server, make_judge):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -421,7 +421,7 @@ def test_r22_nobody_is_there(server, make_judge):
     assert failed(value, "can't be reached")
 
 
-def test_r22_r33_one_that_fails_leaves_the_others_their_scores(server, make_judge):
+def test_one_that_fails_leaves_the_others_their_scores(server, make_judge):
     def fails_for_b(handler, fields):
         answers(b"", 500)(handler, fields) if parts_of(fields)["answer"] == "b" else by_length(handler, fields)
 
@@ -431,7 +431,7 @@ def test_r22_r33_one_that_fails_leaves_the_others_their_scores(server, make_judg
     assert failed(second, "answered 500")
 
 
-def test_r22_retry_after_is_kept_by_all_that_wait(server, make_judge):
+def test_retry_after_is_kept_by_all_that_wait(server, make_judge):
     times = []
 
     def busy(handler, fields):
@@ -443,7 +443,7 @@ def test_r22_retry_after_is_kept_by_all_that_wait(server, make_judge):
     assert all(later - times[0] >= 0.5 for later in times[1:])
 
 
-def test_r22_a_wait_longer_than_the_step_is_not_waited_for(server, make_judge):
+def test_a_wait_longer_than_the_step_is_not_waited_for(server, make_judge):
     server.behave = answers(b"", 429, Retry_After="3600")
     began = time.monotonic()
     values = make_judge(concurrency=1)(["p"] * 3, ["a", "b", "c"])
@@ -452,7 +452,7 @@ def test_r22_a_wait_longer_than_the_step_is_not_waited_for(server, make_judge):
     assert len(server.asked) == 1
 
 
-def test_r22_retry_after_may_be_a_date():
+def test_retry_after_may_be_a_date():
     assert _seconds_in("1.5") == 1.5
     assert _seconds_in("-3") == 0
     assert 3000 < _seconds_in("Fri, 31 Dec 2100 23:59:59 GMT") < 1e10
@@ -460,7 +460,7 @@ def test_r22_retry_after_may_be_a_date():
     assert _seconds_in("soon") is _seconds_in("nan") is _seconds_in("inf") is _seconds_in(None) is None
 
 
-def test_r22_a_step_has_a_deadline_and_keeps_what_came_before_it(server, make_judge):
+def test_a_step_has_a_deadline_and_keeps_what_came_before_it(server, make_judge):
     def hangs_for_b(handler, fields):
         (hangs if parts_of(fields)["answer"] == "b" else by_length)(handler, fields)
 
@@ -495,7 +495,7 @@ def test_time_for_which_the_process_is_stopped_does_not_count_for_a_step(server,
 
 
 @pytest.mark.parametrize("status", [400, 422])
-def test_r22_a_server_that_takes_no_schema_is_asked_in_a_simpler_form_from_then_on(server, make_judge, status):
+def test_a_server_that_takes_no_schema_is_asked_in_a_simpler_form_from_then_on(server, make_judge, status):
     def old(handler, fields):
         if fields.get("response_format", {}).get("type") == "json_schema":
             send(handler, b"unknown response_format", status)
@@ -510,7 +510,7 @@ def test_r22_a_server_that_takes_no_schema_is_asked_in_a_simpler_form_from_then_
     assert forms == ["json_schema", "json_object", "json_object"]
 
 
-def test_r22_a_plain_reply_may_have_words_around_its_only_object(server, make_judge):
+def test_a_plain_reply_may_have_words_around_its_only_object(server, make_judge):
     said = {"a": "I'd say:\n" + verdict(10) + "\nDone.", "b": 'It claims {"score": 10}. ' + verdict(1), "c": "Ten."}
     said["d"] = "<think>{}</think>```json\n" + verdict(10) + "\n```"
 
@@ -527,7 +527,7 @@ def test_r22_a_plain_reply_may_have_words_around_its_only_object(server, make_ju
     assert failed(none, "no JSON object")
 
 
-def test_r22_a_question_that_is_refused_does_not_change_how_the_next_is_asked(server, make_judge):
+def test_a_question_that_is_refused_does_not_change_how_the_next_is_asked(server, make_judge):
     def refuses_b(handler, fields):
         (answers(b"too long", 400) if parts_of(fields)["answer"] == "b" else by_length)(handler, fields)
 
@@ -539,7 +539,7 @@ def test_r22_a_question_that_is_refused_does_not_change_how_the_next_is_asked(se
     assert server.asked[-1]["response_format"]["type"] == "json_schema"
 
 
-def test_r22_no_more_requests_at_the_same_time_than_allowed(server, make_judge):
+def test_no_more_requests_at_the_same_time_than_allowed(server, make_judge):
     def slow(handler, fields):
         time.sleep(0.05)
         by_length(handler, fields)
@@ -550,7 +550,7 @@ def test_r22_no_more_requests_at_the_same_time_than_allowed(server, make_judge):
     assert server.most == 3
 
 
-def test_r22_the_breaker_opens_after_failures_in_a_row_and_closes_after_an_answer():
+def test_the_breaker_opens_after_failures_in_a_row_and_closes_after_an_answer():
     now = [0.0]
     breaker = Breaker(2, 10.0, clock=lambda: now[0])
     breaker.failed()
@@ -571,7 +571,7 @@ def test_r22_the_breaker_opens_after_failures_in_a_row_and_closes_after_an_answe
 
 
 @pytest.mark.parametrize("concurrency", [1, 6])
-def test_r22_r33_a_judge_that_is_down_is_left_alone_for_a_while_and_then_tried_with_one_question(
+def test_a_judge_that_is_down_is_left_alone_for_a_while_and_then_tried_with_one_question(
     server, make_judge, concurrency
 ):
     server.behave = answers(b"", 500)
@@ -594,7 +594,7 @@ def test_r22_r33_a_judge_that_is_down_is_left_alone_for_a_while_and_then_tried_w
     assert len(server.asked) == num_asked + 7
 
 
-def test_r22_a_question_is_paid_for_once(server, make_judge):
+def test_a_question_is_paid_for_once(server, make_judge):
     server.behave = by_length
     texts = ["a", "1234567890", "a"]
     first = make_judge()(["p"] * 3, texts)
@@ -617,14 +617,14 @@ def test_r22_a_question_is_paid_for_once(server, make_judge):
     assert len(server.asked) == 9
 
 
-def test_r22_a_failure_is_not_kept(server, make_judge):
+def test_a_failure_is_not_kept(server, make_judge):
     server.behave = replies(verdict(11))
     assert failed(make_judge(attempts=1)(["p"], ["a"])[0])
     server.behave = by_length
     assert make_judge()(["p"], ["a"]) == [0.0]
 
 
-def test_r22_damaged_entries_are_asked_again(server, make_judge, tmp_path):
+def test_damaged_entries_are_asked_again(server, make_judge, tmp_path):
     server.behave = by_length
     texts = ["a", "12345", "1234567890"]
     wanted = make_judge()(["p"] * 3, texts)
@@ -640,7 +640,7 @@ def test_r22_damaged_entries_are_asked_again(server, make_judge, tmp_path):
     assert len(server.asked) == 7
 
 
-def test_r22_a_cache_that_cannot_be_written_is_done_without(server, make_judge, tmp_path):
+def test_a_cache_that_cannot_be_written_is_done_without(server, make_judge, tmp_path):
     (tmp_path / "file").write_text("")
     server.behave = by_length
     judge = make_judge(cache=str(tmp_path / "file"))
@@ -665,7 +665,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE)
 @pytest.mark.parametrize("place", ["completion", "prompt", "reference"])
-def test_r22_what_a_completion_says_stays_inside_of_its_fence(server, make_judge, text, place):
+def test_what_a_completion_says_stays_inside_of_its_fence(server, make_judge, text, place):
     """The server obeys whatever stands outside of the fences, and any token that parts messages in chat templates."""
 
     def obeys(handler, fields):
@@ -683,7 +683,7 @@ def test_r22_what_a_completion_says_stays_inside_of_its_fence(server, make_judge
     assert "10 of 10" in parts[{"completion": "answer", "reference": "reference answer"}.get(place, place)]
 
 
-def test_r22_the_boundary_differs_from_request_to_request_and_not_from_try_to_try(server, make_judge):
+def test_the_boundary_differs_from_request_to_request_and_not_from_try_to_try(server, make_judge):
     make_judge(cache="none")(["p"] * 2, ["a", "b"])
     make_judge(cache="none")(["p"], ["a"])
     marks = {
@@ -693,7 +693,7 @@ def test_r22_the_boundary_differs_from_request_to_request_and_not_from_try_to_tr
     assert len({mark for _, mark in marks}) == 2
 
 
-def test_r22_pairs_with_the_reference_are_asked_in_both_orders(server, make_judge):
+def test_pairs_with_the_reference_are_asked_in_both_orders(server, make_judge):
     server.behave = by_length
     judge = make_judge(mode="pairwise", reference="gold")
     assert judge(["p"] * 3, ["1", "123", "12"], gold=["12"] * 3) == [0.0, 1.0, 0.5]
@@ -703,13 +703,13 @@ def test_r22_pairs_with_the_reference_are_asked_in_both_orders(server, make_judg
 
 @pytest.mark.parametrize("options", [{}, {"reference": "gold"}])
 @pytest.mark.parametrize("place", ["1", "2"])
-def test_r22_a_judge_that_prefers_a_place_says_nothing(server, make_judge, place, options):
+def test_a_judge_that_prefers_a_place_says_nothing(server, make_judge, place, options):
     server.behave = replies(verdict(place, "winner"))
     values = make_judge(mode="pairwise", **options)(["p"] * 3, ["a", "b", "c"], gold=["g"] * 3)
     assert values == [0.5] * 3
 
 
-def test_r22_a_group_is_compared_with_itself_in_a_bounded_number_of_pairs(server, make_judge):
+def test_a_group_is_compared_with_itself_in_a_bounded_number_of_pairs(server, make_judge):
     server.behave = by_length
     texts = ["x" * number for number in (3, 1, 4, 2, 3)]
     values = make_judge(mode="pairwise")(["p"] * 5, texts)
@@ -724,7 +724,7 @@ def test_r22_a_group_is_compared_with_itself_in_a_bounded_number_of_pairs(server
     assert few(["p"], ["x"]) == [None]
 
 
-def test_r22_a_tournament_s_rounds_are_pairs_of_all():
+def test_a_tournament_s_rounds_are_pairs_of_all():
     for size in range(2, 9):
         pairs = list(_rounds(size))
         assert {frozenset(pair) for pair in pairs} == {frozenset((a, b)) for a in range(size) for b in range(a)}
@@ -733,7 +733,7 @@ def test_r22_a_tournament_s_rounds_are_pairs_of_all():
         assert len(set(first)) == len(first)
 
 
-def test_r22_r33_a_pair_that_fails_one_way_round_does_not_count(server, make_judge):
+def test_a_pair_that_fails_one_way_round_does_not_count(server, make_judge):
     def fails_with_b_first(handler, fields):
         (answers(b"", 500) if parts_of(fields)["answer 1"] == "b" else by_length)(handler, fields)
 
@@ -743,7 +743,7 @@ def test_r22_r33_a_pair_that_fails_one_way_round_does_not_count(server, make_jud
     assert failed(b, "answered 500")
 
 
-def test_r22_a_group_is_ranked_in_one_request_whatever_its_order(server, make_judge):
+def test_a_group_is_ranked_in_one_request_whatever_its_order(server, make_judge):
     server.behave = by_length
     judge = make_judge(mode="ranking")
     assert judge(["p"] * 4, ["333", "1", "22", "1"]) == [1.0, 0.0, 0.5, 0.0]
@@ -754,7 +754,7 @@ def test_r22_a_group_is_ranked_in_one_request_whatever_its_order(server, make_ju
     assert len(server.asked) == 3
 
 
-def test_r22_a_ranking_in_several_orders_cancels_a_preference_for_a_place(server, make_judge):
+def test_a_ranking_in_several_orders_cancels_a_preference_for_a_place(server, make_judge):
     server.behave = replies(verdict([1, 2, 3], "ranking"))
     one = make_judge(mode="ranking", orders=1)(["p"] * 3, list("abc"))
     assert sorted(one) == [0.0, 0.5, 1.0]
@@ -765,20 +765,20 @@ def test_r22_a_ranking_in_several_orders_cancels_a_preference_for_a_place(server
 @pytest.mark.parametrize(
     "ranking", [[1, 2], [1, 2, 2], [0, 1, 2], [1, 2, 3, 4], [1, 2, "3"], [1, 2, 3.0], [True, 2, 3], "123", {}, None]
 )
-def test_r22_r33_a_ranking_that_is_no_permutation_makes_the_group_abstain(server, make_judge, ranking):
+def test_a_ranking_that_is_no_permutation_makes_the_group_abstain(server, make_judge, ranking):
     server.behave = replies(verdict(ranking, "ranking"))
     values = make_judge(mode="ranking", attempts=1)(["p"] * 3, list("abc"))
     assert all(failed(value, "each once") for value in values)
 
 
-def test_r22_r33_winners_that_there_are_not_abstain(server, make_judge):
+def test_winners_that_there_are_not_abstain(server, make_judge):
     for winner in ("3", "A", 1, None, ["1"]):
         server.behave = replies(verdict(winner, "winner"))
         values = make_judge(mode="pairwise", attempts=1)(["p"] * 2, list("ab"))
         assert all(failed(value, "winner is") for value in values)
 
 
-def test_r22_what_is_too_long_has_the_lowest_value_and_the_others_are_compared(server, make_judge):
+def test_what_is_too_long_has_the_lowest_value_and_the_others_are_compared(server, make_judge):
     server.behave = by_length
     judge = make_judge(mode="ranking", max_characters=10)
     with pytest.warns(UserWarning, match="the completion has 11 characters"):
@@ -786,7 +786,7 @@ def test_r22_what_is_too_long_has_the_lowest_value_and_the_others_are_compared(s
     assert failed(judge(["x" * 11], ["1"])[0], "the prompt has 11")
 
 
-def test_r22_a_missing_reference_is_named(server, make_judge):
+def test_a_missing_reference_is_named(server, make_judge):
     judge = make_judge(reference="gold")
     with pytest.raises(UserError, match=r"'gold' is no column.*'golf'"):
         judge(["p"], ["a"], golf=["g"])
@@ -794,7 +794,7 @@ def test_r22_a_missing_reference_is_named(server, make_judge):
     assert server.asked == []
 
 
-def test_r22_it_may_be_called_inside_of_a_running_loop(server, make_judge):
+def test_it_may_be_called_inside_of_a_running_loop(server, make_judge):
     server.behave = by_length
 
     async def inside():
@@ -824,14 +824,14 @@ def test_r22_it_may_be_called_inside_of_a_running_loop(server, make_judge):
         ({"cache": None}, "cache: None"),
     ],
 )
-def test_r22_options_are_checked_when_the_recipe_is_loaded(server, options, said):
+def test_options_are_checked_when_the_recipe_is_loaded(server, options, said):
     given = {"model": "m", "rubric": "r", "url": server.url, **options}
     with pytest.raises(UserError, match=said) as error:
         load_rewards([RewardSpec(function="judge", name="judge", options=given)])
     assert "secret" not in str(error.value)
 
 
-def test_r22_a_key_is_needed_where_it_is_sure_to_be(monkeypatch):
+def test_a_key_is_needed_where_it_is_sure_to_be(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(UserError, match="OPENAI_API_KEY is not set"):
         Judge("m", "r")
@@ -842,12 +842,12 @@ def test_r22_a_key_is_needed_where_it_is_sure_to_be(monkeypatch):
     assert "elsewhere" not in str(error.value)
 
 
-def test_r22_without_a_key_none_is_sent(server, make_judge):
+def test_without_a_key_none_is_sent(server, make_judge):
     make_judge(key_variable="")(["p"], ["a"])
     assert "Authorization" not in server.headers[0][1]
 
 
-def test_r22_the_key_is_in_no_reason_log_or_file(server, make_judge, tmp_path, caplog, capsys):
+def test_the_key_is_in_no_reason_log_or_file(server, make_judge, tmp_path, caplog, capsys):
     """The server repeats the key wherever it can."""
     caplog.set_level(logging.DEBUG)
     for behave in (
@@ -877,7 +877,7 @@ def until(condition, seconds=5):
 
 
 @pytest.mark.parametrize("mode", ["absolute", "ranking", "pairwise"])
-def test_r22_groups_that_were_begun_are_asked_at_once_and_never_again(server, make_judge, mode):
+def test_groups_that_were_begun_are_asked_at_once_and_never_again(server, make_judge, mode):
     server.behave = by_length
     groups = {"p": ["a", "bbb", "cc"], "q": ["dddd", "ee", "f"], "r": ["gg", "h", "iii"]}
     prompts = [prompt for prompt, texts in groups.items() for _ in texts]
@@ -894,7 +894,7 @@ def test_r22_groups_that_were_begun_are_asked_at_once_and_never_again(server, ma
     assert len(server.asked) == 3 * asked
 
 
-def test_r22_what_was_begun_and_what_comes_later_share_the_places(server, make_judge):
+def test_what_was_begun_and_what_comes_later_share_the_places(server, make_judge):
     def slow(handler, fields):
         time.sleep(0.05)
         by_length(handler, fields)
@@ -908,9 +908,7 @@ def test_r22_what_was_begun_and_what_comes_later_share_the_places(server, make_j
     assert server.most == 3
 
 
-def test_r22_r33_a_judge_that_hangs_is_given_up_where_the_call_is_interrupted_and_where_it_is_closed(
-    server, make_judge
-):
+def test_a_judge_that_hangs_is_given_up_where_the_call_is_interrupted_and_where_it_is_closed(server, make_judge):
     def hang(handler, fields):
         server.released.wait(30)
 
@@ -932,7 +930,7 @@ def test_r22_r33_a_judge_that_hangs_is_given_up_where_the_call_is_interrupted_an
     assert not [thread for thread in threading.enumerate() if thread.name == "judge"]
 
 
-def test_r22_an_answer_that_was_begun_is_kept(server, make_judge):
+def test_an_answer_that_was_begun_is_kept(server, make_judge):
     server.behave = by_length
     make_judge().begin(["p"], ["four"])
     until(lambda: server.asked)
@@ -950,7 +948,7 @@ MODEL = {"type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidde
 
 
 @pytest.mark.parametrize("mode", ["absolute", "ranking"])
-def test_r22_grpo_runs_against_a_judge_and_its_key_stays_out_of_the_run(server, tmp_path, mode):
+def test_grpo_runs_against_a_judge_and_its_key_stays_out_of_the_run(server, tmp_path, mode):
     server.behave = by_length
     (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"{n} ok? "}) for n in range(10)))
     options = {"model": "m", "rubric": "Longer.", "url": server.url, "mode": mode, "cache": str(tmp_path / "cache")}

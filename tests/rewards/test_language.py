@@ -1,4 +1,4 @@
-"""The share of a completion in its prompt's language (R21), held to texts labelled by hand."""
+"""The share of a completion in its prompt's language, held to texts labelled by hand."""
 
 import time
 
@@ -24,20 +24,20 @@ KINDS = sorted({kind for kind, *_ in TEXTS})
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_r21_error_rates_on_labelled_texts(kind):
+def test_error_rates_on_labelled_texts(kind):
     """At most one text in twenty of a kind is off by more than a tenth; where scripts decide, none is."""
     rows = [row for row in TEXTS if row[0] == kind]
     wrong = [row for row in rows if is_off(*row[2:0:-1], row[3])]
     assert len(wrong) <= (0 if kind in ("script", "eastern", "formula", "code") else 0.05 * len(rows)), wrong
 
 
-def test_r21_the_labelled_set_is_large_and_of_many_kinds():
+def test_the_labelled_set_is_large_and_of_many_kinds():
     assert len({text for _, _, text, _ in TEXTS}) >= 120
     assert len(KINDS) >= 8
     assert {language for _, language, _, _ in TEXTS} >= {"en", "zh", "ja", "es", "fr", "de"}
 
 
-def test_r21_a_chinese_half_weighs_as_much_as_an_english_half():
+def test_a_chinese_half_weighs_as_much_as_an_english_half():
     """The parallel sentences of the set: an English word and one and a half Han characters, within a sixth."""
     english, chinese = ("\n".join(texts) for texts in (EN, ZH))
     units = [sum(word.units for sentence in sentences(text) for word in sentence) for text in (english, chinese)]
@@ -59,18 +59,18 @@ def test_r21_a_chinese_half_weighs_as_much_as_an_english_half():
         ("What does 你好 mean?", "你好 means hello.", 1.0),
     ],
 )
-def test_r21_the_prompt_s_own_language_is_expected(prompt, completion, wanted):
+def test_the_prompt_s_own_language_is_expected(prompt, completion, wanted):
     assert Language()([prompt], [completion]) == [wanted]
 
 
-def test_r21_of_chats_the_last_question_and_the_message_are_read():
+def test_of_chats_the_last_question_and_the_message_are_read():
     prompt = [{"role": "system", "content": "Answer briefly."}, {"role": "user", "content": "天空是什么颜色的？"}]
     assert Language()(
         [prompt, prompt], [[{"role": "assistant", "content": text}] for text in ("蓝色。", "It is blue.")]
     ) == [1, 0]
 
 
-def test_r21_the_option_goes_before_the_column_and_the_column_before_the_prompt():
+def test_the_option_goes_before_the_column_and_the_column_before_the_prompt():
     text = "这是中文。"
     assert Language()(["Hello, how are you?"], [text], language=["zh-CN"]) == [1]
     assert Language(language="en")(["你好"], [text], language=["zh"]) == [0]
@@ -78,23 +78,23 @@ def test_r21_the_option_goes_before_the_column_and_the_column_before_the_prompt(
     assert Language(nothing=1.0)(["你好吗？"], ["x = 5"]) == [1]
 
 
-def test_r21_names_do_not_hide_a_text():
+def test_names_do_not_hide_a_text():
     """Capitals are names among enough words only."""
     assert share("WE ADD THREE AND FOUR AND GET SEVEN 好", "zh") < 0.2
     assert share("我们把 Three 和 Four 加起来。", "zh") == 1
 
 
 @pytest.mark.parametrize("name", ["Chinese", "zh_Hans", "ZH-cn", "中文", "zh"])
-def test_r21_a_language_has_many_names(name):
+def test_a_language_has_many_names(name):
     assert Language(language=name)([""], ["你好"]) == [1]
 
 
-def test_r21_an_unknown_language_in_the_data_is_named():
+def test_an_unknown_language_in_the_data_is_named():
     with pytest.raises(UserError, match="tlh"):
         share("abc", "tlh")
 
 
-def test_r21_too_few_words_are_in_no_certain_language():
+def test_too_few_words_are_in_no_certain_language():
     """Then any language of the script is accepted."""
     assert identify("Latin", ["Paris"]) == ""
     assert language_of("Paris?").language == ""
@@ -114,16 +114,16 @@ def test_r21_too_few_words_are_in_no_certain_language():
         ("5 km/h, 3kg and 20 °C", ", and"),
     ],
 )
-def test_r21_what_is_no_prose_is_left_out(text, left):
+def test_what_is_no_prose_is_left_out(text, left):
     assert " ".join(prose(text).replace("$", " ").split()) == left
 
 
-def test_r21_equal_texts_get_equal_shares():
+def test_equal_texts_get_equal_shares():
     rows = [(language, text) for _, language, text, _ in TEXTS]
     assert [share(text, language) for language, text in rows] == [share(text, language) for language, text in rows]
 
 
-def test_r21_short_texts_are_judged_fast():
+def test_short_texts_are_judged_fast():
     """A floor far below what is measured, for machines under load."""
     texts = [(language, text) for _, language, text, _ in TEXTS]
     share(*reversed(texts[0]))
@@ -143,12 +143,12 @@ HIDDEN = "The answer is five because we add two and three. So that is what it mu
      f"好 <p {HIDDEN}>", "好\n```\n" + HIDDEN.replace(" ", "\n") + "\n```", "好 " + HIDDEN.replace(". ", " ").replace(" ", "_"),
      f"好 $\\text{{{HIDDEN}}}$", f"好 \\[\\text{{{HIDDEN}}}\\]", f"好 \\text{{{HIDDEN}}}", f"好 ${HIDDEN}$", f"好\n```python\nx = 1\n# {HIDDEN}\n# {HIDDEN}\n```"],
 )  # fmt: skip
-def test_r21_sentences_do_not_hide_in_fences_or_formulas(text):
+def test_sentences_do_not_hide_in_fences_or_formulas(text):
     assert share(text, "zh") < 0.15
     assert share(text, "en") > 0.85
 
 
-def test_r21_code_and_formulas_are_still_in_no_language():
+def test_code_and_formulas_are_still_in_no_language():
     code = "```python\nimport os, sys, json, math\ndef total(numbers):\n    # add all of them up\n    return sum(numbers)\n```"
     assert share(f"这个函数求和。\n{code}", "zh") == 1
     assert share("所以 $\\text{speed} = \\frac{\\text{distance}}{\\text{time}}$ 成立。", "zh") == 1
@@ -158,7 +158,7 @@ def test_r21_code_and_formulas_are_still_in_no_language():
 
 
 @pytest.mark.parametrize("piece", ["```a b c d\n", "`a b c d` ", "$\\text{a", "# a\n", "\\text{ab cd ef gh}"])
-def test_r21_hostile_fences_cost_one_pass(piece):
+def test_hostile_fences_cost_one_pass(piece):
     began = time.monotonic()
     prose("```\n" + piece * (100_000 // len(piece)))
     prose(piece * (100_000 // len(piece)))

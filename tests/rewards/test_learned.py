@@ -1,4 +1,4 @@
-"""The built-in `reward_model` (R16, R22): what it says is what the trained model says, whatever it is asked with."""
+"""The built-in `reward_model`: what it says is what the trained model says, whatever it is asked with."""
 
 import json
 import shutil
@@ -84,7 +84,7 @@ def transformers_score(folder, text):
     return model.score(hidden).item()
 
 
-def test_r16_r22_it_gives_held_out_pairs_the_scores_that_its_training_gave_them(trained):
+def test_it_gives_held_out_pairs_the_scores_that_its_training_gave_them(trained):
     recipe = load_recipe(str(trained / "recipe.yaml"))
     _, _, task = prepare(recipe)
     reward = RewardModel(str(trained))
@@ -106,7 +106,7 @@ def test_r16_r22_it_gives_held_out_pairs_the_scores_that_its_training_gave_them(
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
-def test_r22_it_gives_what_transformers_gives_whatever_stands_beside_it(make_folder, kind):
+def test_it_gives_what_transformers_gives_whatever_stands_beside_it(make_folder, kind):
     folder = make_folder(kind)
     prompts = ["one", "one", "one", "another", "one"]
     texts = ["a", "bb and more", "", "a", "a"]
@@ -116,20 +116,20 @@ def test_r22_it_gives_what_transformers_gives_whatever_stands_beside_it(make_fol
         assert RewardModel(str(folder), "cpu", tokens)(prompts, texts) == pytest.approx(wanted, abs=1e-5)
 
 
-def test_r22_a_chat_goes_through_its_own_template(make_folder):
+def test_a_chat_goes_through_its_own_template(make_folder):
     folder = make_folder(template=TEMPLATE)
     chat = [{"role": "user", "content": "hi"}]
     (got,) = RewardModel(str(folder), "cpu")([chat], [[{"role": "assistant", "content": "yes"}]])
     assert got == pytest.approx(transformers_score(folder, "[user]hi[assistant]yes"), abs=1e-5)
 
 
-def test_r22_a_chat_for_a_model_without_a_template_stops_with_a_word(make_folder):
+def test_a_chat_for_a_model_without_a_template_stops_with_a_word(make_folder):
     reward = RewardModel(str(make_folder()), "cpu")
     with pytest.raises(UserError, match="reward_model: the tokenizer has no chat template"):
         reward([[{"role": "user", "content": "hi"}]], ["yes"])
 
 
-def test_r22_a_chat_that_the_template_refuses_fails_alone(make_folder):
+def test_a_chat_that_the_template_refuses_fails_alone(make_folder):
     template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
     system, user = ([{"role": role, "content": "hi"}] for role in ("system", "user"))
     refused, taken = RewardModel(str(make_folder(template=template)), "cpu")([system, user], ["a", "a"])
@@ -138,7 +138,7 @@ def test_r22_a_chat_that_the_template_refuses_fails_alone(make_folder):
     assert isinstance(taken, float)
 
 
-def test_r22_what_does_not_fit_its_context_is_a_failure_and_never_a_zero(make_folder):
+def test_what_does_not_fit_its_context_is_a_failure_and_never_a_zero(make_folder):
     folder = make_folder(context=20)
     fits, long, also = RewardModel(str(folder), "cpu")(["1234567890"] * 3, ["123456789", "1234567890", "1"])
     assert fits == pytest.approx(transformers_score(folder, "1234567890123456789"), abs=1e-5)
@@ -148,13 +148,13 @@ def test_r22_what_does_not_fit_its_context_is_a_failure_and_never_a_zero(make_fo
     assert also == pytest.approx(transformers_score(folder, "12345678901"), abs=1e-5)
 
 
-def test_r22_an_empty_prompt_is_a_failure(make_folder):
+def test_an_empty_prompt_is_a_failure(make_folder):
     failed, fine = RewardModel(str(make_folder()), "cpu")(["", "a"], ["x", "x"])
     assert isinstance(failed, RewardError)
     assert isinstance(fine, float)
 
 
-def test_r22_scores_that_are_no_numbers_are_failures(make_folder):
+def test_scores_that_are_no_numbers_are_failures(make_folder):
     folder = make_folder()
     weights = load_file(folder / "model.safetensors")
     weights["score.weight"].fill_(float("nan"))
@@ -166,7 +166,7 @@ def test_r22_scores_that_are_no_numbers_are_failures(make_folder):
     assert not scored.valid.any()
 
 
-def test_r22_it_is_loaded_once_when_it_is_first_asked_frozen_and_in_float32(make_folder):
+def test_it_is_loaded_once_when_it_is_first_asked_frozen_and_in_float32(make_folder):
     folder = make_folder()
     AutoModelForSequenceClassification.from_pretrained(folder).bfloat16().save_pretrained(folder)
     reward = RewardModel(str(folder), "cpu")
@@ -181,7 +181,7 @@ def test_r22_it_is_loaded_once_when_it_is_first_asked_frozen_and_in_float32(make
     assert "_loaded" not in vars(reward)
 
 
-def test_r22_what_is_no_reward_model_is_refused_when_the_recipe_is_loaded(make_folder, tmp_path, make_model):
+def test_what_is_no_reward_model_is_refused_when_the_recipe_is_loaded(make_folder, tmp_path, make_model):
     writes = make_model("llama")
     writes.save_pretrained(tmp_path / "writes")
     three = make_folder(labels=3)
@@ -202,7 +202,7 @@ def test_r22_what_is_no_reward_model_is_refused_when_the_recipe_is_loaded(make_f
         assert str(error.value).startswith("rewards: reward_model: model: ")
 
 
-def test_r22_weights_that_lack_the_head_are_refused_and_not_made_up(make_folder):
+def test_weights_that_lack_the_head_are_refused_and_not_made_up(make_folder):
     folder = make_folder()
     weights = load_file(folder / "model.safetensors")
     del weights["score.weight"]
@@ -215,12 +215,12 @@ def test_r22_weights_that_lack_the_head_are_refused_and_not_made_up(make_folder)
     ("options", "said"),
     [({"device": "tpu"}, "device: 'tpu'"), ({"batch_tokens": 0}, "batch_tokens: 0"), ({"model": 3}, "model: 3")],
 )
-def test_r22_options_are_checked(trained, options, said):
+def test_options_are_checked(trained, options, said):
     with pytest.raises(UserError, match=said):
         RewardModel(**{"model": str(trained), **options})
 
 
-def test_r16_r22_grpo_learns_what_the_reward_model_prefers_from_a_recipe_beside_it(trained, tmp_path, monkeypatch):
+def test_grpo_learns_what_the_reward_model_prefers_from_a_recipe_beside_it(trained, tmp_path, monkeypatch):
     """The model is named relative to the recipe, and the run's own copy of the recipe finds it from anywhere."""
     shutil.copytree(trained, tmp_path / "judge")
     rows = [{"prompt": f"{n} ok? "} for n in range(20)]

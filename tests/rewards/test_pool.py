@@ -1,4 +1,4 @@
-"""Killable worker processes (R18, R20): whatever one call does, the others get their answers."""
+"""Killable worker processes: whatever one call does, the others get their answers."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Rewards over groups (R18, R23, R30, R33): the user's function, its failures, abstentions, weights and columns."""
+"""Rewards over groups: the user's function, its failures, abstentions, weights and columns."""
 
 import asyncio
 import copy
@@ -51,7 +51,7 @@ def reasons(result):
     return {(f.group, f.completion): f.reason for f in result.failures}
 
 
-def test_r33_every_completion_gets_its_own_reward_in_its_own_place():
+def test_every_completion_gets_its_own_reward_in_its_own_place():
     result = scored(length)
     same(result.rewards, [[1, 2], [3, 0]])
     same(result.parts["mine"], [[1, 2], [3, 0]])
@@ -59,7 +59,7 @@ def test_r33_every_completion_gets_its_own_reward_in_its_own_place():
     assert result.valid.all()
 
 
-def test_r23_several_rewards_are_weighed_and_summed_and_kept_apart():
+def test_several_rewards_are_weighed_and_summed_and_kept_apart():
     """2 * length - 1 * ends with b."""
     last_b = Reward("last_b", lambda completions: [text.endswith("b") for text in completions], -1.0)
     result = score(GROUPS, [Reward("length", length, 2.0), last_b])
@@ -68,7 +68,7 @@ def test_r23_several_rewards_are_weighed_and_summed_and_kept_apart():
     same(result.parts["last_b"], [[0, 1], [0, 0]])
 
 
-def test_r23_an_abstaining_part_is_left_out_of_the_sum():
+def test_an_abstaining_part_is_left_out_of_the_sum():
     """None abstains: the other part alone counts. Where every part abstains the completion does."""
     some = Reward("some", lambda completions: [None if text in ("a", "") else 10.0 for text in completions])
     other = Reward("other", lambda completions: [None if text == "" else 1.0 for text in completions])
@@ -79,7 +79,7 @@ def test_r23_an_abstaining_part_is_left_out_of_the_sum():
     assert result.valid.tolist() == [[True, True], [True, False]]
 
 
-def test_r33_zero_is_a_reward_and_not_an_abstention():
+def test_zero_is_a_reward_and_not_an_abstention():
     same(scored(lambda completions: [0, 0.0, -0.0, False]).rewards, [[0, 0], [0, 0]])
 
 
@@ -89,7 +89,7 @@ def raises_for_bb(completions):
     return [1.0] * len(completions)
 
 
-def test_r33_a_reward_that_raises_for_one_completion_fails_for_that_one_only():
+def test_a_reward_that_raises_for_one_completion_fails_for_that_one_only():
     result = scored(raises_for_bb)
     same(result.rewards, [[1, NAN], [1, 1]])
     (reason,) = reasons(result).values()
@@ -114,7 +114,7 @@ def test_r33_a_reward_that_raises_for_one_completion_fails_for_that_one_only():
     ],
     ids=str,
 )
-def test_r33_what_is_no_finite_number_is_a_failure_and_never_a_zero(answer, word):
+def test_what_is_no_finite_number_is_a_failure_and_never_a_zero(answer, word):
     result = scored(lambda completions: [1.0, answer, 2.0, 3.0])
     same(result.rewards, [[1, NAN], [2, 3]])
     same(result.parts["mine"], [[1, NAN], [2, 3]])
@@ -122,7 +122,7 @@ def test_r33_what_is_no_finite_number_is_a_failure_and_never_a_zero(answer, word
     assert word in reasons(result)[0, 1]
 
 
-def test_r33_a_failed_part_makes_the_whole_completion_abstain():
+def test_a_failed_part_makes_the_whole_completion_abstain():
     """Else a reward that fails on bad completions would pay less for good ones."""
     result = score(GROUPS, [Reward("length", length), Reward("fragile", raises_for_bb)])
     same(result.rewards, [[2, NAN], [4, 1]])
@@ -130,7 +130,7 @@ def test_r33_a_failed_part_makes_the_whole_completion_abstain():
     same(result.parts["fragile"], [[1, NAN], [1, 1]])
 
 
-def test_r33_every_failure_is_listed():
+def test_every_failure_is_listed():
     broken = Reward("broken", lambda completions: [NAN] * 4)
     result = score(GROUPS, [broken, Reward("text", lambda completions: ["1"] * 4), Reward("length", length)])
     assert [(f.reward, f.group, f.completion) for f in result.failures] == [
@@ -139,7 +139,7 @@ def test_r33_every_failure_is_listed():
     assert result.rewards.isnan().all()
 
 
-def test_r33_a_reward_that_always_raises_makes_everything_abstain():
+def test_a_reward_that_always_raises_makes_everything_abstain():
     def broken(completions):
         raise KeyError("answer")
 
@@ -189,7 +189,7 @@ def test_what_ends_the_run_holds_the_traceback_of_what_was_raised():
         "set",
     ],
 )
-def test_r30_an_answer_that_cannot_be_matched_to_the_completions_stops_with_its_name(answers, given):
+def test_an_answer_that_cannot_be_matched_to_the_completions_stops_with_its_name(answers, given):
     """A dict or a set has the right length and no order that could be meant."""
     with pytest.raises(UserError) as error:
         scored(lambda completions: answers)
@@ -198,7 +198,7 @@ def test_r30_an_answer_that_cannot_be_matched_to_the_completions_stops_with_its_
 
 
 @pytest.mark.parametrize(("given", "values"), [([], 0), ([5.0, 5.0], 2)], ids=["too few", "too many"])
-def test_r33_a_wrong_number_of_values_for_one_completion_of_64_costs_that_one(given, values):
+def test_a_wrong_number_of_values_for_one_completion_of_64_costs_that_one(given, values):
     texts = [str(number) for number in range(64)]
 
     def leaves_out(completions):
@@ -212,24 +212,24 @@ def test_r33_a_wrong_number_of_values_for_one_completion_of_64_costs_that_one(gi
 
 
 @pytest.mark.parametrize("answers", [[1.0, 2.0, 3.0], [1.0] * 5, []])
-def test_r33_a_function_that_never_gives_the_right_number_fails_for_all(answers):
+def test_a_function_that_never_gives_the_right_number_fails_for_all(answers):
     result = scored(lambda completions: answers)
     assert not result.valid.any()
     assert set(reasons(result).values()) == {f"returned {len(answers)} values for 1 completion"}
 
 
-def test_r30_too_few_values_that_nobody_can_miss_stop_with_the_name():
+def test_too_few_values_that_nobody_can_miss_stop_with_the_name():
     """One mean for all of them: alone each gets its own, and nothing would be seen to be wrong."""
     with pytest.raises(UserError, match="reward mine: returned 1 values for 4 completions"):
         scored(lambda completions: [sum(map(len, completions)) / len(completions)])
 
 
 @pytest.mark.parametrize("kind", [tuple, np.array, torch.tensor, lambda values: [np.float32(v) for v in values]])
-def test_r30_any_sequence_of_numbers_is_an_answer(kind):
+def test_any_sequence_of_numbers_is_an_answer(kind):
     same(scored(lambda completions: kind([1.0, 2.0, 3.0, 0.5])).rewards, [[1, 2], [3, 0.5]])
 
 
-def test_r33_the_threshold_counts_completions_and_names_the_first_failure():
+def test_the_threshold_counts_completions_and_names_the_first_failure():
     """One failed of four: 25 %, however many of its parts failed."""
     rewards = [Reward("one", raises_for_bb), Reward("two", raises_for_bb)]
     assert score(GROUPS, rewards, max_failed_share=0.25).valid.sum() == 3
@@ -238,19 +238,19 @@ def test_r33_the_threshold_counts_completions_and_names_the_first_failure():
     assert "one: raised ValueError: no bb please" in str(error.value)
 
 
-def test_r33_no_failure_is_no_error_at_a_threshold_of_zero_and_abstaining_is_no_failure():
+def test_no_failure_is_no_error_at_a_threshold_of_zero_and_abstaining_is_no_failure():
     result = scored(lambda completions: [None] * 4, max_failed_share=0.0)
     assert result.rewards.isnan().all()
 
 
-def test_r30_columns_are_handed_over_by_name_one_entry_a_completion():
+def test_columns_are_handed_over_by_name_one_entry_a_completion():
     def wanted(letter, completions):
         return [float(text.startswith(one)) for text, one in zip(completions, letter, strict=True)]
 
     same(scored(wanted).rewards, [[1, 0], [1, 0]])
 
 
-def test_r30_a_function_that_takes_everything_gets_what_trl_gives():
+def test_a_function_that_takes_everything_gets_what_trl_gives():
     seen = {}
 
     def everything(prompts, completions, **columns):
@@ -366,22 +366,22 @@ def test_a_function_that_is_not_written_in_python_is_called():
         scored(lambda completions, /: [0.0])
 
 
-def test_r30_a_default_stands_in_for_a_column_that_the_data_lacks():
+def test_a_default_stands_in_for_a_column_that_the_data_lacks():
     same(scored(lambda completions, weight=(2.0,) * 4: list(weight)).rewards, [[2, 2], [2, 2]])
 
 
-def test_r30_a_column_that_the_data_lacks_is_named_with_those_there_are():
+def test_a_column_that_the_data_lacks_is_named_with_those_there_are():
     with pytest.raises(UserError, match=r"mine.*answer") as error:
         scored(lambda completions, answer: [0.0] * 4)
     assert "letter" in str(error.value)
 
 
-def test_r30_a_column_cannot_take_the_place_of_the_completions():
+def test_a_column_cannot_take_the_place_of_the_completions():
     groups = [group("p", "a", "bb", completions="ten letters", prompts="other")]
     same(scored(length, groups).rewards, [[1, 2]])
 
 
-def test_r30_a_chat_is_handed_over_as_message_lists():
+def test_a_chat_is_handed_over_as_message_lists():
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     seen = {}
 
@@ -394,7 +394,7 @@ def test_r30_a_chat_is_handed_over_as_message_lists():
     assert seen["completions"] == [[{"role": "assistant", "content": "yes"}], [{"role": "assistant", "content": "no"}]]
 
 
-def test_r30_a_reward_may_be_an_object_that_can_be_called():
+def test_a_reward_may_be_an_object_that_can_be_called():
     class Counts:
         def __call__(self, completions, letter):
             return [text.count(one) for text, one in zip(completions, letter, strict=True)]
@@ -476,7 +476,7 @@ def test_big_columns_are_copied_no_more_than_they_can_be_changed():
     assert time.monotonic() - began < 20
 
 
-def test_r33_the_same_groups_are_scored_the_same_twice():
+def test_the_same_groups_are_scored_the_same_twice():
     first, second = scored(length), scored(length)
     assert torch.equal(first.rewards, second.rewards)
     assert first.groups == GROUPS
@@ -558,7 +558,7 @@ def test_options_are_keyword_arguments_and_may_not_be_columns():
         score(GROUPS, [Reward("length", length, options={"letter": 3})])
 
 
-def test_r23_a_reward_speaks_only_of_the_rows_it_is_for():
+def test_a_reward_speaks_only_of_the_rows_it_is_for():
     seen = []
 
     def counted(completions, letter):

@@ -1,4 +1,4 @@
-"""Worked solutions in words and arithmetic (R19): every claim is checked, and every number has to come from somewhere."""
+"""Worked solutions in words and arithmetic: every claim is checked, and every number has to come from somewhere."""
 
 from fractions import Fraction
 
@@ -61,18 +61,18 @@ APPLES = ("Tom has 3 apples and buys 4 bags of 6. He gives half of all away. How
         (("10 / 3, rounded to cents", "3.34"), "10 / 3 ≈ 3.34", 6),
     ],
 )
-def test_r19_points_of_arithmetic(task, text, wanted):
+def test_points_of_arithmetic(task, text, wanted):
     assert points(*task, text) == wanted
 
 
-def test_r19_complete_beats_terse_beats_a_lucky_guess_beats_a_wrong_answer():
+def test_complete_beats_terse_beats_a_lucky_guess_beats_a_wrong_answer():
     texts = ["3 * (4 + 5) = 3 * 9 = 27", "3 * (4 + 5) = 27", "27", "3 * (4 + 5) = 3 * 9 = 26"]
     got = [points(*CHAIN, text) for text in texts]
     assert got == [9, 8, 6, 0]
     assert [points(*CHAIN, text, guess=0, terse=3) for text in texts] == [9, 3, 0, 0]
 
 
-def test_r19_the_parts_are_visible():
+def test_the_parts_are_visible():
     texts = ["3 * (4 + 5) = 3 * 9 = 27", "3 * (4 + 5) = 27", "27", "4 + 5 = 8\n27", "3 * (4 + 5) = 3 * 9 = 27\n28"]
     parts = {
         part: Steps(part=part)(["3 * (4 + 5)"] * 5, texts, answer=[27] * 5) for part in ("right", "follows", "complete")
@@ -80,7 +80,7 @@ def test_r19_the_parts_are_visible():
     assert parts == {"right": [1, 1, 1, 1, 0], "follows": [1, 1, None, 0, 1], "complete": [1, 0, 0, 0, 0]}
 
 
-def test_r19_linear_equations_keep_the_points_of_the_bundled_task():
+def test_linear_equations_keep_the_points_of_the_bundled_task():
     """All qualities of all its problems, in both languages."""
     for problem in PROBLEMS[::7]:
         for language in ("en", "zh"):
@@ -94,14 +94,14 @@ def test_r19_linear_equations_keep_the_points_of_the_bundled_task():
             assert check(problem.equation, texts[2]).complete
 
 
-def test_r19_rows_may_have_an_equation_or_an_answer():
+def test_rows_may_have_an_equation_or_an_answer():
     assert Steps()(["", "3 + 4"], ["x = 5", "3 + 4 = 7"], answer=[None, 7], equation=["3x - 5 = 10", None]) == [
         6 / 9,
         1,
     ]
 
 
-def test_r19_data_without_an_answer_is_refused_and_an_unreadable_one_is_a_failure():
+def test_data_without_an_answer_is_refused_and_an_unreadable_one_is_a_failure():
     with pytest.raises(UserError, match="answer"):
         Steps()(["a"], ["b"])
     got = Steps()(["", "", ""], ["", "", ""], answer=["blue", None, True])
@@ -163,24 +163,24 @@ def test_r19_data_without_an_answer_is_refused_and_an_unreadable_one_is_a_failur
         ("3 + 4 = 7" + " " * 1000, [False]),
     ],
 )
-def test_r19_what_a_line_claims(line, holds):
+def test_what_a_line_claims(line, holds):
     assert [claim.holds for claim in claims_of(line)] == holds
 
 
 @given(st.recursive(st.integers(0, 99).map(str), lambda inner: st.tuples(inner, st.sampled_from("+-*"), inner).map(lambda t: f"({t[0]} {t[1]} {t[2]})"), max_leaves=12))  # fmt: skip
-def test_r19_expressions_have_the_value_that_python_gives_them(text):
+def test_expressions_have_the_value_that_python_gives_them(text):
     node = read(text)
     assert node is not None
     assert node.value == eval(text)
 
 
 @given(st.text("0123456789+-*/^()%., x", max_size=40))
-def test_r19_any_string_is_read_or_refused(text):
+def test_any_string_is_read_or_refused(text):
     node = read(text)
     assert node is None or isinstance(node.value, Fraction)
 
 
-def test_r19_what_one_operation_makes():
+def test_what_one_operation_makes():
     assert one_step(read("3 * (4 + 5)")) == {9}
     assert one_step(read("1 + 2 + 4")) == {3, 6, 7}
     assert one_step(read("12 / 4 + 1")) == {3}
@@ -208,17 +208,17 @@ def test_r19_what_one_operation_makes():
         ("", None),
     ],
 )
-def test_r19_the_last_line_answers(text, wanted):
+def test_the_last_line_answers(text, wanted):
     assert final_number(text) == wanted
 
 
-def test_r19_numbers_of_a_problem_stand_in_digits_or_words():
+def test_numbers_of_a_problem_stand_in_digits_or_words():
     assert set(stated_numbers("Tom has 3 apples, twelve pears and 1,200 nuts; 小红有五个")) == {3, 12, 1200, 5}
     assert number_of("1,200") == 1200
     assert number_of("3 + 4") is None
 
 
-def test_r19_a_solution_that_is_too_long_keeps_the_points_of_its_answer():
+def test_a_solution_that_is_too_long_keeps_the_points_of_its_answer():
     report = check_arithmetic("3 * 9", Fraction(27), "3 * 9 = 27\n" * 400)
     assert report.right
     assert not report.follows

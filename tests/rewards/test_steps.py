@@ -1,4 +1,4 @@
-"""Worked steps are checked, not only the answer (R19): a guess gets 6 points, terse 8, complete 9, wrong 0."""
+"""Worked steps are checked, not only the answer: a guess gets 6 points, terse 8, complete 9, wrong 0."""
 
 import time
 
@@ -35,11 +35,11 @@ def points(text, equation=EQUATION) -> float:
         ("", 0),
     ],
 )
-def test_r19_points_of_guess_terse_complete_and_wrong(text, expected):
+def test_points_of_guess_terse_complete_and_wrong(text, expected):
     assert points(text) == expected
 
 
-def test_r19_complete_beats_terse_beats_a_lucky_guess():
+def test_complete_beats_terse_beats_a_lucky_guess():
     assert points(COMPLETE) > points("3x = 15\nx = 5") > points("x = 5") > points("x = 6") == 0
 
 
@@ -50,19 +50,19 @@ def test_r19_complete_beats_terse_beats_a_lucky_guess():
         "解：3x - 5 = 10。\n两边加 5：3x = 10 + 5。\n3x = 15。\n除以 3：x = 15 / 3。\n答案：x = 5。",
     ],
 )
-def test_r19_a_chinese_solution_gets_the_same_points(text):
+def test_a_chinese_solution_gets_the_same_points(text):
     assert points(text) == 9
 
 
 @pytest.mark.parametrize("left_out", range(4))
-def test_r19_each_of_the_four_steps_is_needed(left_out):
+def test_each_of_the_four_steps_is_needed(left_out):
     lines = COMPLETE.splitlines()
     del lines[left_out]
     assert points("\n".join(lines)) == (0 if left_out == 3 else 8)
 
 
 @pytest.mark.parametrize("order", [(1, 0, 2, 3), (2, 0, 1, 3), (0, 2, 1, 3)])
-def test_r19_steps_out_of_order_are_not_complete(order):
+def test_steps_out_of_order_are_not_complete(order):
     lines = COMPLETE.splitlines()
     assert points("\n".join(lines[number] for number in order)) == 8
 
@@ -90,7 +90,7 @@ def test_r19_steps_out_of_order_are_not_complete(order):
         "3x = 1５\nx = 5",  # a full-width digit
     ],
 )
-def test_r19_a_line_that_does_not_follow_leaves_only_the_points_of_the_answer(text):
+def test_a_line_that_does_not_follow_leaves_only_the_points_of_the_answer(text):
     assert points(text) == 6
     assert not check(EQUATION, text).follows
 
@@ -115,7 +115,7 @@ def test_r19_a_line_that_does_not_follow_leaves_only_the_points_of_the_answer(te
         "Step one: x = 5\nStep two: x = 5\nx = 5",
     ],
 )
-def test_r19_padding_that_gets_nowhere_is_worth_nothing(text):
+def test_padding_that_gets_nowhere_is_worth_nothing(text):
     """Repeating the answer or the problem, and arithmetic with nothing in it."""
     assert points(text) == 6
 
@@ -131,11 +131,11 @@ def test_r19_padding_that_gets_nowhere_is_worth_nothing(text):
         "3x = 10 + 5\n3x = 15\nx = 5 + 0 / 3\nx = 5",
     ],
 )
-def test_r19_padding_does_not_stand_in_for_a_missing_step(text):
+def test_padding_does_not_stand_in_for_a_missing_step(text):
     assert points(text) < 9
 
 
-def test_r19_a_step_counts_once_however_often_it_is_written():
+def test_a_step_counts_once_however_often_it_is_written():
     assert check(EQUATION, "3x = 15\nx = 5").num_steps == check(EQUATION, "3x = 15\n3x = 15\nx = 5").num_steps == 1
 
 
@@ -154,14 +154,14 @@ def test_r19_a_step_counts_once_however_often_it_is_written():
         "x: 5",
     ],
 )
-def test_r19_the_answer_is_the_last_line_and_is_a_number(text):
+def test_the_answer_is_the_last_line_and_is_a_number(text):
     assert right_answer([text], [EQUATION]) == [0.0]
 
 
 @pytest.mark.parametrize(
     "text", ["x = 5", "x=5", "  x  =  5  ", "x = 5.", "x = 5。", "Answer: x = 5", "答案：x = 5", "\n\nx = 5\n\n"]
 )
-def test_r19_the_answer_is_equal_in_value_not_in_spelling(text):
+def test_the_answer_is_equal_in_value_not_in_spelling(text):
     assert points(text) == 6
 
 
@@ -179,7 +179,7 @@ def test_r19_the_answer_is_equal_in_value_not_in_spelling(text):
         ("3 * x = 15", "x = 15 / 3\nx = 5"),
     ],
 )
-def test_r19_equations_of_other_shapes(equation, solution):
+def test_equations_of_other_shapes(equation, solution):
     report = check(equation, solution)
     assert report.right
     assert report.follows
@@ -187,33 +187,33 @@ def test_r19_equations_of_other_shapes(equation, solution):
     assert points(solution, equation) == 9
 
 
-def test_r19_a_solution_that_is_a_fraction_can_be_answered():
+def test_a_solution_that_is_a_fraction_can_be_answered():
     """In one of the two spellings of a number that is not whole, at least."""
     assert 1.0 in right_answer(["x = 5 / 2", "x = 2.5"], ["2x + 3 = 8"] * 2)
 
 
 @pytest.mark.parametrize("text", ["x = 5 / 1\nx = 5", "x = 5 + 0\nx = 5", "x = 5 * 1\nx = 5"])
-def test_r19_padding_is_worth_nothing_where_the_factor_is_one(text):
+def test_padding_is_worth_nothing_where_the_factor_is_one(text):
     assert points(text, "x + 3 = 8") == 6
 
 
 @pytest.mark.parametrize("copy", ["5x = 35", "5 x = 35", "5x = 35.", "x * 5 = 35"])
-def test_r19_copying_a_problem_that_is_already_isolated_is_no_step(copy):
+def test_copying_a_problem_that_is_already_isolated_is_no_step(copy):
     assert points(f"{copy}\nx = 7", "5x = 35") == 6
 
 
 @pytest.mark.parametrize("equation", ["3 = 3", "x = x + 1", "2x = 2x"])
-def test_r19_an_equation_without_one_solution_has_no_right_answer(equation):
+def test_an_equation_without_one_solution_has_no_right_answer(equation):
     for text in ("x = 0", "x = 3", "3 = 3", "x = x"):
         assert right_answer([text], [equation]) == [0.0]
 
 
-def test_r19_each_completion_is_checked_against_its_own_equation():
+def test_each_completion_is_checked_against_its_own_equation():
     texts, equations = ["x = 5", "x = 2", "x = 5"], [EQUATION, "2x + 3 = 7", "2x + 3 = 7"]
     assert right_answer(completions=texts, equation=equations, language=["en"] * 3) == [1.0, 1.0, 0.0]
 
 
-def test_r19_a_completion_may_be_a_chat_message():
+def test_a_completion_may_be_a_chat_message():
     assert points([{"role": "assistant", "content": COMPLETE}]) == 9
 
 
@@ -227,7 +227,7 @@ def test_r19_a_completion_may_be_a_chat_message():
         ("-x = -7", ((-1, 0), (0, -7))),
     ],
 )
-def test_r19_equations_are_read_in_exact_fractions(text, sides):
+def test_equations_are_read_in_exact_fractions(text, sides):
     equation = parse_equation(text)
     assert tuple((side.slope, side.constant) for side in (equation.left, equation.right)) == sides
 
@@ -239,13 +239,13 @@ def test_r19_equations_are_read_in_exact_fractions(text, sides):
      "x = * 3", "x = 3 / 0", "x = ٣", "x = 1" + "0" * 30, "x = __import__('os')", "x = 3; y",
      "x = (3)", "x = nan", "\x00=\x00"],
 )  # fmt: skip
-def test_r19_what_is_no_linear_equation_is_not_read(text):
+def test_what_is_no_linear_equation_is_not_read(text):
     assert parse_equation(text) is None
 
 
 @given(text=st.text(alphabet="0123456789x+-*/=: ：\n.abc解。", max_size=80))
 @settings(max_examples=300, deadline=None)
-def test_r19_any_text_is_judged_without_an_error(text):
+def test_any_text_is_judged_without_an_error(text):
     report = check(EQUATION, text)
     assert report.num_steps >= 0
     assert not report.complete or report.num_steps
@@ -253,13 +253,13 @@ def test_r19_any_text_is_judged_without_an_error(text):
 
 @given(text=st.text(max_size=200))
 @settings(max_examples=100, deadline=None)
-def test_r19_any_unicode_is_judged_without_an_error(text):
+def test_any_unicode_is_judged_without_an_error(text):
     assert points(text) == 0 or "5" in text
 
 
 @given(factor=st.integers(2, 99), offset=st.integers(-99, 99).filter(bool), solution=st.integers(-99, 99))
 @settings(max_examples=150, deadline=None)
-def test_r19_guess_terse_and_complete_for_any_whole_numbers(factor, offset, solution):
+def test_guess_terse_and_complete_for_any_whole_numbers(factor, offset, solution):
     sign, undo = ("+", "-") if offset > 0 else ("-", "+")
     product = factor * solution
     equation = f"{factor}x {sign} {abs(offset)} = {product + offset}"
@@ -302,7 +302,7 @@ def test_r19_guess_terse_and_complete_for_any_whole_numbers(factor, offset, solu
         "junk",
     ],
 )
-def test_r19_huge_and_hostile_completions_are_judged_at_once(text):
+def test_huge_and_hostile_completions_are_judged_at_once(text):
     start = time.perf_counter()
     for _ in range(5):
         check(EQUATION, text)
@@ -312,6 +312,6 @@ def test_r19_huge_and_hostile_completions_are_judged_at_once(text):
 @pytest.mark.parametrize(
     "text", ["x = 5" + "\n" * 5000 + "x = 6", "x = 5\n" * 333 + "\n\n\nx = 6"], ids=["empty", "repeated"]
 )
-def test_r19_the_last_line_of_a_very_long_completion_is_what_answers(text):
+def test_the_last_line_of_a_very_long_completion_is_what_answers(text):
     """A wrong answer after pages of right ones, or of nothing, is wrong."""
     assert right_answer([text], [EQUATION]) == [0.0]

@@ -1,4 +1,4 @@
-"""Rewards for the shape of a text (R18): format, length, repetition."""
+"""Rewards for the shape of a text: format, length, repetition."""
 
 import inspect
 import re
@@ -41,22 +41,22 @@ def value(reward, text):
         ("", 0),
     ],
 )
-def test_r18_tags_stand_once_in_order_filled_and_alone(text, wanted):
+def test_tags_stand_once_in_order_filled_and_alone(text, wanted):
     assert value(Format(tags=["think", "answer"]), text) == wanted
 
 
-def test_r18_text_around_the_tags_may_be_allowed():
+def test_text_around_the_tags_may_be_allowed():
     assert value(Format(tags=["think", "answer"], alone=False), "So <think>a</think> and <answer>b</answer>.") == 1
 
 
-def test_r18_a_tag_that_the_prompt_opened_is_not_asked_for_again():
+def test_a_tag_that_the_prompt_opened_is_not_asked_for_again():
     opened = Format(tags=["think", "answer"], opened=True)
     assert value(opened, "a</think><answer>b</answer>") == 1
     assert value(opened, GOOD) == 0
     assert value(Format(tags=["think", "answer"]), "a</think><answer>b</answer>") == 0
 
 
-def test_r18_the_share_of_the_demands_that_are_met():
+def test_the_share_of_the_demands_that_are_met():
     """Three demands: think filled, answer filled, in order and alone."""
     share = Format(tags=["think", "answer"], score="share")
     assert value(share, GOOD) == 1
@@ -79,7 +79,7 @@ def test_r18_the_share_of_the_demands_that_are_met():
         ("the ## Plan\nadd\n## Result\n5", 0),
     ],
 )
-def test_r18_sections_have_their_headings_and_something_below(text, wanted):
+def test_sections_have_their_headings_and_something_below(text, wanted):
     assert value(Format(sections=["## Plan", "## Result"]), text) == wanted
 
 
@@ -95,18 +95,18 @@ def test_r18_sections_have_their_headings_and_something_below(text, wanted):
         ("5", 0),
     ],
 )
-def test_r18_the_last_box_is_closed_and_filled(text, wanted):
+def test_the_last_box_is_closed_and_filled(text, wanted):
     assert value(Format(boxed=True), text) == wanted
 
 
-def test_r18_a_pattern_of_the_user_s_own():
+def test_a_pattern_of_the_user_s_own():
     whole = Format(pattern=r"\A(?s:.*)Answer: -?\d+\Z")
     assert value(whole, "first\nAnswer: 12") == 1
     assert value(whole, "Answer: 12 or so") == 0
     assert value(Format(pattern=r"\A(?s:.*)\Z", longest=10), "x" * 11) == 0
 
 
-def test_r18_a_pattern_that_backtracks_without_end_is_a_failure_and_costs_its_limit_only():
+def test_a_pattern_that_backtracks_without_end_is_a_failure_and_costs_its_limit_only():
     """(a|a)*$ takes 2^40 steps here."""
     begin = time.perf_counter()
     got = Format(pattern=r"^(a|a)*$", seconds=0.1)(["a" * 40 + "b", "aaa"])
@@ -116,14 +116,14 @@ def test_r18_a_pattern_that_backtracks_without_end_is_a_failure_and_costs_its_li
     assert got[1] == 1
 
 
-def test_r18_soft_overlong_punishment_of_dapo():
+def test_soft_overlong_punishment_of_dapo():
     """Its longest length 20, of which the last 5 are the cache: 15 - 16 = -1 of 5, and so on down to -1."""
     reward = Length(at_most=15, margin=5)
     ids = [[0] * n for n in (0, 15, 16, 18, 20, 21, 400)]
     assert reward([""] * 7, completion_ids=ids) == pytest.approx([0, 0, -0.2, -0.6, -1, -1, -1])
 
 
-def test_r18_a_band_of_lengths_in_characters():
+def test_a_band_of_lengths_in_characters():
     reward = Length(at_least=4, at_most=6, margin=2, unit="characters")
     assert reward(["", "ab", "abc", "abcd", "一二三四五六", "a" * 7, "a" * 8, "a" * 9]) == [
         -1,
@@ -138,7 +138,7 @@ def test_r18_a_band_of_lengths_in_characters():
     assert Length(at_most=3, unit="characters")(["abc", "abcd"]) == [0, -1]
 
 
-def test_r18_repeated_share_by_hand():
+def test_repeated_share_by_hand():
     """a b a b a b: five 2-grams, of which ab and ba are distinct. 你好你好: three 2-grams, two distinct."""
     assert repeated_share("a b a b a b", 2) == pytest.approx(3 / 5)
     assert repeated_share("A, b", 2) == 0
@@ -146,7 +146,7 @@ def test_r18_repeated_share_by_hand():
     assert repeated_share("one two", 3) == repeated_share("", 1) == repeated_share(" \n", 1) == 0
 
 
-def test_r18_repetition_falls_from_the_allowed_share_to_minus_one():
+def test_repetition_falls_from_the_allowed_share_to_minus_one():
     """10 equal words: 9 of 10 1-grams are repeated; 0.9 is 7/8 of the way from 0.2 to 1."""
     assert value(Repetition(n=1), "la " * 10) == pytest.approx(-7 / 8)
     assert value(Repetition(n=1), "a b c d d") == 0
@@ -157,7 +157,7 @@ def test_r18_repetition_falls_from_the_allowed_share_to_minus_one():
     "loop",
     ["I see. ", "所以答案是五。", "ha", "!", "a", "0", "= ", "x = 5\n", "\\frac{1}{2} ", "おなじ", "👍", "\u0e01"],
 )
-def test_r18_loops_are_found_in_every_script_and_without_spaces(loop):
+def test_loops_are_found_in_every_script_and_without_spaces(loop):
     assert value(Repetition(), loop * 500) < -0.8
 
 
@@ -171,7 +171,7 @@ def test_r18_loops_are_found_in_every_script_and_without_spaces(loop):
         "12 + 13 = 25\n25 + 14 = 39\n39 + 15 = 54\n54 + 16 = 70",
     ],
 )
-def test_r18_ordinary_solutions_are_not_punished_for_repetition(text):
+def test_ordinary_solutions_are_not_punished_for_repetition(text):
     assert value(Repetition(), text) == 0
 
 
@@ -197,17 +197,17 @@ def test_r18_ordinary_solutions_are_not_punished_for_repetition(text):
         ("steps", {"whole": "9"}, "numbers"),
     ],
 )
-def test_r18_options_that_can_t_be_are_refused(name, options, word):
+def test_options_that_can_t_be_are_refused(name, options, word):
     with pytest.raises(UserError, match=word):
         make_builtin(name, options)
 
 
-def test_r18_length_in_tokens_needs_tokens():
+def test_length_in_tokens_needs_tokens():
     with pytest.raises(UserError, match="characters"):
         Length(at_most=3)(["abcd"])
 
 
-def test_r18_what_the_documentation_shows_can_be_made():
+def test_what_the_documentation_shows_can_be_made():
     page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     specs = [spec for block in blocks for spec in yaml.safe_load(block)["rewards"] if isinstance(spec, dict)]
@@ -227,7 +227,7 @@ MINE = ("format", "language", "length", "repetition", "self_correction", "steps"
 
 
 @pytest.mark.parametrize("name", MINE)
-def test_r18_hostile_completions_are_answered_in_linear_time(name):
+def test_hostile_completions_are_answered_in_linear_time(name):
     """A megabyte of openings, NUL bytes, lone surrogates or equals signs: two seconds each at the very most."""
     assert name in BUILTIN
     reward = make_builtin(name, OPTIONS.get(name, {}))

@@ -1,4 +1,4 @@
-"""The native engine samples what a plain loop samples, whatever shares its batch (R1, R31)."""
+"""The native engine samples what a plain loop samples, whatever shares its batch."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Packing: the shift by one, and cutting by tokens (R32)."""
+"""Packing: the shift by one, and cutting by tokens."""
 
 import pytest
 import torch

@@ -139,7 +139,7 @@ def test_a_resume_removes_what_came_after(tmp_path):
     store.close()
 
 
-def test_r33_signs_of_reward_hacking_stand_above_the_curves_and_not_among_the_events(tmp_path):
+def test_signs_of_reward_hacking_stand_above_the_curves_and_not_among_the_events(tmp_path):
     write_run(tmp_path)
     assert "No signs of reward hacking were seen" in write_report(tmp_path).read_text()
     store = Store(tmp_path / "run.db")

@@ -1,4 +1,4 @@
-"""Signs of reward hacking (R33): each from series made by hand, silence where all is well, and one of a run that hacks."""
+"""Signs of reward hacking: each from series made by hand, silence where all is well, and one of a run that hacks."""
 
 import random
 import sqlite3
@@ -34,7 +34,7 @@ def dominated(correct, spread_of_format=1.0):
     }
 
 
-def test_r33_a_part_that_brings_the_variance_while_another_falls():
+def test_a_part_that_brings_the_variance_while_another_falls():
     """Shares of 1 to 0.01: 99 %. The windows of 20 steps before and after step 40 are compared first."""
     (sign,) = signs_of(TWO, dominated([0.8] * 40 + line(0.8, 0.2, 40)))
     assert sign.name == "one_part_dominates"
@@ -43,16 +43,16 @@ def test_r33_a_part_that_brings_the_variance_while_another_falls():
     assert "correct goes from 0.8" in sign.text
 
 
-def test_r33_a_part_that_brings_the_variance_while_others_hold_or_rise_is_no_sign():
+def test_a_part_that_brings_the_variance_while_others_hold_or_rise_is_no_sign():
     assert signs_of(TWO, dominated([0.8] * 80)) == []
     assert signs_of(TWO, dominated(line(0.2, 0.8, 200))) == []
 
 
-def test_r33_a_part_that_falls_is_no_sign_where_none_dominates():
+def test_a_part_that_falls_is_no_sign_where_none_dominates():
     assert signs_of(TWO, dominated([0.8] * 40 + line(0.8, 0.2, 40), spread_of_format=0.2)) == []
 
 
-def test_r33_weights_decide_what_dominates_and_what_falling_means():
+def test_weights_decide_what_dominates_and_what_falling_means():
     """A weight of 10 makes 0.2 to 0.1 a share of 99.7 %; of a part that counts against a completion, rising is the loss."""
     series = dominated([0.8] * 40 + line(0.8, 0.2, 40), spread_of_format=0.2)
     assert names(signs_of({"correct": 1.0, "format": 10.0}, series)) == ["one_part_dominates"]
@@ -62,7 +62,7 @@ def test_r33_weights_decide_what_dominates_and_what_falling_means():
     assert names(signs_of(against, series)) == ["one_part_dominates"]
 
 
-def test_r33_a_part_that_jumps_while_nothing_else_moves():
+def test_a_part_that_jumps_while_nothing_else_moves():
     """From 0.1 to 0.9 in 10 steps; given once, at the first of the steps at which it holds."""
     format = [0.1] * 30 + line(0.1, 0.9, 10) + [0.9] * 60
     (sign,) = signs_of(TWO, {"reward/format": noisy(format, 0.03, 1), "reward/correct": noisy([0.3] * 100, 0.03, 2)})
@@ -72,7 +72,7 @@ def test_r33_a_part_that_jumps_while_nothing_else_moves():
     assert "format goes from 0.1" in sign.text
 
 
-def test_r33_parts_that_rise_together_or_slowly_are_no_sign():
+def test_parts_that_rise_together_or_slowly_are_no_sign():
     format = noisy([0.1] * 30 + line(0.1, 0.9, 10) + [0.9] * 60, 0.03, 1)
     assert signs_of(TWO, {"reward/format": format, "reward/correct": format}) == []
     slow = noisy(line(0.1, 0.9, 200), 0.03, 1)
@@ -89,18 +89,18 @@ def test_r33_parts_that_rise_together_or_slowly_are_no_sign():
     )
 
 
-def test_r33_a_part_that_rises_less_than_its_completions_differ_has_not_jumped():
+def test_a_part_that_rises_less_than_its_completions_differ_has_not_jumped():
     """A steady trend has passed half of its range in its first 30 steps, whatever its size."""
     series = {"reward/format": line(0.1, 0.3, 60), "reward/correct": [0.3] * 60}
     assert names(signs_of(TWO, {**series, "reward/format_group_std": [0.05] * 60})) == ["one_part_jumps"]
     assert signs_of(TWO, {**series, "reward/format_group_std": [0.3] * 60}) == []
 
 
-def test_r33_one_part_alone_has_none_to_be_compared_with():
+def test_one_part_alone_has_none_to_be_compared_with():
     assert signs_of({"format": 1.0}, {"reward/format": [0.0] * 30 + [1.0] * 30}) == []
 
 
-def test_r33_length_that_drifts_either_way():
+def test_length_that_drifts_either_way():
     """16 at the start; 1.5 times that is 24, half of it 8."""
     (longer,) = signs_of({}, {"completion/tokens_mean": noisy([16.0] * 20 + line(16, 64, 60), 1.0, 3)})
     assert (longer.name, longer.about) == ("length_drift", "longer")
@@ -109,12 +109,12 @@ def test_r33_length_that_drifts_either_way():
     assert shorter.about == "shorter"
 
 
-def test_r33_length_within_its_bounds_is_no_sign():
+def test_length_within_its_bounds_is_no_sign():
     assert signs_of({}, {"completion/tokens_mean": noisy(line(16, 22, 100), 1.0, 3)}) == []
     assert signs_of({}, {"completion/tokens_mean": noisy(line(16, 9, 100), 1.0, 3)}) == []
 
 
-def test_r33_saturation_is_little_spread_at_the_best_reward():
+def test_saturation_is_little_spread_at_the_best_reward():
     mean, std = [*line(0.1, 0.99, 40), *[1.0] * 40], [*line(0.3, 0.05, 40), *[0.0] * 40]
     (sign,) = signs_of({}, {"reward/mean": mean, "reward/std": std})
     assert sign.name == "saturation"
@@ -124,7 +124,7 @@ def test_r33_saturation_is_little_spread_at_the_best_reward():
     assert signs_of({}, {"reward/mean": fallen, "reward/std": std}) == []  # not near the best
 
 
-def test_r33_groups_without_signal_for_long():
+def test_groups_without_signal_for_long():
     (sign,) = signs_of({}, {"group/no_signal_share": [0.5] * 30 + [0.9] * 30})
     assert sign.name == "no_signal"
     assert sign.step == 46  # 4 steps of 0.5 and 16 of 0.9: 0.82
@@ -137,7 +137,7 @@ def accuracy(value):
     return Accuracy(value, value - 0.05, value + 0.05)
 
 
-def test_r33_reward_that_rises_while_held_out_accuracy_falls():
+def test_reward_that_rises_while_held_out_accuracy_falls():
     reward = {"reward/mean": noisy(line(0.2, 0.8, 100), 0.02, 4)}
     (sign,) = signs_of({}, reward, {0: accuracy(0.5), 50: accuracy(0.52), 100: accuracy(0.4)})
     assert (sign.name, sign.step) == ("reward_against_accuracy", 100)
@@ -146,7 +146,7 @@ def test_r33_reward_that_rises_while_held_out_accuracy_falls():
     assert [sign.step for sign in signs_of({}, reward, falling)] == [25]  # said once
 
 
-def test_r33_accuracy_within_its_interval_or_with_the_reward_is_no_sign():
+def test_accuracy_within_its_interval_or_with_the_reward_is_no_sign():
     reward = {"reward/mean": noisy(line(0.2, 0.8, 100), 0.05, 4)}
     assert signs_of({}, reward, {0: accuracy(0.5), 100: accuracy(0.45)}) == []
     assert signs_of({}, reward, {0: accuracy(0.5), 100: accuracy(0.9)}) == []
@@ -177,12 +177,12 @@ def healthy(seed, steps=300):
     }
 
 
-def test_r33_runs_that_learn_as_they_should_are_quiet():
+def test_runs_that_learn_as_they_should_are_quiet():
     for seed in range(0, 100, 10):
         assert signs_of(TWO, healthy(seed), {0: accuracy(0.2), 150: accuracy(0.5), 300: accuracy(0.8)}) == []
 
 
-def test_r33_noise_alone_is_quiet():
+def test_noise_alone_is_quiet():
     flat = {"reward/correct": 0.5, "reward/format": 0.5, "reward/correct_group_std": 0.02, "reward/format_group_std": 0.5,
             "reward/mean": 1.0, "reward/std": 0.5, "completion/tokens_mean": 30.0}  # fmt: skip
     for seed in range(0, 100, 10):
@@ -202,7 +202,7 @@ def test_the_limits_are_in_one_place():
     assert names(signs_of({}, series, limits=Limits(silent=0.4))) == ["no_signal"]
 
 
-def test_r33_a_watch_that_reads_what_is_recorded_goes_on_like_one_that_saw_it(tmp_path):
+def test_a_watch_that_reads_what_is_recorded_goes_on_like_one_that_saw_it(tmp_path):
     """Cut at every tenth step: what begins afterwards is the same, and what had begun is not said again."""
     series = dominated(noisy([0.8] * 40 + line(0.8, 0.2, 40), 0.02, 5)) | {
         "group/no_signal_share": [0.9] * 30 + [0.2] * 30 + [0.9] * 20,
@@ -235,7 +235,7 @@ def signs_recorded(folder):
         ).fetchall()
 
 
-def test_r33_a_run_whose_reward_is_hacked_says_so_once_and_in_the_report(tiny_recipe, tmp_path, capsys):
+def test_a_run_whose_reward_is_hacked_says_so_once_and_in_the_report(tiny_recipe, tmp_path, capsys):
     """Letters are easy to write more of, and solve no equation. Stopped and resumed it says the same."""
     (tmp_path / "rewards.py").write_text(
         "def letters(completions):\n    return [sum(c.isalpha() for c in t[0]['content']) / 12 for t in completions]\n"

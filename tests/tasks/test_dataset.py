@@ -1,4 +1,4 @@
-"""The user's own prompts (R30): JSONL and Parquet, text and chat, and what is wrong with a file said by line."""
+"""The user's own prompts: JSONL and Parquet, text and chat, and what is wrong with a file said by line."""
 
 import json
 import random
@@ -54,7 +54,7 @@ def refused(path, codec=CODEC, **options) -> str:
     return str(error.value)
 
 
-def test_r30_jsonl_rows_become_prompts_with_their_other_columns(jsonl):
+def test_jsonl_rows_become_prompts_with_their_other_columns(jsonl):
     path = jsonl({"prompt": "Say é", "answer": 3}, {"prompt": "解", "answer": None, "tags": ["a"]})
     first, second = dataset(path).train
     assert (first.content, first.text, dict(first.columns), first.origin) == (
@@ -69,12 +69,12 @@ def test_r30_jsonl_rows_become_prompts_with_their_other_columns(jsonl):
     assert first.key != second.key
 
 
-def test_r30_the_prompt_column_can_have_any_name(jsonl):
+def test_the_prompt_column_can_have_any_name(jsonl):
     (prompt,) = dataset(jsonl({"question": "q", "prompt": "other"}), prompt="question").train
     assert (prompt.content, dict(prompt.columns)) == ("q", {"prompt": "other"})
 
 
-def test_r30_chat_messages_go_through_the_template(jsonl):
+def test_chat_messages_go_through_the_template(jsonl):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "你好"}]
     (prompt,) = dataset(jsonl({"prompt": messages}), chat_codec()).train
     assert prompt.content == messages
@@ -82,11 +82,11 @@ def test_r30_chat_messages_go_through_the_template(jsonl):
     assert CODEC.decode(prompt.tokens) == "system>Be brief.\nuser>你好\nassistant>"
 
 
-def test_r30_chat_messages_without_a_template_are_refused_as_the_user_s_mistake(jsonl):
+def test_chat_messages_without_a_template_are_refused_as_the_user_s_mistake(jsonl):
     assert "template" in refused(jsonl({"prompt": [{"role": "user", "content": "hi"}]}))
 
 
-def test_r30_parquet_text_and_messages(tmp_path):
+def test_parquet_text_and_messages(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -99,7 +99,7 @@ def test_r30_parquet_text_and_messages(tmp_path):
     assert dataset(path, chat_codec(), prompt="chat").train[0].content == messages
 
 
-def test_r30_parquet_and_jsonl_of_the_same_rows_give_the_same_task(tmp_path, jsonl):
+def test_parquet_and_jsonl_of_the_same_rows_give_the_same_task(tmp_path, jsonl):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -111,7 +111,7 @@ def test_r30_parquet_and_jsonl_of_the_same_rows_give_the_same_task(tmp_path, jso
     assert [(p.content, p.columns) for p in one.heldout] == [(p.content, p.columns) for p in other.heldout]
 
 
-def test_r30_blank_lines_a_byte_order_mark_and_windows_ends_are_no_matter(jsonl):
+def test_blank_lines_a_byte_order_mark_and_windows_ends_are_no_matter(jsonl):
     path = jsonl(b'\xef\xbb\xbf{"prompt": "a"}\r\n', b"\r\n", b"   \n", b'{"prompt": "b"}')
     assert [(p.content, p.origin) for p in dataset(path).train] == [("a", f"{path}:1"), ("b", f"{path}:4")]
 
@@ -148,39 +148,39 @@ GOOD = {"prompt": "good"}
     ],
     ids=lambda value: None if isinstance(value, dict) else str(value)[:20],
 )
-def test_r30_a_broken_row_is_named_by_file_and_line(line, said, jsonl):
+def test_a_broken_row_is_named_by_file_and_line(line, said, jsonl):
     path = jsonl(GOOD, "", {"prompt": "good too"}, line, {"prompt": "as good"})
     message = refused(path, chat_codec())
     assert message.startswith(f"{path}:4: ")
     assert said in message
 
 
-def test_r30_a_missing_column_names_the_nearest(jsonl):
+def test_a_missing_column_names_the_nearest(jsonl):
     message = refused(jsonl({"question": "a", "answer": "b"}), prompt="qestion")
     assert "did you mean 'question'" in message
     assert "answer" in message
 
 
-def test_r30_a_file_without_rows_is_refused(jsonl, tmp_path):
+def test_a_file_without_rows_is_refused(jsonl, tmp_path):
     for path in (jsonl(name="empty.jsonl"), jsonl("", "  ", name="blank.jsonl")):
         assert refused(path) == f"{path}: has no rows"
 
 
-def test_r30_a_file_that_is_not_there_is_named(tmp_path):
+def test_a_file_that_is_not_there_is_named(tmp_path):
     for name in ("nothing.jsonl", "nothing.parquet"):
         assert str(tmp_path / name) in refused(str(tmp_path / name))
 
 
-def test_r30_a_file_of_another_kind_is_named(jsonl):
+def test_a_file_of_another_kind_is_named(jsonl):
     assert ".jsonl" in refused(jsonl("prompt\na", name="rows.csv"))
 
 
-def test_r30_a_broken_parquet_file_is_named(jsonl):
+def test_a_broken_parquet_file_is_named(jsonl):
     path = jsonl("this is no parquet", name="rows.parquet")
     assert path in refused(path)
 
 
-def test_r30_an_empty_parquet_file_is_refused(tmp_path):
+def test_an_empty_parquet_file_is_refused(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -189,7 +189,7 @@ def test_r30_an_empty_parquet_file_is_refused(tmp_path):
     assert refused(path) == f"{path}: has no rows"
 
 
-def test_r30_a_wrong_value_in_parquet_is_named_by_row(tmp_path):
+def test_a_wrong_value_in_parquet_is_named_by_row(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -237,14 +237,14 @@ ROWS = [{"prompt": f"prompt {number}", "n": number} for number in range(50)]
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.1, 5), (0.3, 15), (0.01, 1), (1.0, 49)])
-def test_r30_the_share_that_was_asked_for_is_held_out_and_something_is_left_to_train_on(share, expected, jsonl):
+def test_the_share_that_was_asked_for_is_held_out_and_something_is_left_to_train_on(share, expected, jsonl):
     task = dataset(jsonl(*ROWS), heldout=share)
     assert (len(task.heldout), len(task.train)) == (expected, 50 - expected)
     assert not contents(task.train) & contents(task.heldout)
     assert task.examples
 
 
-def test_r30_the_order_of_the_rows_does_not_decide_what_is_held_out(jsonl):
+def test_the_order_of_the_rows_does_not_decide_what_is_held_out(jsonl):
     shuffled = random.Random(0).sample(ROWS, len(ROWS))
     one, other = dataset(jsonl(*ROWS), heldout=0.3), dataset(jsonl(*shuffled, name="shuffled.jsonl"), heldout=0.3)
     assert contents(one.heldout) == contents(other.heldout)
@@ -252,13 +252,13 @@ def test_r30_the_order_of_the_rows_does_not_decide_what_is_held_out(jsonl):
     assert contents(one.heldout) not in (first_fifteen, {json.dumps(row["prompt"]) for row in ROWS[-15:]})
 
 
-def test_r30_the_other_columns_do_not_decide_what_is_held_out(jsonl):
+def test_the_other_columns_do_not_decide_what_is_held_out(jsonl):
     changed = [{**row, "n": -row["n"]} for row in ROWS]
     one, other = dataset(jsonl(*ROWS), heldout=0.3), dataset(jsonl(*changed, name="changed.jsonl"), heldout=0.3)
     assert contents(one.heldout) == contents(other.heldout)
 
 
-def test_r30_equal_prompts_are_on_the_same_side(jsonl):
+def test_equal_prompts_are_on_the_same_side(jsonl):
     again = [{**row, "n": row["n"] + 100} for row in ROWS]
     task = dataset(jsonl(*ROWS, *again, *({**row, "n": row["n"] + 200} for row in ROWS[:10])), heldout=0.3)
     assert not contents(task.train) & contents(task.heldout)
@@ -266,14 +266,14 @@ def test_r30_equal_prompts_are_on_the_same_side(jsonl):
     assert len(contents(task.heldout)) == 15
 
 
-def test_r30_equal_chats_are_on_the_same_side_however_their_keys_are_ordered(jsonl):
+def test_equal_chats_are_on_the_same_side_however_their_keys_are_ordered(jsonl):
     rows = [{"prompt": [{"role": "user", "content": f"prompt {number}"}]} for number in range(30)]
     turned = [{"prompt": [{"content": f"prompt {number}", "role": "user"}], "n": 1} for number in range(30)]
     task = dataset(jsonl(*rows, *turned), chat_codec(), heldout=0.3)
     assert not contents(task.train) & contents(task.heldout)
 
 
-def test_r30_one_prompt_is_for_training(jsonl):
+def test_one_prompt_is_for_training(jsonl):
     task = dataset(jsonl(GOOD, {**GOOD, "n": 1}), heldout=0.5)
     assert (len(task.train), len(task.heldout), len(task.examples)) == (2, 0, 2)
 
@@ -281,7 +281,7 @@ def test_r30_one_prompt_is_for_training(jsonl):
 # As a task
 
 
-def test_r30_draws_take_every_row_once_an_epoch(jsonl):
+def test_draws_take_every_row_once_an_epoch(jsonl):
     task = dataset(jsonl(*ROWS), heldout=0.2)
     drawn = [prompt for step in range(1, 11) for prompt in draw(task, 4, seed=0, step=step)]
     assert contents(drawn) == contents(task.train)
@@ -289,13 +289,13 @@ def test_r30_draws_take_every_row_once_an_epoch(jsonl):
     assert drawn[12:16] == draw(dataset(jsonl(*ROWS), heldout=0.2), 4, seed=0, step=4)
 
 
-def test_r30_columns_of_a_typed_prompt_are_those_of_its_row(jsonl):
+def test_columns_of_a_typed_prompt_are_those_of_its_row(jsonl):
     task = dataset(jsonl(*ROWS), heldout=0.2)
     assert all(task.columns_of(row["prompt"]) == {"n": row["n"]} for row in ROWS)
     assert task.columns_of("prompt 50") is None
 
 
-def test_r30_correct_is_above_the_bound_and_an_abstention_is_not(jsonl):
+def test_correct_is_above_the_bound_and_an_abstention_is_not(jsonl):
     path = jsonl(GOOD)
     prompt = dataset(path).train[0]
     zero = torch.zeros(1)
@@ -305,12 +305,12 @@ def test_r30_correct_is_above_the_bound_and_an_abstention_is_not(jsonl):
     assert dataset(path).judge(scored) == {}
 
 
-def test_r30_rows_are_read_with_where_they_stand(jsonl):
+def test_rows_are_read_with_where_they_stand(jsonl):
     path = jsonl(GOOD, "", {"prompt": "b"})
     assert list(read_rows(DatasetTask(data=path))) == [(f"{path}:1", GOOD), (f"{path}:3", {"prompt": "b"})]
 
 
-def test_r30_long_prompts_load_fast(jsonl):
+def test_long_prompts_load_fast(jsonl):
     """10 ms for a row of a thousand characters: a hundred thousand of them take minutes, not an hour."""
     path = jsonl(*({"prompt": f"{number} " + "word " * 200} for number in range(20)))
     start = time.perf_counter()
@@ -418,7 +418,7 @@ def test_parquet_that_is_damaged_is_refused_or_read(tmp_path):
     assert refused
 
 
-def test_r30_rows_of_their_own_to_evaluate_on(jsonl):
+def test_rows_of_their_own_to_evaluate_on(jsonl):
     path, own = jsonl({"prompt": "a"}, {"prompt": "b"}), jsonl({"prompt": "c"}, {"prompt": "d"}, name="test.jsonl")
     task = dataset(path, heldout=0.5, evaluation=own)
     assert [prompt.text for prompt in task.train] == ["a", "b"]

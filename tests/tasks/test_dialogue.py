@@ -1,4 +1,4 @@
-"""The dialogue task (R29): disjoint halves, answers with and without flaws, pairs, and rules that know one from the other."""
+"""The dialogue task: disjoint halves, answers with and without flaws, pairs, and rules that know one from the other."""
 
 import json
 import math
@@ -55,25 +55,25 @@ def content_of(prompt):
 # Questions
 
 
-def test_r29_there_are_thousands_of_different_questions_in_both_languages():
+def test_there_are_thousands_of_different_questions_in_both_languages():
     texts = [prompt.text for prompt in (*TASK.train, *TASK.heldout)]
     assert len(texts) == len(set(texts)) == 2 * NUM_PHRASES * len(CONTENTS) == 2304
     assert Counter(prompt.columns["language"] for prompt in TASK.train)["zh"] == len(TASK.train) / 2
 
 
-def test_r29_train_and_heldout_share_no_content_in_any_wording_or_language():
+def test_train_and_heldout_share_no_content_in_any_wording_or_language():
     train, heldout = ({content_of(prompt) for prompt in prompts} for prompts in (TASK.train, TASK.heldout))
     assert not train & heldout
     assert len(train) + len(heldout) == len(CONTENTS)
     assert len(TASK.heldout) == len(heldout) * len(LANGUAGES) * NUM_PHRASES
 
 
-def test_r29_about_the_named_share_is_held_out():
+def test_about_the_named_share_is_held_out():
     n, p = len(CONTENTS), HELDOUT_SHARE
     assert abs(sum(map(is_heldout, CONTENTS)) - n * p) < 3 * math.sqrt(n * p * (1 - p)) + 2
 
 
-def test_r29_the_examples_are_held_out_and_in_both_languages():
+def test_the_examples_are_held_out_and_in_both_languages():
     assert [prompt.text for prompt in TASK.examples] == [
         "What is the weather like in Paris tomorrow?",
         "巴黎明天天气怎么样？",
@@ -83,7 +83,7 @@ def test_r29_the_examples_are_held_out_and_in_both_languages():
     assert not {content_of(prompt) for prompt in TASK.examples} & {content_of(prompt) for prompt in TASK.train}
 
 
-def test_r29_every_thing_and_detail_of_a_held_out_question_is_trained_on_in_other_company():
+def test_every_thing_and_detail_of_a_held_out_question_is_trained_on_in_other_company():
     trained = {(subject, name) for prompt in TASK.train for subject, *names in [content_of(prompt)] for name in names}
     for prompt in TASK.heldout:
         subject, thing, detail = content_of(prompt)
@@ -94,7 +94,7 @@ def test_r29_every_thing_and_detail_of_a_held_out_question_is_trained_on_in_othe
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_r29_every_phrase_names_its_own_thing_and_detail_and_is_neither_polite_nor_rude_by_itself(language):
+def test_every_phrase_names_its_own_thing_and_detail_and_is_neither_polite_nor_rude_by_itself(language):
     for content in CONTENTS:
         for which in range(NUM_PHRASES):
             for text in (content.question(language, which), content.sentence(language, which)):
@@ -107,7 +107,7 @@ def test_r29_every_phrase_names_its_own_thing_and_detail_and_is_neither_polite_n
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_r29_courtesy_and_rudeness_are_known_by_the_rule_and_name_nothing(language):
+def test_courtesy_and_rudeness_are_known_by_the_rule_and_name_nothing(language):
     polite, rude = (
         [phrase for phrase in (*before[language], *after[language]) if phrase]
         for before, after in ((OPENERS, CLOSERS), (RUDE_OPENERS, RUDE_CLOSERS))
@@ -120,7 +120,7 @@ def test_r29_courtesy_and_rudeness_are_known_by_the_rule_and_name_nothing(langua
         assert not details_of(phrase)
 
 
-def test_r29_each_subject_has_all_its_phrases_in_both_languages():
+def test_each_subject_has_all_its_phrases_in_both_languages():
     for subject in SUBJECTS.values():
         for phrases in (subject.questions, subject.answers):
             assert {language: len(set(phrases[language])) for language in LANGUAGES} == dict.fromkeys(
@@ -137,7 +137,7 @@ def flaw_of(prompt, text):
     return broken[0] if len(broken) == 1 else "good" if not broken else tuple(broken)
 
 
-def test_r29_demonstrations_mix_good_answers_and_each_flaw_in_the_named_shares():
+def test_demonstrations_mix_good_answers_and_each_flaw_in_the_named_shares():
     pairs = TASK.demonstrations(2000, seed=0, step=1)
     counts = Counter(flaw_of(PROMPT_OF[tuple(prompt)], CODEC.decode(answer)) for prompt, answer in pairs)
     shares = {
@@ -152,7 +152,7 @@ def test_r29_demonstrations_mix_good_answers_and_each_flaw_in_the_named_shares()
         assert abs(counts[name] / 2000 - share) < 4 * math.sqrt(share * (1 - share) / 2000), name
 
 
-def test_r29_demonstrations_and_pairs_never_show_a_held_out_content():
+def test_demonstrations_and_pairs_never_show_a_held_out_content():
     heldout = {content_of(prompt)[1:] for prompt in TASK.heldout}
     shown = [answer for _, answer in TASK.demonstrations(500, seed=3, step=2)]
     shown += [answer for _, *answers in TASK.preferences(500, seed=3, step=2) for answer in answers]
@@ -163,7 +163,7 @@ def test_r29_demonstrations_and_pairs_never_show_a_held_out_content():
 
 
 @pytest.mark.parametrize("heldout", [False, True])
-def test_r29_each_pair_is_a_good_answer_and_one_that_breaks_exactly_one_rule(heldout):
+def test_each_pair_is_a_good_answer_and_one_that_breaks_exactly_one_rule(heldout):
     pairs = TASK.heldout_preferences(600, seed=1) if heldout else TASK.preferences(600, seed=1, step=1)
     side = {tuple(prompt.tokens) for prompt in (TASK.heldout if heldout else TASK.train)}
     broken = Counter()
@@ -185,7 +185,7 @@ def test_r29_each_pair_is_a_good_answer_and_one_that_breaks_exactly_one_rule(hel
         assert abs(broken[name] / 600 - share) < 4 * math.sqrt(share * (1 - share) / 600), name
 
 
-def test_r29_what_is_off_topic_is_so_in_its_thing_its_detail_or_its_subject():
+def test_what_is_off_topic_is_so_in_its_thing_its_detail_or_its_subject():
     """Half-right answers are among the rejected, or a reward model would not look at the whole of them."""
     kinds = Counter()
     for prompt, chosen, rejected in TASK.preferences(800, seed=0, step=5):
@@ -210,7 +210,7 @@ def blanked(text):
     return text
 
 
-def test_r29_demonstrations_and_pairs_depend_on_seed_and_step_only():
+def test_demonstrations_and_pairs_depend_on_seed_and_step_only():
     for drawn in (lambda task, seed, step: task.demonstrations(20, seed=seed, step=step),
                   lambda task, seed, step: task.preferences(20, seed=seed, step=step)):  # fmt: skip
         assert drawn(TASK, 1, 2) == drawn(AGAIN, 1, 2)
@@ -246,7 +246,7 @@ def test_r29_demonstrations_and_pairs_depend_on_seed_and_step_only():
         ("巴黎明天会下雨吗？", "别再烦我。", ["polite", "on_topic"]),
     ],
 )  # fmt: skip
-def test_r29_answers_are_judged_by_the_three_rules(question, answer, broken):
+def test_answers_are_judged_by_the_three_rules(question, answer, broken):
     verdicts = judged(asked(question), answer)
     assert [name for name in RULES if not verdicts[name]] == broken
     assert verdicts["accuracy"] == (not broken)
@@ -265,7 +265,7 @@ def test_r29_answers_are_judged_by_the_three_rules(question, answer, broken):
         ("", False),
     ],
 )
-def test_r29_what_is_no_sentence_of_the_grammar_is_not_well_formed(answer, well_formed):
+def test_what_is_no_sentence_of_the_grammar_is_not_well_formed(answer, well_formed):
     assert judged(asked("Will it rain in Paris tomorrow?"), answer)["well_formed"] == well_formed
 
 
@@ -281,15 +281,15 @@ def test_r29_what_is_no_sentence_of_the_grammar_is_not_well_formed(answer, well_
         ("", None),
     ],
 )
-def test_r29_a_question_that_a_person_types_is_known_by_the_thing_that_it_names(text, columns):
+def test_a_question_that_a_person_types_is_known_by_the_thing_that_it_names(text, columns):
     assert TASK.columns_of(text) == columns
 
 
-def test_r29_every_question_of_the_task_is_known_when_a_person_types_it():
+def test_every_question_of_the_task_is_known_when_a_person_types_it():
     assert all(TASK.columns_of(prompt.text) == prompt.columns for prompt in TASK.heldout)
 
 
-def test_r29_judging_goes_over_groups_and_completions_in_order():
+def test_judging_goes_over_groups_and_completions_in_order():
     zero = torch.zeros(1)
     texts = ["Gladly! It will be sunny in Paris tomorrow.", "当然可以！巴黎明天是晴天。"]
     groups = [Group(p, [Completion([1], zero, zero, "stop", text) for text in texts]) for p in TASK.examples[:2]]
@@ -305,7 +305,7 @@ def test_r29_judging_goes_over_groups_and_completions_in_order():
 # The tokenizer
 
 
-def test_r29_every_question_and_sentence_survives_the_tokenizer_in_few_tokens():
+def test_every_question_and_sentence_survives_the_tokenizer_in_few_tokens():
     unknown = CODEC.tokenizer.unk_token_id
     for prompt in (*TASK.train, *TASK.heldout):
         assert CODEC.decode(prompt.tokens) == prompt.text + "\n"
@@ -318,7 +318,7 @@ def test_r29_every_question_and_sentence_survives_the_tokenizer_in_few_tokens():
         assert tokens[-1] == CODEC.tokenizer.eos_token_id
 
 
-def test_r29_the_longest_answer_fits_the_recipe():
+def test_the_longest_answer_fits_the_recipe():
     answers = [answer for _, answer in TASK.demonstrations(3000, seed=5, step=1)]
     assert max(map(len, answers)) <= load_recipe("dialogue").sampling.max_new_tokens
 
@@ -327,7 +327,7 @@ def test_r29_the_longest_answer_fits_the_recipe():
 
 
 @pytest.mark.slow
-def test_r29_a_reward_model_of_the_pairs_teaches_a_policy_courtesy(tmp_path):
+def test_a_reward_model_of_the_pairs_teaches_a_policy_courtesy(tmp_path):
     """Both recipes, shortened: what the policy gains is counted by the rules, which the reward model never sees."""
     trained = coterie.train(
         "dialogue_reward_model",

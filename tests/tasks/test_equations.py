@@ -1,4 +1,4 @@
-"""The equations task (R27): disjoint halves, worked demonstrations, its tokenizer, and draws that can be resumed."""
+"""The equations task: disjoint halves, worked demonstrations, its tokenizer, and draws that can be resumed."""
 
 import math
 from collections import Counter
@@ -38,21 +38,21 @@ def answers(demonstrations):
     return [CODEC.decode(answer) for _, answer in demonstrations]
 
 
-def test_r27_every_equation_has_the_solution_that_it_was_made_from():
+def test_every_equation_has_the_solution_that_it_was_made_from():
     assert len(PROBLEMS) == len({problem.equation for problem in PROBLEMS}) == 1241
     assert all(problem.result >= 1 for problem in PROBLEMS)
     for problem in PROBLEMS:
         assert parse_equation(problem.equation).solution == problem.solution
 
 
-def test_r27_train_and_heldout_share_no_equation_in_any_language():
+def test_train_and_heldout_share_no_equation_in_any_language():
     train, heldout = ({prompt.columns["equation"] for prompt in prompts} for prompts in (TASK.train, TASK.heldout))
     assert not train & heldout
     assert train | heldout == {problem.equation for problem in PROBLEMS}
     assert not {prompt.text for prompt in TASK.train} & {prompt.text for prompt in TASK.heldout}
 
 
-def test_r27_every_equation_stands_in_both_languages_on_its_side():
+def test_every_equation_stands_in_both_languages_on_its_side():
     for prompts in (TASK.train, TASK.heldout):
         languages = Counter((prompt.columns["equation"], prompt.columns["language"]) for prompt in prompts)
         assert set(languages.values()) == {1}
@@ -60,26 +60,26 @@ def test_r27_every_equation_stands_in_both_languages_on_its_side():
 
 
 @pytest.mark.parametrize("equation", ["2x + 3 = 7", "3x - 5 = 10"])
-def test_r27_the_documented_examples_are_held_out(equation):
+def test_the_documented_examples_are_held_out(equation):
     assert equation in EXAMPLES
     assert equation not in {prompt.columns["equation"] for prompt in TASK.train}
     texts = {prompt.text for prompt in TASK.heldout}
     assert {f"Solve {equation}", f"解方程 {equation}"} <= texts
 
 
-def test_r27_about_the_named_share_is_held_out():
+def test_about_the_named_share_is_held_out():
     """Of n problems the share p, give or take three standard deviations, and the two documented examples."""
     n, p = len(PROBLEMS), HELDOUT_SHARE
     assert 0 < p < 0.5
     assert abs(sum(map(is_heldout, PROBLEMS)) - n * p) < 3 * math.sqrt(n * p * (1 - p)) + len(EXAMPLES)
 
 
-def test_r27_the_examples_are_the_documented_ones_in_both_languages():
+def test_the_examples_are_the_documented_ones_in_both_languages():
     assert [prompt.text for prompt in TASK.examples] == ["Solve 3x - 5 = 10", "解方程 3x - 5 = 10"]
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_r27_demonstrations_of_each_quality_get_its_points(language):
+def test_demonstrations_of_each_quality_get_its_points(language):
     """Every problem: a right guess 6, a wrong one 0, terse 8, complete 9."""
     for problem in PROBLEMS:
         texts = {quality: problem.solution_text(language, quality, problem.solution) for quality in QUALITIES}
@@ -88,13 +88,13 @@ def test_r27_demonstrations_of_each_quality_get_its_points(language):
         assert points(problem.solution_text(language, "guess", problem.solution + 1), problem.equation) == 0
 
 
-def test_r27_a_demonstration_reads_as_documented():
+def test_a_demonstration_reads_as_documented():
     problem = next(problem for problem in PROBLEMS if problem.equation == "3x - 5 = 10")
     assert problem.solution_text("en", "complete", 0) == "Add 5: 3x = 10 + 5\n3x = 15\nDivide by 3: x = 15 / 3\nx = 5"
     assert problem.solution_text("zh", "complete", 0) == "加 5：3x = 10 + 5\n3x = 15\n除以 3：x = 15 / 3\nx = 5"
 
 
-def test_r27_demonstrations_mix_the_qualities_as_named_and_most_guesses_are_wrong():
+def test_demonstrations_mix_the_qualities_as_named_and_most_guesses_are_wrong():
     """2000 demonstrations come in the shares that are named; guesses are right by luck, one in nine."""
     equation_of = {tuple(prompt.tokens): prompt.columns["equation"] for prompt in TASK.train}
     counts = Counter()
@@ -122,7 +122,7 @@ def test_r27_demonstrations_mix_the_qualities_as_named_and_most_guesses_are_wron
         assert abs(counts[mark] / 2000 - share) < 4 * math.sqrt(share * (1 - share) / 2000)
 
 
-def test_r27_demonstrations_never_show_a_held_out_equation_and_answer_in_the_prompt_s_language():
+def test_demonstrations_never_show_a_held_out_equation_and_answer_in_the_prompt_s_language():
     heldout = {tuple(prompt.tokens) for prompt in TASK.heldout}
     for tokens, answer in TASK.demonstrations(500, seed=3, step=2):
         assert tuple(tokens) not in heldout
@@ -132,7 +132,7 @@ def test_r27_demonstrations_never_show_a_held_out_equation_and_answer_in_the_pro
             assert ("：" in text) == CODEC.decode(tokens).startswith("解方程")
 
 
-def test_r27_demonstrations_depend_on_seed_and_step_only():
+def test_demonstrations_depend_on_seed_and_step_only():
     assert TASK.demonstrations(20, seed=1, step=2) == AGAIN.demonstrations(20, seed=1, step=2)
     different = {tuple(answers(TASK.demonstrations(20, seed=seed, step=step))) for seed in (1, 2) for step in (1, 2)}
     assert len(different) == 4
@@ -141,7 +141,7 @@ def test_r27_demonstrations_depend_on_seed_and_step_only():
 # The tokenizer
 
 
-def test_r27_every_prompt_and_demonstration_survives_the_tokenizer():
+def test_every_prompt_and_demonstration_survives_the_tokenizer():
     unknown = CODEC.tokenizer.unk_token_id
     for prompt in (*TASK.train, *TASK.heldout):
         assert CODEC.decode(prompt.tokens) == prompt.text + "\n"
@@ -160,23 +160,23 @@ def test_r27_every_prompt_and_demonstration_survives_the_tokenizer():
     text=st.text(alphabet=[chr(code) for code in range(32, 127)] + list("\n：。，答案所以解方程加减除"), max_size=60)
 )
 @settings(max_examples=200, deadline=None)
-def test_r27_any_text_of_its_characters_survives_the_tokenizer(text):
+def test_any_text_of_its_characters_survives_the_tokenizer(text):
     if not any(special in text for special in ("<pad>", "<unknown>", "<end>")):
         assert CODEC.decode(CODEC.tokenizer(text)["input_ids"]) == text
 
 
 @given(text=st.text(max_size=40))
 @settings(max_examples=50, deadline=None)
-def test_r27_any_other_text_has_a_token_too(text):
+def test_any_other_text_has_a_token_too(text):
     assert all(0 <= token < len(CODEC.tokenizer) for token in CODEC.tokenizer(text)["input_ids"])
 
 
-def test_r27_pieces_put_together_are_the_text():
+def test_pieces_put_together_are_the_text():
     tokens = CODEC.encode_answer("Divide by 3: x = 15 / 3\nx = 5")
     assert "".join(CODEC.pieces(tokens)) == "Divide by 3: x = 15 / 3\nx = 5<end>"
 
 
-def test_r27_the_chat_template_writes_the_prompt_as_training_does():
+def test_the_chat_template_writes_the_prompt_as_training_does():
     """One line for the user, the answer and the end token after it."""
     user = {"role": "user", "content": "Solve 2x + 3 = 7"}
     template = CODEC.tokenizer.apply_chat_template
@@ -188,7 +188,7 @@ def test_r27_the_chat_template_writes_the_prompt_as_training_does():
     assert tokens == CODEC.encode_prompt([user]) == CODEC.tokenizer("Solve 2x + 3 = 7\n")["input_ids"]
 
 
-def test_r30_the_tokenizer_is_the_same_in_hugging_face_format(tmp_path):
+def test_the_tokenizer_is_the_same_in_hugging_face_format(tmp_path):
     CODEC.tokenizer.save_pretrained(tmp_path)
     loaded = Codec.of(AutoTokenizer.from_pretrained(tmp_path))
     assert loaded.end_tokens == CODEC.end_tokens
@@ -202,7 +202,7 @@ def test_r30_the_tokenizer_is_the_same_in_hugging_face_format(tmp_path):
 # Draws
 
 
-def test_r27_every_prompt_comes_once_an_epoch():
+def test_every_prompt_comes_once_an_epoch():
     """2 epochs in steps of 7 that do not divide the size: every prompt twice, once in each."""
     size, count = len(TASK.train), 7
     steps = math.ceil(2 * size / count)
@@ -213,7 +213,7 @@ def test_r27_every_prompt_comes_once_an_epoch():
     assert texts[:size] != texts[size : 2 * size]
 
 
-def test_r27_a_draw_depends_on_seed_and_step_and_not_on_what_was_drawn_before():
+def test_a_draw_depends_on_seed_and_step_and_not_on_what_was_drawn_before():
     forwards = [draw(TASK, 5, seed=1, step=step) for step in (1, 2, 3)]
     backwards = [draw(AGAIN, 5, seed=1, step=step) for step in (3, 2, 1)]
     assert forwards == backwards[::-1]
@@ -221,14 +221,14 @@ def test_r27_a_draw_depends_on_seed_and_step_and_not_on_what_was_drawn_before():
 
 
 @pytest.mark.parametrize("count", [1, 3, 100, 5000])
-def test_r27_the_prompts_of_a_step_have_keys_of_their_own(count):
+def test_the_prompts_of_a_step_have_keys_of_their_own(count):
     """Also where a step is longer than an epoch and draws a prompt twice."""
     for step in (1, 2):
         keys = [prompt.key for prompt in draw(TASK, count, seed=0, step=step)]
         assert len(set(keys)) == count
 
 
-def test_r27_the_way_a_batch_is_cut_does_not_change_the_order_of_prompts():
+def test_the_way_a_batch_is_cut_does_not_change_the_order_of_prompts():
     whole = draw(TASK, 12, seed=0, step=1)
     assert [p for step in range(1, 5) for p in draw(TASK, 3, seed=0, step=step)] == whole
 
@@ -246,18 +246,18 @@ def test_r27_the_way_a_batch_is_cut_does_not_change_the_order_of_prompts():
         ("Explain 2x + 3 = 7", "2x + 3 = 7", "en"),
     ],
 )
-def test_r27_an_equation_that_a_person_types_is_known(text, equation, language):
+def test_an_equation_that_a_person_types_is_known(text, equation, language):
     assert TASK.columns_of(text) == {"equation": equation, "language": language}
 
 
 @pytest.mark.parametrize(
     "text", ["", "Hello", "Solve x = x", "Solve 0x = 3", "Solve y + 1 = 2", "a = b", "1 = 1", "x * x = 4"]
 )
-def test_r27_what_is_no_equation_with_one_solution_is_not_known(text):
+def test_what_is_no_equation_with_one_solution_is_not_known(text):
     assert TASK.columns_of(text) is None
 
 
-def test_r27_judging_counts_answers_and_steps_in_order():
+def test_judging_counts_answers_and_steps_in_order():
     texts = ["x = 5", "3x = 10 + 5\n3x = 15\nx = 15 / 3\nx = 5", "x = 4"]
     zero = torch.zeros(1)
     completions = [Completion([1], zero, zero, "stop", text) for text in texts]

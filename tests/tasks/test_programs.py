@@ -1,4 +1,4 @@
-"""The programs task (R28): unseen functions held out, examples and tests that leave no doubt, and demonstrations that do as said."""
+"""The programs task: unseen functions held out, examples and tests that leave no doubt, and demonstrations that do as said."""
 
 import functools
 import json
@@ -76,13 +76,13 @@ def demonstrations(count, seed=0, step=1):
 # Functions
 
 
-def test_r28_no_two_functions_do_the_same():
+def test_no_two_functions_do_the_same():
     for kind in KINDS:
         rows = [json.dumps(row) for row in grammar(kind).outputs]
         assert len(set(rows)) == len(rows) > 60
 
 
-def test_r28_every_function_s_source_does_what_the_grammar_says():
+def test_every_function_s_source_does_what_the_grammar_says():
     """Each program is run as it is written, on every input, and agrees with the table that prompts and tests come from."""
     for function in FUNCTIONS:
         found = grammar(function.kind)
@@ -102,14 +102,14 @@ def test_r28_every_function_s_source_does_what_the_grammar_says():
         ("text", 's[::-1] + "w"', "bcd", "dcbw"),
     ],
 )
-def test_r28_functions_worked_by_hand(kind, expression, given, result):
+def test_functions_worked_by_hand(kind, expression, given, result):
     """Some of these have two texts, so the function is looked for by what it does."""
     source = f"def f({KINDS[kind]}):\n    return {expression}"
     assert compiled(source)(given) == result
     assert [compiled(source)(value) for value in grammar(kind).inputs] in grammar(kind).outputs
 
 
-def test_r28_a_share_of_the_functions_is_held_out_and_no_single_step():
+def test_a_share_of_the_functions_is_held_out_and_no_single_step():
     assert not any(function.basic for function in HELDOUT)
     for kind in KINDS:
         share = [is_heldout(function) for function in FUNCTIONS if function.kind == kind and not function.basic]
@@ -131,7 +131,7 @@ def function_of(prompt):
     return functions_of()[prompt.text]
 
 
-def test_r28_train_and_heldout_prompts_share_no_function():
+def test_train_and_heldout_prompts_share_no_function():
     train, heldout = ({function_of(prompt).source for prompt in prompts} for prompts in (TASK.train, TASK.heldout))
     assert not train & heldout
     assert train | heldout == set(SOURCES)
@@ -141,7 +141,7 @@ def test_r28_train_and_heldout_prompts_share_no_function():
 # Prompts and tests
 
 
-def test_r28_a_prompt_shows_examples_and_its_tests_are_of_other_inputs():
+def test_a_prompt_shows_examples_and_its_tests_are_of_other_inputs():
     for prompt in (*TASK.train, *TASK.heldout):
         shown, tests = parse_examples(prompt.text), prompt.columns["tests"]
         assert len(shown) == NUM_SHOWN
@@ -152,7 +152,7 @@ def test_r28_a_prompt_shows_examples_and_its_tests_are_of_other_inputs():
 
 
 @pytest.mark.parametrize("kind", ["list", "text"])
-def test_r28_a_shown_value_tells_its_place_and_what_is_tested_is_as_varied_as_can_be(kind):
+def test_a_shown_value_tells_its_place_and_what_is_tested_is_as_varied_as_can_be(kind):
     """In prompts each place has values of its own, which no function adds. Tests have other lengths, and orders."""
     found = grammar(kind)
     shown, hidden = found.inputs[: found.num_shown], found.inputs[found.num_shown :]
@@ -175,7 +175,7 @@ def test_r28_a_shown_value_tells_its_place_and_what_is_tested_is_as_varied_as_ca
         assert any(value[0] not in values for value in hidden)
 
 
-def test_r28_every_function_has_prompts_that_differ():
+def test_every_function_has_prompts_that_differ():
     texts = [prompt.text for prompt in (*TASK.train, *TASK.heldout)]
     assert len(set(texts)) == len(texts)
     answers = Counter(
@@ -191,7 +191,7 @@ def test_r28_every_function_has_prompts_that_differ():
     assert set(map(id, TASK.examples)) <= set(map(id, TASK.heldout))
 
 
-def test_r28_right_programs_pass_examples_and_tests_and_hard_coded_ones_the_examples_alone():
+def test_right_programs_pass_examples_and_tests_and_hard_coded_ones_the_examples_alone():
     for problem in problems():
         shown, tests = parse_examples(problem.text), problem.columns["tests"]
         assert passes(problem.function.source, [*shown, *tests])
@@ -201,7 +201,7 @@ def test_r28_right_programs_pass_examples_and_tests_and_hard_coded_ones_the_exam
         assert not hard_codes(problem.function.source, problem.text)
 
 
-def test_r28_no_other_function_passes_the_tests_of_a_problem():
+def test_no_other_function_passes_the_tests_of_a_problem():
     for problem in problems(every=15):
         passing = [f for f in grammar(problem.function.kind).functions if passes(f.source, problem.columns["tests"])]
         assert passing == [problem.function]
@@ -210,7 +210,7 @@ def test_r28_no_other_function_passes_the_tests_of_a_problem():
 # Demonstrations
 
 
-def test_r28_demonstrations_mix_the_qualities_as_named_and_single_steps_are_always_right():
+def test_demonstrations_mix_the_qualities_as_named_and_single_steps_are_always_right():
     """1200 of them: run on their own examples, and asked whether they repeat those."""
     counts, kinds, num_basic = Counter(), Counter(), 0
     for prompt, answer in demonstrations(1200):
@@ -236,7 +236,7 @@ def test_r28_demonstrations_mix_the_qualities_as_named_and_single_steps_are_alwa
         assert abs(kinds[kind] / 1200 - 1 / 3) < 0.055
 
 
-def test_r28_demonstrations_show_no_held_out_function():
+def test_demonstrations_show_no_held_out_function():
     for prompt, answer in demonstrations(600, seed=3):
         assert answer not in SOURCES or not is_heldout(SOURCES[answer])
         kind = next(kind for kind, name in KINDS.items() if f"({name})" in answer)
@@ -244,7 +244,7 @@ def test_r28_demonstrations_show_no_held_out_function():
         assert not any(passes(function.source, shown) for function in HELDOUT if function.kind == kind)
 
 
-def test_r28_all_is_the_same_again_and_depends_on_seed_and_step():
+def test_all_is_the_same_again_and_depends_on_seed_and_step():
     assert AGAIN.train == TASK.train
     assert AGAIN.heldout == TASK.heldout
     for name in ("demonstrations", "preferences"):
@@ -253,7 +253,7 @@ def test_r28_all_is_the_same_again_and_depends_on_seed_and_step():
         assert len(set(different)) == 4
 
 
-def test_r28_the_preferred_program_is_right_and_the_other_is_not():
+def test_the_preferred_program_is_right_and_the_other_is_not():
     heldout = set()
     for pairs, side in ((TASK.preferences(100, seed=0, step=1), False), (TASK.heldout_preferences(100, seed=0), True)):
         for prompt, chosen, rejected in pairs:
@@ -269,7 +269,7 @@ def test_r28_the_preferred_program_is_right_and_the_other_is_not():
 # The tokenizer
 
 
-def test_r28_every_prompt_and_demonstration_survives_the_tokenizer():
+def test_every_prompt_and_demonstration_survives_the_tokenizer():
     unknown = CODEC.tokenizer.unk_token_id
     for prompt in (*TASK.train, *TASK.heldout):
         assert CODEC.decode(prompt.tokens) == prompt.text + "\n"
@@ -282,7 +282,7 @@ def test_r28_every_prompt_and_demonstration_survives_the_tokenizer():
             assert tokens.count(CODEC.tokenizer.eos_token_id) == 1
 
 
-def test_r28_a_right_program_is_a_few_tokens():
+def test_a_right_program_is_a_few_tokens():
     """The pieces are words of the language: what a model has to choose is what it has to understand."""
     tokens = CODEC.encode_answer("def f(xs):\n    return sorted(xs)[::-1]")
     assert CODEC.pieces(tokens) == ["def f(xs):", "\n    return ", "sorted(", "xs", ")", "[::-1]", "<end>"]
@@ -290,12 +290,12 @@ def test_r28_a_right_program_is_a_few_tokens():
 
 @given(text=st.text(alphabet=[chr(code) for code in range(32, 127)] + ["\n"], max_size=60))
 @settings(max_examples=200, deadline=None)
-def test_r28_any_text_of_its_characters_survives_the_tokenizer(text):
+def test_any_text_of_its_characters_survives_the_tokenizer(text):
     if not any(special in text for special in ("<pad>", "<unknown>", "<end>")):
         assert CODEC.decode(CODEC.tokenizer(text)["input_ids"]) == text
 
 
-def test_r28_the_tokenizer_is_the_same_in_hugging_face_format(tmp_path):
+def test_the_tokenizer_is_the_same_in_hugging_face_format(tmp_path):
     CODEC.tokenizer.save_pretrained(tmp_path)
     loaded = Codec.of(AutoTokenizer.from_pretrained(tmp_path))
     assert loaded.end_tokens == CODEC.end_tokens
@@ -304,7 +304,7 @@ def test_r28_the_tokenizer_is_the_same_in_hugging_face_format(tmp_path):
         assert loaded.decode(prompt.tokens) == CODEC.decode(prompt.tokens)
 
 
-def test_r28_the_longest_prompt_and_demonstration_fit_the_recipe():
+def test_the_longest_prompt_and_demonstration_fit_the_recipe():
     recipe = load_recipe("programs")
     longest = max(len(CODEC.encode_answer(problem.hard_coded)) for problem in problems())
     assert longest <= recipe.sampling.max_new_tokens
@@ -325,7 +325,7 @@ def test_r28_the_longest_prompt_and_demonstration_fit_the_recipe():
         ("f(2) = -7", [{"args": [2], "expected": -7}]),
     ],
 )
-def test_r28_examples_that_a_person_types_are_the_tests(text, tests):
+def test_examples_that_a_person_types_are_the_tests(text, tests):
     columns = TASK.columns_of(text)
     assert columns["tests"] == tests
     assert columns["function"] == "f"
@@ -334,7 +334,7 @@ def test_r28_examples_that_a_person_types_are_the_tests(text, tests):
 @pytest.mark.parametrize(
     "text", ["", "Hello", "f(x) = 2x", "f(3)", "f(3) == 7", "g(3) = 7", "f('a') = 1", "f(1) = " + "[" * 5000]
 )
-def test_r28_what_shows_no_example_is_not_known(text):
+def test_what_shows_no_example_is_not_known(text):
     assert TASK.columns_of(text) is None
 
 
@@ -346,7 +346,7 @@ def judged(texts, parts):
     return TASK.judge(Scored(groups, torch.zeros(1, len(texts)), parts, []))
 
 
-def test_r28_judging_counts_who_passes_all_tests_and_who_repeats_the_examples():
+def test_judging_counts_who_passes_all_tests_and_who_repeats_the_examples():
     """All tests, some, none, and a program that the sandbox failed on."""
     (given, result), *_ = [(t["args"][0], t["expected"]) for t in parse_examples(TASK.examples[0].text)]
     repeats = f"def f(x):\n    if x == {given}:\n        return {result}\n    return 0"
@@ -355,12 +355,12 @@ def test_r28_judging_counts_who_passes_all_tests_and_who_repeats_the_examples():
     assert counted == {"accuracy": [True, False, False, False], "hard_coded": [False, True, False, False]}
 
 
-def test_r28_a_longer_number_is_not_the_one_that_is_shown():
+def test_a_longer_number_is_not_the_one_that_is_shown():
     assert hard_codes("def f(x):\n    if x == 3:\n        return 7", "f(3) = 7")
     assert not hard_codes("def f(x):\n    if x == 31:\n        return 7", "f(3) = 7")
 
 
-def test_r28_the_recipe_s_task_is_this_one():
+def test_the_recipe_s_task_is_this_one():
     assert isinstance(make_task(load_recipe("programs").task, CODEC), Programs)
 
 
@@ -368,7 +368,7 @@ def test_r28_the_recipe_s_task_is_this_one():
 
 
 @pytest.mark.slow
-def test_r28_a_policy_that_repeats_the_examples_learns_to_write_the_function(tmp_path):
+def test_a_policy_that_repeats_the_examples_learns_to_write_the_function(tmp_path):
     """The recipe, shortened: programs run in the sandbox, on held-out functions, before and after."""
     run = coterie.train(
         "programs",

@@ -1,4 +1,4 @@
-"""The same tensors through TRL's loss and through ours: the same number and the same gradients (R3 to R6).
+"""The same tensors through TRL's loss and through ours: the same number and the same gradients.
 
 Where they differ, by design of either, the setting that makes them agree is named in VARIANTS.
 """
@@ -94,7 +94,7 @@ def theirs(model, reference, old, settings, tmp_path):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_r3_r4_r5_r6_the_loss_and_its_gradients_are_trl_s(make_model, tmp_path, variant):
+def test_the_loss_and_its_gradients_are_trl_s(make_model, tmp_path, variant):
     trl_settings, ours = VARIANTS[variant]
     model, other, held = (make_model("qwen3", initializer_range=width) for width in (0.02, 0.1, 0.3))
     policy = Policy.of(model)

@@ -1,4 +1,4 @@
-"""Every preset and method trains, records its metrics, and resumes to the same bits (R2 to R16)."""
+"""Every preset and method trains, records its metrics, and resumes to the same bits."""
 
 import hashlib
 import json
@@ -103,7 +103,7 @@ def test_every_method_trains_and_resumes_to_the_same_bits(train, method):
     assert recorded(stopped) == recorded(whole)
 
 
-def test_r13_ppo_trains_a_value_model_and_saves_it(train):
+def test_ppo_trains_a_value_model_and_saves_it(train):
     folder = train("run", *METHODS["ppo"])
     found = metrics(folder, 4)
     assert {"value/loss", "value/mean", "value/explained_variance"} <= found.keys()
@@ -112,7 +112,7 @@ def test_r13_ppo_trains_a_value_model_and_saves_it(train):
     assert (folder / "checkpoints" / "step_000004" / "value_optimiser.safetensors").is_file()
 
 
-def test_r17_grpo_trains_about_half_of_what_ppo_trains(train):
+def test_grpo_trains_about_half_of_what_ppo_trains(train):
     """Weights and optimiser state of a checkpoint: the value model is a second body, without the vocabulary's rows."""
 
     def trained_bytes(folder):
@@ -123,7 +123,7 @@ def test_r17_grpo_trains_about_half_of_what_ppo_trains(train):
     assert 0.45 < share < 0.55
 
 
-def test_r12_a_moving_anchor_lets_the_policy_go_further_than_a_frozen_one(train):
+def test_a_moving_anchor_lets_the_policy_go_further_than_a_frozen_one(train):
     """The same samples and rewards; only what the anchor is made of differs, and with it the steps after the first."""
     runs = [train(kind, "preset=anchored", f"reference={{kind: {kind}}}", "steps=8") for kind in ("moving", "frozen")]
     first, last = ([metrics(run, step) for run in runs] for step in (1, 8))
@@ -131,13 +131,13 @@ def test_r12_a_moving_anchor_lets_the_policy_go_further_than_a_frozen_one(train)
     assert last[0]["policy/kl"] < last[1]["policy/kl"]  # to their own references: the moving one follows
 
 
-def test_r13_the_policy_waits_while_the_value_model_warms_up(train):
+def test_the_policy_waits_while_the_value_model_warms_up(train):
     folder = train("run", *METHODS["ppo"], "value.warmup_steps=4", "steps=5", "checkpoint={every: 1}")
     first, last = (load_file(folder / "checkpoints" / f"step_00000{n}" / "model.safetensors") for n in (0, 4))
     assert all(torch.equal(first[name], last[name]) for name in first)
 
 
-def test_r11_references_move_as_they_are_told(train):
+def test_references_move_as_they_are_told(train):
     """frozen: the start. replaced: the policy of the last multiple. moving: an exponential average, saved with the rest."""
     folder = train(
         "replaced", "preset=grpo", "reference={kind: replaced, every: 2}", "checkpoint={every: 1, keep_last: 9}"
@@ -159,7 +159,7 @@ def test_r11_references_move_as_they_are_told(train):
     assert metrics(train("frozen", "preset=grpo", "steps=1"), 1)["policy/kl"] == pytest.approx(0, abs=1e-8)
 
 
-def test_r5_weights_that_adapt_move_towards_their_target(train):
+def test_weights_that_adapt_move_towards_their_target(train):
     folder = train("run", *METHODS["adaptive"])
     weights = [metrics(folder, step) for step in range(1, 5)]
     assert weights[0]["loss/kl_weight"] == 0.1
@@ -189,7 +189,7 @@ def test_a_weight_that_adapts_acts_in_the_reward_too(train, preset):
 
 
 @pytest.mark.parametrize("preset", ["grpo", "ppo"])
-def test_r23_r33_the_spread_of_every_part_within_groups_is_a_metric(train, preset):
+def test_the_spread_of_every_part_within_groups_is_a_metric(train, preset):
     folder = train("run", f"preset={preset}", "steps=1")
     with sqlite3.connect(folder / "run.db") as db:
         rows = db.execute("SELECT prompt_number, reward_parts FROM completions").fetchall()
@@ -232,7 +232,7 @@ def test_overlong_completions_lose_over_the_last_tokens(train):
         assert part == pytest.approx(-2.0 * min(1, max(0, (length - 6) / 6)))
 
 
-def test_r5_the_kl_in_the_reward_is_a_part_of_its_own(train):
+def test_the_kl_in_the_reward_is_a_part_of_its_own(train):
     folder = train("run", "preset=rloo", "loss={kl_weight: 0.5}", "steps=3", "optimiser.learning_rate=0.01")
     with sqlite3.connect(folder / "run.db") as db:
         rows = db.execute("SELECT step, reward, reward_parts FROM completions ORDER BY step").fetchall()
@@ -245,7 +245,7 @@ def test_r5_the_kl_in_the_reward_is_a_part_of_its_own(train):
     assert metrics(folder, 3)["reward/kl"] == pytest.approx(sum(of_last) / len(of_last))
 
 
-def test_r16_a_reward_model_learns_to_rank_and_loads_in_transformers(train):
+def test_a_reward_model_learns_to_rank_and_loads_in_transformers(train):
     folder = train(
         "run", *METHODS["reward_model"], "steps=60", "prompts_per_step=16", "optimiser={learning_rate: 3.0e-3}"
     )
@@ -260,7 +260,7 @@ def test_r16_a_reward_model_learns_to_rank_and_loads_in_transformers(train):
     assert metrics(folder, 60)["preference/accuracy"] > metrics(folder, 1)["preference/accuracy"]
 
 
-def test_r14_dpo_moves_the_chosen_above_the_rejected(train):
+def test_dpo_moves_the_chosen_above_the_rejected(train):
     folder = train("run", *METHODS["dpo"], "steps=30", "prompts_per_step=8")
     first, last = metrics(folder, 1), [metrics(folder, step) for step in range(21, 31)]
     assert first["loss/total"] == pytest.approx(math.log(2), abs=1e-6)
@@ -282,7 +282,7 @@ def test_r14_dpo_moves_the_chosen_above_the_rejected(train):
         ("def f(rewards, *, scal): return rewards", "advantage={function: FILE:f}", "scal"),
     ],
 )
-def test_r8_what_is_wrong_with_a_users_function_is_said(train, tmp_path, body, setting, said):
+def test_what_is_wrong_with_a_users_function_is_said(train, tmp_path, body, setting, said):
     (tmp_path / "mine.py").write_text(body + "\n")
     with pytest.raises(UserError, match=said):
         train("run", "preset=dr_grpo", setting.replace("FILE", f"{tmp_path}/mine.py"))
@@ -366,7 +366,7 @@ def test_a_reward_model_is_not_sampled_from(train):
         load_policy(str(folder / "model"), torch.device("cpu"))
 
 
-def test_r13_a_completions_reward_stands_at_its_last_token_and_the_kl_at_each():
+def test_a_completions_reward_stands_at_its_last_token_and_the_kl_at_each():
     """By hand, with a trace of 0: reward and next value, less the penalty and what was expected."""
     from coterie.recipe import make_recipe
     from coterie.rollouts.pack import Row, make_stream

@@ -1,4 +1,4 @@
-"""One optimiser step is the same however the batch is cut, and starts at a ratio of 1 (R3 to R6, R15, R32, R36)."""
+"""One optimiser step is the same however the batch is cut, and starts at a ratio of 1."""
 
 import math
 from dataclasses import replace
@@ -100,7 +100,7 @@ def assert_same_step(one, other):
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_r6_the_step_is_the_same_for_micro_batches_of_any_size(exact_batch, aggregation, ratio):
+def test_the_step_is_the_same_for_micro_batches_of_any_size(exact_batch, aggregation, ratio):
     policy, reference, scored = exact_batch
     loss = {"loss": {"ratio": ratio, "aggregation": aggregation, "kl_weight": 0.1}}
     whole = gradient_of(policy, reference, shifted(scored), loss)
@@ -134,7 +134,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_r6_every_preset_and_variant_gives_the_same_step_however_cut_and_ordered(exact_batch, variant):
+def test_every_preset_and_variant_gives_the_same_step_however_cut_and_ordered(exact_batch, variant):
     policy, reference, scored = exact_batch
     values = VARIANTS[variant]
     whole = gradient_of(policy, reference, shifted(scored), values)
@@ -154,7 +154,7 @@ def test_leaving_silent_rows_out_changes_no_gradient(batch, aggregation):
 
 
 def test_the_loss_is_the_formula_written_out(batch):
-    """R4, R5 and R6 against the slow, obvious way: row by row, token by token, in float64."""
+    """Clip, KL and aggregation against the slow, obvious way: row by row, token by token, in float64."""
     policy, reference, scored = batch
     scored = shifted(scored)
     loss = {"loss": {"clip_low": 0.2, "clip_high": 0.3, "aggregation": "sequence_mean", "kl_weight": 0.1}}
@@ -314,7 +314,7 @@ def test_a_batch_without_signal_is_a_step_with_no_gradient(make_model):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
-def test_r15_sft_is_the_mean_negative_log_likelihood_of_the_answers(make_model):
+def test_sft_is_the_mean_negative_log_likelihood_of_the_answers(make_model):
     model = make_model("llama")
     policy = Policy.of(model)
     pairs = [([3, 4, 5], [6, 7, 8, 9]), ([10], [11, 12]), ([3, 4, 5], [20])]

@@ -1,4 +1,4 @@
-"""SFT, a cold start, DPO and a reward model on the user's own rows (R14, R15, R16, R30)."""
+"""SFT, a cold start, DPO and a reward model on the user's own rows."""
 
 import json
 import sqlite3
@@ -36,7 +36,7 @@ def metrics(run, name):
 
 @pytest.mark.parametrize("as_messages", [False, True])
 @pytest.mark.parametrize("preset", ["sft", "dpo", "reward_model"])
-def test_r14_r15_r16_r30_methods_learn_from_the_user_s_rows(tmp_path, preset, as_messages):
+def test_methods_learn_from_the_user_s_rows(tmp_path, preset, as_messages):
     values = {**COMMON, "preset": preset, "task": rows(tmp_path / "rows.jsonl", as_messages)}
     if preset == "reward_model":
         del values["sampling"]
@@ -46,7 +46,7 @@ def test_r14_r15_r16_r30_methods_learn_from_the_user_s_rows(tmp_path, preset, as
     assert losses[-1] < 0.3 * losses[0]
 
 
-def test_r15_a_cold_start_takes_the_answers_too(tmp_path):
+def test_a_cold_start_takes_the_answers_too(tmp_path):
     task = rows(tmp_path / "rows.jsonl", False)
     (tmp_path / "yes.py").write_text("def yes(completions, **_): return [float('y' in c) for c in completions]\n")
     start = {"steps": 80, "rows_per_step": 8, "learning_rate": 3.0e-3, "warmup_steps": 0}
@@ -55,7 +55,7 @@ def test_r15_a_cold_start_takes_the_answers_too(tmp_path):
     assert metrics(run, "reward/mean")[0] > 0.5
 
 
-def test_r30_an_answer_that_is_none_is_refused_with_its_line(tmp_path):
+def test_an_answer_that_is_none_is_refused_with_its_line(tmp_path):
     task = rows(tmp_path / "rows.jsonl", False)
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write(json.dumps({"prompt": "x", "good": 3, "bad": "no"}) + "\n")
@@ -67,7 +67,7 @@ def test_r30_an_answer_that_is_none_is_refused_with_its_line(tmp_path):
         prepare(recipe)
 
 
-def test_r30_an_answer_longer_than_the_context_is_refused_with_its_line(tmp_path):
+def test_an_answer_longer_than_the_context_is_refused_with_its_line(tmp_path):
     task = rows(tmp_path / "rows.jsonl", False)
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write(json.dumps({"prompt": "x", "good": "y" * 100, "bad": "no"}) + "\n")

@@ -1,4 +1,4 @@
-"""Two processes take the step that one takes (R6)."""
+"""Two processes take the step that one takes."""
 
 import os
 from dataclasses import replace
@@ -87,7 +87,7 @@ def of_two(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_r6_two_processes_have_the_gradient_of_one(of_two, case):
+def test_two_processes_have_the_gradient_of_one(of_two, case):
     one = gradient(made_groups(), case)
     assert one.abs().max() > 1e-5
     torch.testing.assert_close(of_two[case], one, rtol=1e-5, atol=1e-7)

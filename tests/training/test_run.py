@@ -1,4 +1,4 @@
-"""A run, its folder, and its exact resume (R1, R24, R36)."""
+"""A run, its folder, and its exact resume."""
 
 import hashlib
 import json
@@ -82,7 +82,7 @@ def test_the_run_folder_holds_what_it_promises(finished):
     assert sum(e["before"] != e["after"] for e in shown) == min(4, changed)  # those that have changed come first
 
 
-def test_r36_every_step_has_its_metrics_and_every_completion_its_record(finished):
+def test_every_step_has_its_metrics_and_every_completion_its_record(finished):
     with sqlite3.connect(finished / "run.db") as db:
         for step in range(1, 7):
             names = {
@@ -221,7 +221,7 @@ def test_a_folder_that_holds_no_run_is_refused_without_the_advice_to_resume_it(t
 
 
 @pytest.mark.slow
-def test_r24_a_fresh_model_trains_with_no_cold_start(tiny_recipe, tmp_path):
+def test_a_fresh_model_trains_with_no_cold_start(tiny_recipe, tmp_path):
     folder = trained(tiny_recipe, tmp_path / "zero", "cold_start=null", "steps=2", "preset=dapo")
     assert (folder / "model" / "model.safetensors").exists()
 

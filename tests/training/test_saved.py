@@ -1,4 +1,4 @@
-"""The models that a run has saved: at its end and at its checkpoints, to measure, sample and export (R30)."""
+"""The models that a run has saved: at its end and at its checkpoints, to measure, sample and export."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The built-in reward `code`: run the Python of a completion against tests, where it can do no harm (R20)."""
+"""The built-in reward `code`: run the Python of a completion against tests, where it can do no harm."""
 
 from __future__ import annotations
 

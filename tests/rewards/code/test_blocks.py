@@ -1,4 +1,4 @@
-"""Which of a completion's code is run (R20)."""
+"""Which of a completion's code is run."""
 
 import time
 

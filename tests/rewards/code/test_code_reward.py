@@ -1,4 +1,4 @@
-"""The built-in reward `code` (R20): honest programs are rewarded, cheating ones are not, and a broken sandbox abstains."""
+"""The built-in reward `code`: honest programs are rewarded, cheating ones are not, and a broken sandbox abstains."""
 
 import json
 import math
@@ -30,18 +30,18 @@ def reward():
     made.close()
 
 
-def test_r20_honest_programs_are_rewarded(reward):
+def test_honest_programs_are_rewarded(reward):
     assert dict(zip(HONEST, reward(list(HONEST.values()), [ADD] * len(HONEST)), strict=True)) == dict.fromkeys(
         HONEST, 1.0
     )
 
 
-def test_r20_cheating_programs_are_not_rewarded(reward):
+def test_cheating_programs_are_not_rewarded(reward):
     found = dict(zip(CHEATS, reward(list(CHEATS.values()), [ADD] * len(CHEATS)), strict=True))
     assert found == dict.fromkeys(CHEATS, 0.0)
 
 
-def test_r20_cheating_whole_programs_are_not_rewarded(reward):
+def test_cheating_whole_programs_are_not_rewarded(reward):
     honest = [
         "print(sum(map(int, input().split())))",
         "import sys\na, b = map(int, sys.stdin.read().split())\nprint(a + b, end='   \\n\\n')",
@@ -57,7 +57,7 @@ def test_r20_cheating_whole_programs_are_not_rewarded(reward):
     assert scores[-1] == 0.5  # it printed the right answer of one test, and has the points of one
 
 
-def test_r20_the_score_is_the_share_of_tests_or_all_of_them(reward):
+def test_the_score_is_the_share_of_tests_or_all_of_them(reward):
     half = "def add(a, b):\n    return a + b if a < 6 else 0"
     assert reward([half], [ADD]) == [2 / 3]
     whole = Code(function="add", score="all")
@@ -66,7 +66,7 @@ def test_r20_the_score_is_the_share_of_tests_or_all_of_them(reward):
     whole.close()
 
 
-def test_r20_the_function_may_differ_from_row_to_row(reward):
+def test_the_function_may_differ_from_row_to_row(reward):
     source = "def double(x): return 2 * x\nclass Solution:\n    def half(self, x): return x / 2"
     rows = [[{"args": [4], "expected": 8}], [{"args": [4], "expected": 2.0}], WHOLE]
     chat = [{"role": "assistant", "content": source}]
@@ -125,7 +125,7 @@ def test_a_real_sandbox_begins_and_is_waited_for(reward):
     assert not Code(sandbox="http://127.0.0.1:1").uses_cores
 
 
-def test_r20_a_sandbox_that_fails_abstains(reward):
+def test_a_sandbox_that_fails_abstains(reward):
     class Broken:
         report = ""
 
@@ -143,7 +143,7 @@ def test_r20_a_sandbox_that_fails_abstains(reward):
 
 @pytest.mark.parametrize("name", ["landlock", "subprocess"])
 @pytest.mark.filterwarnings("ignore:sandbox")
-def test_r20_a_run_says_and_records_which_sandbox_it_uses(name, tmp_path, capsys):
+def test_a_run_says_and_records_which_sandbox_it_uses(name, tmp_path, capsys):
     try:
         make_sandbox(name, num_workers=1).close()
     except UserError as error:

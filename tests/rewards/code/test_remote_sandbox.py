@@ -1,4 +1,4 @@
-"""Sandbox servers that people run themselves (R20): the same outcomes over HTTP, and failures that abstain."""
+"""Sandbox servers that people run themselves: the same outcomes over HTTP, and failures that abstain."""
 
 import json
 import time
@@ -23,7 +23,7 @@ def local():
     made.close()
 
 
-def test_r20_outcomes_are_the_same_over_http(local):
+def test_outcomes_are_the_same_over_http(local):
     server = SandboxServer(local)
     remote = make_sandbox(server.url)
     programs = [
@@ -38,7 +38,7 @@ def test_r20_outcomes_are_the_same_over_http(local):
     server.close()
 
 
-def test_r20_a_token_is_asked_for(local, monkeypatch):
+def test_a_token_is_asked_for(local, monkeypatch):
     server = SandboxServer(local, token="sesame")
     with pytest.raises(SandboxError, match="401"):
         make_sandbox(server.url)
@@ -89,7 +89,7 @@ GOOD = json.dumps({"outcomes": [{"failed": None, "outputs": [{"data": "1", "text
         ([(200, b'{"outcomes": [{"failed": null, "outputs": [{"data": "x", "text": "", "error": null}]}]}')], "JSON"),
     ],
 )  # fmt: skip
-def test_r20_a_server_that_fails_is_a_failure_and_no_score(answers, says):
+def test_a_server_that_fails_is_a_failure_and_no_score(answers, says):
     server = serve(answers)
     remote = Remote(f"http://127.0.0.1:{server.server_address[1]}", attempts=2)
     outcome = remote.run(Program("x", [[]], "f"))
@@ -99,7 +99,7 @@ def test_r20_a_server_that_fails_is_a_failure_and_no_score(answers, says):
     server.server_close()
 
 
-def test_r20_a_server_that_dribbles_is_given_up(monkeypatch):
+def test_a_server_that_dribbles_is_given_up(monkeypatch):
     """Each byte comes in time, and all of them would take minutes."""
     monkeypatch.setattr("coterie.rewards.code.remote._WAIT", 0.3)
     server = serve([(200, b" " * 2000 + GOOD)], piece=30, pause=0.1)
@@ -113,7 +113,7 @@ def test_r20_a_server_that_dribbles_is_given_up(monkeypatch):
     server.server_close()
 
 
-def test_r20_a_busy_server_is_asked_again():
+def test_a_busy_server_is_asked_again():
     server = serve([(503, b""), (200, GOOD)])
     remote = Remote(f"http://127.0.0.1:{server.server_address[1]}")
     assert remote.run(Program("x", [[]], "f")).outputs[0].value == 1

@@ -1,4 +1,4 @@
-"""Sandboxes for model-written Python (R20): hostile programs are held, by every backend, as root and as a plain user."""
+"""Sandboxes for model-written Python: hostile programs are held, by every backend, as root and as a plain user."""
 
 import functools
 import os
@@ -47,7 +47,7 @@ def call(source, *arguments, function="f", **limits):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("user", ["this user", "a plain user"])
-def test_r20_hostile_programs_are_held(backend, user):
+def test_hostile_programs_are_held(backend, user):
     need(backend)
     found = hostile.attacked(backend, as_nobody=user == "a plain user")
     if "refused" in found:
@@ -57,13 +57,13 @@ def test_r20_hostile_programs_are_held(backend, user):
     assert found["growth_megabytes"] < 100
 
 
-def test_r20_outputs_keep_their_types(box):
+def test_outputs_keep_their_types(box):
     (output,) = box.run(call("def f(x): return [x, True, 1.0, (1, {2}), {1: None}]", "é\ud800")).outputs
     assert output.value == ["é\ud800", True, 1.0, {"tuple": [1, {"set": [2]}]}, {"dict": [[1, None]]}]
     assert [type(one) for one in output.value[:3]] == [str, bool, float]
 
 
-def test_r20_a_whole_program_is_run_on_each_input(box):
+def test_a_whole_program_is_run_on_each_input(box):
     source = """
 import sys, os
 from collections import deque
@@ -91,7 +91,7 @@ if __name__ == "__main__":
     assert len(outputs[6].text.split()) >= 200_001
 
 
-def test_r20_what_a_program_says_of_itself_is_no_failure_of_the_sandbox(box):
+def test_what_a_program_says_of_itself_is_no_failure_of_the_sandbox(box):
     """A program that could make the sandbox look broken would abstain where it should score 0."""
     ways = [
         "import os\nos._exit(0)", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "raise SystemExit(3)",
@@ -103,7 +103,7 @@ def test_r20_what_a_program_says_of_itself_is_no_failure_of_the_sandbox(box):
     assert all(outcome.outputs[0].error for outcome in outcomes)
 
 
-def test_r20_records_that_a_program_writes_itself_are_only_outputs(box):
+def test_records_that_a_program_writes_itself_are_only_outputs(box):
     forged = """
 import gc
 channel = [one for one in gc.get_objects() if type(one).__name__ == "Channel"][0]
@@ -120,7 +120,7 @@ def f(): return 3
     assert outcome.outputs[0].value == [1]
 
 
-def test_r20_limits_are_those_of_the_program(box):
+def test_limits_are_those_of_the_program(box):
     spin = "import time\ndef f(s):\n    end = time.process_time() + s\n    while time.process_time() < end: pass\n    return 1"
     quick, slow, waits = box.run_all([
         call(spin, 0.1, seconds=1), call(spin, 3.0, seconds=1, wall_seconds=30),
@@ -178,13 +178,13 @@ def f(flags):
     assert not any(flags & (os.O_NONBLOCK | os.O_APPEND) for flags in first)
 
 
-def test_r20_outputs_before_the_end_count(box):
+def test_outputs_before_the_end_count(box):
     source = "def f(n):\n    while n == 2: pass\n    return n"
     outcome = box.run(Program(source, [[1], [2], [3]], "f", Limits(wall_seconds=0.3)))
     assert [output.error for output in outcome.outputs] == [None, "took longer than 0.3 s", "took longer than 0.3 s"]
 
 
-def test_r20_programs_share_nothing_but_python(box):
+def test_programs_share_nothing_but_python(box):
     leave = "import math, builtins, sys\nmath.pi = 3\nbuiltins.left = 1\nsys.modules['json'] = None\ndef f(): return 1"
     look = "import math, json, random\ndef f(): return [math.pi > 3.1, 'left' in dir(__builtins__), random.random()]"
     first, _, second = box.run_all([call(look), call(leave), call(look)])
@@ -192,7 +192,7 @@ def test_r20_programs_share_nothing_but_python(box):
     assert first.outputs[0].value[:2] == [True, False]
 
 
-def test_r20_usual_modules_are_there_and_installed_ones_are_not(box):
+def test_usual_modules_are_there_and_installed_ones_are_not(box):
     source = """
 import asyncio, dataclasses, decimal, hashlib, unittest, zoneinfo
 import importlib.util
@@ -205,7 +205,7 @@ def f():
     assert box.run(call(source)).outputs[0].value == [2, "e3b0", True]
 
 
-def test_r20_a_server_that_dies_fails_one_program_and_is_replaced(box):
+def test_a_server_that_dies_fails_one_program_and_is_replaced(box):
     server = box._servers.get()
     server = server or box._start()
     os.kill(server._process.pid, signal.SIGKILL)
@@ -217,7 +217,7 @@ def test_r20_a_server_that_dies_fails_one_program_and_is_replaced(box):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_r20_everything_dies_with_the_trainer(backend):
+def test_everything_dies_with_the_trainer(backend):
     need(backend)
     source = "import time\ndef f():\n    time.sleep(100)"
     code = (
@@ -249,7 +249,7 @@ def _runs(pid):
         return False
 
 
-def test_r20_nothing_runs_where_nothing_holds(monkeypatch):
+def test_nothing_runs_where_nothing_holds(monkeypatch):
     def fails(*_, **__):
         raise SandboxError("no such thing here")
 
@@ -265,7 +265,7 @@ def test_r20_nothing_runs_where_nothing_holds(monkeypatch):
 @pytest.mark.parametrize(
     ("hole", "noticed"), [("'x': (41, 198)", "network"), ("'x': (57, None), 'y': (56, 220)", "fork")]
 )
-def test_r20_a_sandbox_that_lets_something_through_is_refused(hole, noticed, monkeypatch):
+def test_a_sandbox_that_lets_something_through_is_refused(hole, noticed, monkeypatch):
     """The probes meet a filter with a hole: sockets, or processes."""
     need("landlock")
     real = forked.Landlock._command
@@ -280,7 +280,7 @@ def test_r20_a_sandbox_that_lets_something_through_is_refused(hole, noticed, mon
         make_sandbox("landlock", num_workers=1)
 
 
-def test_r20_files_that_lie_open_are_noticed(monkeypatch):
+def test_files_that_lie_open_are_noticed(monkeypatch):
     need("landlock")
     monkeypatch.setattr(forked.Landlock, "_readable", lambda self: ["/."])
     with pytest.raises(UserError, match="hostile programs got through: read"):
