@@ -17,7 +17,6 @@ import copy
 import json
 import os
 import random
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -243,8 +242,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folders: Queue[Path] = Queue()
         for index in range(options.jobs):
-            ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__")
-            folders.put(Path(shutil.copytree(ROOT, Path(scratch) / f"copy{index}", ignore=ignored)))
+            folder = Path(scratch) / f"copy{index}"
+            subprocess.run(["git", "clone", "-q", str(ROOT), str(folder)], check=True)
+            folders.put(folder)
         by_line = tests_by_line(Path(scratch) / "copy0", options.map)
 
         def run(mutant: Mutant, text: str) -> dict[str, object]:

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from tables import stamp
 
 ROOT = Path(__file__).parent.parent
-SHORT = ["evaluation.every=4", "evaluation.prompts=16", "evaluation.samples=2"]
+SHORT = ["evaluation.every=4", "evaluation.prompts=16"]
 COLD = ["cold_start.steps=60", *SHORT]
 CASES = {
     "equations": ("equations", ["steps=40", "cold_start.steps=150", "evaluation.every=20", "evaluation.prompts=64"]),
