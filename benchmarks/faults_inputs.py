@@ -35,8 +35,8 @@ from faults_ends import OTHERS, Outcome, refused
 from coterie.errors import UserError
 from coterie.models.codec import Codec
 from coterie.models.load import make_byte_tokenizer
+from coterie.recipe.settings import DatasetTask
 from coterie.runs.store import Store
-from coterie.settings import DatasetTask
 from coterie.tasks.dataset import Dataset
 from coterie.training.checkpoint import Position
 

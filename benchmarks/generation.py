@@ -46,8 +46,8 @@ from peers import CONTINUOUS_BATCHING, ContinuousBatching, generate
 from tables import make_pyplot, rounded, save_plot, spread_cell, stamp, table, write_json
 
 from coterie.models.policy import Policy
+from coterie.recipe.settings import Sampling
 from coterie.rollouts.native import NativeEngine
-from coterie.settings import Sampling
 
 TARGET = 1.5  # times the faster of transformers.generate's caches, at 64 rows
 SIDES = ("native", "dynamic", "static", "continuous")

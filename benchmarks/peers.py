@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from coterie.settings import Sampling
+from coterie.recipe.settings import Sampling
 from coterie.types import Stream
 
 CONTINUOUS_BATCHING = {"page_size": 256, "max_batch_tokens": 512}  # the fastest of those tried on a CPU

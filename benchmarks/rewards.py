@@ -34,12 +34,12 @@ import torch
 from tables import RESULTS, ROOT, rounded, stamp, table, write_json
 
 from coterie.errors import UserError
+from coterie.recipe.settings import RewardSpec
 from coterie.rewards.answers import Answer
 from coterie.rewards.code.reward import Code
 from coterie.rewards.code.sandbox import Limits, Program, Sandbox, make_sandbox
 from coterie.rewards.load import load_rewards
 from coterie.rewards.score import score
-from coterie.settings import RewardSpec
 from coterie.types import Completion, Group, Prompt
 
 TESTS = ROOT / "tests" / "rewards"

@@ -45,9 +45,9 @@ from tables import make_pyplot, rounded, save_plot, share_cell, stamp, table, wr
 from torch.utils.flop_counter import FlopCounterMode
 
 from coterie.models.policy import Policy
+from coterie.recipe.settings import Sampling
 from coterie.rollouts.native import NativeEngine
 from coterie.rollouts.pack import Row, make_stream, split_by_tokens
-from coterie.settings import Sampling
 from coterie.training.optimise import make_optimiser, optimise
 from coterie.types import BatchTotals, Stream
 

@@ -19,12 +19,13 @@ from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
 
-from safetensors import safe_open
+import torch
+from safetensors.torch import load_file
 from tables import stamp
 
 ROOT = Path(__file__).parent.parent
-SHORT = ["evaluation.every=4", "evaluation.prompts=16"]
-COLD = ["cold_start.steps=60", *SHORT]
+SHORT = ["evaluation.prompts=16"]
+COLD = ["cold_start.steps=60", "evaluation.every=4", *SHORT]
 CASES = {
     "equations": ("equations", ["steps=40", "cold_start.steps=150", "evaluation.every=20", "evaluation.prompts=64"]),
     "anchored": ("equations_anchored", ["steps=8", *COLD]),
@@ -63,10 +64,10 @@ def digest(run: Path) -> dict[str, str]:
     found = {}
     for path in sorted(run.rglob("*.safetensors")):
         if "checkpoints" not in path.parts:
-            with safe_open(path, "pt") as tensors:
-                for name in sorted(tensors.keys()):
-                    found[f"tensor {path.relative_to(run)} {name}"] = sha256(tensors.get_slice(name)[:].contiguous().view(-1)
-                        .view(dtype=__import__("torch").uint8).numpy().tobytes()).hexdigest()  # fmt: skip
+            for name, tensor in sorted(load_file(path).items()):
+                found[f"tensor {path.relative_to(run)} {name}"] = sha256(
+                    tensor.view(torch.uint8).numpy().tobytes()
+                ).hexdigest()
     with closing(sqlite3.connect(run / "run.db")) as db:
         rows = db.execute("SELECT stage, name, step, value FROM metrics ORDER BY stage, name, step").fetchall()
         of_name: dict[str, list[str]] = {}

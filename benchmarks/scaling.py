@@ -55,9 +55,9 @@ from torch import Tensor
 from coterie.algorithms.advantages import group_advantages
 from coterie.models.logprobs import chunked_logprobs, token_logprobs
 from coterie.models.policy import Policy
+from coterie.recipe.settings import Sampling
 from coterie.rollouts.native import NativeEngine
 from coterie.rollouts.pack import Row, make_stream, pack
-from coterie.settings import Sampling
 from coterie.training.optimise import make_optimiser, optimise
 from coterie.types import Group, Prompt, Scored, Stream
 

@@ -132,7 +132,7 @@ def check(
 
     _restrict(trust, recipe)
     load_recipe(recipe, overrides or [])
-    from coterie.commands import check_recipe
+    from coterie.commands.models import check_recipe
 
     check_recipe(recipe, overrides or [])
 
@@ -160,7 +160,7 @@ def score_rewards(
 
     _restrict(trust, recipe)
     load_recipe(recipe, overrides or [])
-    from coterie.scoring import score_completions
+    from coterie.commands.scoring import score_completions
 
     score_completions(recipe, completions, overrides or [], out)
 
@@ -187,7 +187,7 @@ def evaluate(
 
     Example: [bold]coterie eval runs/equations --step 65 --against runs/equations/checkpoints/step_000000[/bold]
     """
-    from coterie.commands import evaluate_model
+    from coterie.commands.models import evaluate_model
 
     _restrict(trust, task)
     evaluate_model(model, task, samples, prompts, against, seed, overrides or [], *_one_of(step, best))
@@ -219,7 +219,7 @@ def sample(
 
     Example: [bold]coterie sample runs/equations "Solve 3x - 5 = 10"[/bold]
     """
-    from coterie.commands import sample_model
+    from coterie.commands.models import sample_model
 
     _restrict(trust, task)
     chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_new_tokens": max_new_tokens}
@@ -239,7 +239,7 @@ def export_run(
 
     Example: [bold]coterie export runs/equations --best --to mymodel[/bold]
     """
-    from coterie.commands import export_model
+    from coterie.commands.models import export_model
 
     _restrict(False, None)
     export_model(run, to, *_one_of(step, best))
@@ -328,7 +328,7 @@ def _have_a_home() -> None:
 
 
 def _fail(error: Exception, kind: str, status: int, debug: bool) -> Any:
-    from coterie.keys import shown
+    from coterie.redact import shown
 
     hint = "" if status == 2 else "\nRun it again with --debug to see where."
     said = "".join(traceback.format_exception(error)) if debug else f"{kind}: {error}{hint}\n"
@@ -339,7 +339,7 @@ def _fail(error: Exception, kind: str, status: int, debug: bool) -> Any:
 
 def _show_plainly() -> None:
     """What warns, is logged or dies in a thread is shown as everything else is: without keys, and without codes for the terminal."""
-    from coterie.keys import shown
+    from coterie.redact import shown
 
     class Record(logging.LogRecord):
         def getMessage(self) -> str:  # noqa: N802

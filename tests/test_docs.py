@@ -11,9 +11,9 @@ import yaml
 from typer.main import get_command
 
 import coterie
-from coterie.algorithms.presets import PRESETS
 from coterie.cli import app
 from coterie.recipe import load_recipe
+from coterie.recipe.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")])

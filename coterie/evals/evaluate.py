@@ -19,11 +19,11 @@ from coterie.evals.statistics import (
 )
 from coterie.models.codec import Codec
 from coterie.noise import permutation
+from coterie.recipe.settings import Sampling
 from coterie.rewards.score import Reward, score
 from coterie.rollouts.collect import collect
 from coterie.rollouts.engine import Engine
 from coterie.sections import section
-from coterie.settings import Sampling
 from coterie.tasks.base import Task
 from coterie.types import Prompt, RewardFailure, Scored
 

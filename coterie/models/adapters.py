@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from coterie.errors import UserError
 from coterie.noise import key
-from coterie.settings import ALL_LINEAR, Lora
+from coterie.recipe.settings import ALL_LINEAR, Lora
 
 POLICY = "policy"  # the set that acts unless another is asked for
 

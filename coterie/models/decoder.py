@@ -20,7 +20,7 @@ from coterie.kernels.build import library, matrix_product
 from coterie.kernels.calls import run, turns
 from coterie.kernels.structs import Cache, Layer, Step
 from coterie.models.policy import Policy
-from coterie.settings import Sampling
+from coterie.recipe.settings import Sampling
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _FIXED_ROTARY = ("default", "linear", "llama3", "yarn")  # whose angles depend on the position alone

@@ -27,9 +27,9 @@ from coterie.models.hub import hub_reason, why_unreachable
 from coterie.models.policy import Policy
 from coterie.models.template import Chat
 from coterie.noise import key
-from coterie.paths import is_local_path
 from coterie.recipe import Recipe, load_recipe
-from coterie.settings import ModelShape
+from coterie.recipe.paths import is_local_path
+from coterie.recipe.settings import ModelShape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -23,7 +23,7 @@ from coterie.models.body import Body
 from coterie.models.layout import StreamLayout
 from coterie.models.lengths import Lengths, Part, rows_apart
 from coterie.models.recompute import recomputable_layers, recomputed, recomputed_layers
-from coterie.settings import Lora
+from coterie.recipe.settings import Lora
 from coterie.types import Stream
 
 

@@ -22,8 +22,8 @@ from typing import Any
 import httpx
 
 from coterie.errors import RewardError, UserError, nearest
-from coterie.keys import conceal
 from coterie.noise import permutation
+from coterie.redact import conceal
 from coterie.rewards.arguments import GIVEN
 from coterie.rewards.judge_cache import Cache, default_folder
 from coterie.rewards.judge_client import Client, DeclinedError, Service

@@ -31,7 +31,7 @@ from tenacity import (
 
 from coterie.deadline import running
 from coterie.errors import RewardError
-from coterie.keys import MASK, hidden
+from coterie.redact import MASK, hidden
 from coterie.rewards.judge_request import Question, QuotationError, ReplyError
 
 MAX_BODY = 1_000_000  # bytes of an answer

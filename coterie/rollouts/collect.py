@@ -13,12 +13,12 @@ from coterie.models.logprobs import token_logprobs
 from coterie.models.policy import Policy
 from coterie.models.rounding import TIMES, rounding_of
 from coterie.noise import key, mix
+from coterie.recipe.settings import Sampling
 from coterie.rollouts.engine import Engine
 from coterie.rollouts.native import NativeEngine
 from coterie.rollouts.pack import Row, make_stream
 from coterie.rollouts.padded import PaddedEngine
 from coterie.sections import section
-from coterie.settings import Sampling
 from coterie.types import Completion, Group, Prompt
 
 _ALLOWED_GAP = 1e-3  # nats, in float32; a row that lost its keys is off by more

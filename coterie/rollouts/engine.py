@@ -16,8 +16,8 @@ from torch import Tensor
 
 from coterie.models.policy import Policy
 from coterie.noise import mix, uniform
+from coterie.recipe.settings import Sampling
 from coterie.sections import section
-from coterie.settings import Sampling
 from coterie.types import Completion
 
 Done = Callable[[int, list[Completion]], None]

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from coterie.models.decoder import Decoder
 from coterie.models.policy import Policy
+from coterie.recipe.settings import Sampling
 from coterie.rollouts.engine import Done, History, Sampled, StopStrings, sample_tokens
 from coterie.rollouts.grid import DecodeLayout, Grid, PrefillLayout, copied, empty
 from coterie.rollouts.replay import ROOM, Replayer
 from coterie.sections import section
-from coterie.settings import Sampling
 from coterie.stopping import may_stop
 from coterie.types import Completion
 

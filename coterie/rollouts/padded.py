@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from coterie.errors import UserError
 from coterie.models.policy import Policy
 from coterie.models.rounding import TIMES, rounding_of
+from coterie.recipe.settings import Sampling
 from coterie.rollouts.engine import Done, History, StopStrings, sample_tokens
 from coterie.sections import section
-from coterie.settings import Sampling
 from coterie.stopping import may_stop
 from coterie.types import Completion
 

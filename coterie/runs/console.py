@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from coterie.keys import shown
+from coterie.redact import shown
 
 Made = TypeVar("Made")
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from coterie.errors import UserError
-from coterie.keys import hidden
 from coterie.recipe import load_recipe
+from coterie.redact import hidden
 from coterie.runs.profile import figure_of, profile_panel
 from coterie.runs.signs import SIGN
 from coterie.runs.store import Store

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from coterie.deadline import running
 from coterie.errors import UserError
-from coterie.keys import hidden
 from coterie.noise import permutation
+from coterie.redact import hidden
 from coterie.types import Completion, Scored
 
 _SCHEMA = 3  # of the tables below; a database of a later one is refused

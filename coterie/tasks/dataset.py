@@ -16,8 +16,8 @@ from coterie.models.codec import Answer, Codec
 from coterie.models.hub import hub_reason, why_unreachable
 from coterie.models.template import TemplateEndlessError
 from coterie.noise import key, permutation
-from coterie.paths import is_local_path
-from coterie.settings import DatasetTask
+from coterie.recipe.paths import is_local_path
+from coterie.recipe.settings import DatasetTask
 from coterie.tasks.base import Demonstration, Preference, draw
 from coterie.tasks.bounds import check_count, check_length, check_row, lines_of
 from coterie.types import Messages, Prompt, Scored

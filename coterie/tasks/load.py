@@ -13,10 +13,10 @@ from coterie.models.load import choose_device, codec_of, load_config, make_byte_
 from coterie.models.policy import context_length_of
 from coterie.models.template import Chat
 from coterie.recipe import Recipe
+from coterie.recipe.settings import DatasetTask, Sampling
 from coterie.rewards.load import load_rewards
 from coterie.rewards.own import check_home
 from coterie.rewards.score import Reward, check_fits
-from coterie.settings import DatasetTask, Sampling
 from coterie.tasks import dialogue, equations, programs
 from coterie.tasks.base import Task
 from coterie.tasks.dataset import Dataset

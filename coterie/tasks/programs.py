@@ -23,9 +23,9 @@ from transformers import PreTrainedTokenizerFast
 
 from coterie.models.codec import Codec
 from coterie.noise import key
+from coterie.recipe.settings import RewardSpec
 from coterie.rewards.load import load_rewards
 from coterie.rewards.score import score
-from coterie.settings import RewardSpec
 from coterie.tasks.base import Demonstration, Preference, completions_of
 from coterie.tasks.functions import KINDS, Function, grammar, program
 from coterie.tasks.words import make_word_tokenizer

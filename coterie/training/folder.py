@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 import coterie
 from coterie.errors import UserError
-from coterie.keys import hidden_in
+from coterie.redact import hidden_in
 from coterie.types import Scored
 
 Row = tuple[list[int], ...]  # the tokens of a prompt, and of the answers that are learned from

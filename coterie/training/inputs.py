@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from coterie.errors import UserError
 from coterie.recipe import Recipe, make_recipe
-from coterie.settings import DatasetTask, RewardSpec
+from coterie.recipe.settings import DatasetTask, RewardSpec
 from coterie.training.modules import modules_of
 
 _FREE = ("made_with", "steps")  # what may change without a word

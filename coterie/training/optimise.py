@@ -25,9 +25,9 @@ from coterie.faults import strikes
 from coterie.models.logprobs import token_logprobs, token_statistics
 from coterie.models.policy import Policy
 from coterie.recipe import Recipe
+from coterie.recipe.settings import KL, ColdStart, Correction, Loss, Optimiser
 from coterie.rewards.load import load_function
 from coterie.sections import section
-from coterie.settings import KL, ColdStart, Correction, Loss, Optimiser
 from coterie.stopping import allow, may_stop
 from coterie.training.checkpoint import Trained
 from coterie.training.metrics import Tally

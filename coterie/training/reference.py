@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from coterie.models.policy import Policy
-from coterie.settings import Reference
+from coterie.recipe.settings import Reference
 
 
 def make_reference(policy: Policy, settings: Reference) -> Policy:

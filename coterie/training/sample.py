@@ -21,13 +21,13 @@ from coterie.models.codec import Codec
 from coterie.models.logprobs import token_statistics
 from coterie.models.policy import Policy
 from coterie.recipe import Recipe
+from coterie.recipe.settings import Advantage, Overlong
 from coterie.rewards.load import load_function
 from coterie.rewards.score import Reward, score
 from coterie.rollouts.collect import collect
 from coterie.rollouts.engine import Engine
 from coterie.rollouts.pack import Row, make_stream, split_by_tokens
 from coterie.sections import section
-from coterie.settings import Advantage, Overlong
 from coterie.stopping import may_stop
 from coterie.tasks.base import Task, draw, draw_again
 from coterie.training.metrics import Clock

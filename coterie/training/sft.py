@@ -11,8 +11,8 @@ from coterie.models.codec import Codec
 from coterie.models.logprobs import token_logprobs
 from coterie.models.policy import Policy
 from coterie.recipe import Recipe
+from coterie.recipe.settings import ColdStart
 from coterie.rollouts.pack import Row, make_stream, split_by_tokens
-from coterie.settings import ColdStart
 from coterie.tasks.base import Task
 from coterie.training.checkpoint import TrainState
 from coterie.training.metrics import Tally

@@ -15,13 +15,14 @@ from transformers import PreTrainedModel
 from coterie.errors import UserError
 from coterie.evals.evaluate import Evaluation, answer_examples, evaluate, example_prompts, heldout_prompts
 from coterie.kernels.build import why_missing
-from coterie.keys import hidden_in
 from coterie.models.adapters import num_in_experts
 from coterie.models.codec import Codec
 from coterie.models.heads import Scorer
 from coterie.models.load import choose_device, start_model
 from coterie.models.policy import Policy, quiet_transformers
 from coterie.recipe import Recipe, find_recipe, load_recipe
+from coterie.recipe.settings import ColdStart, DatasetTask
+from coterie.redact import hidden_in
 from coterie.rewards.load import closing_all
 from coterie.rewards.score import Reward
 from coterie.rollouts.collect import make_engine
@@ -29,7 +30,6 @@ from coterie.runs.console import Console
 from coterie.runs.outlet import outliving_console
 from coterie.runs.profile import profile_table
 from coterie.runs.report import marks_of, write_report
-from coterie.settings import ColdStart, DatasetTask
 from coterie.tasks.base import Task
 from coterie.tasks.dataset import Dataset
 from coterie.tasks.load import prepare

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from coterie.recipe import Recipe
+from coterie.recipe.settings import Limits
 from coterie.runs.console import Console
 from coterie.runs.store import Store
-from coterie.settings import Limits
 from coterie.training.folder import RunFailedError
 
 _HISTORY = 50  # steps that a gradient's norm is compared with

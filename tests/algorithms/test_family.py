@@ -38,8 +38,8 @@ from coterie.algorithms.objectives import (
     policy_gradient_loss,
     sapo_loss,
 )
-from coterie.algorithms.presets import CHOSEN_BY_OBJECTIVE, OBJECTIVE_SETTINGS
 from coterie.algorithms.ratios import MAX_LOG_RATIO, RATIOS, importance_weights, sequence_mean_token_ratio
+from coterie.recipe.presets import CHOSEN_BY_OBJECTIVE, OBJECTIVE_SETTINGS
 from coterie.types import BatchTotals
 
 NAN = math.nan

@@ -15,9 +15,9 @@ from coterie.models.layout import DenseLayout, StreamLayout
 from coterie.models.pieces import CompiledAttention, gated, rms_norm, turned_heads
 from coterie.models.policy import Policy
 from coterie.noise import key, mix
+from coterie.recipe.settings import Sampling
 from coterie.rollouts.engine import sample_tokens
 from coterie.rollouts.native import NativeEngine
-from coterie.settings import Sampling
 
 SEGMENTS = [(5, (4, 17, 1)), (11, (2, 3)), (3, (9,)), (1, (6, 30, 8, 2)), (23, (5, 5)), (7, ())]
 NUM_TOKENS = sum(prompt + sum(lengths) for prompt, lengths in SEGMENTS)

@@ -13,7 +13,7 @@ from coterie.errors import UserError
 from coterie.models.codec import Codec
 from coterie.models.load import codec_of, make_byte_tokenizer
 from coterie.models.template import Chat
-from coterie.settings import DatasetTask
+from coterie.recipe.settings import DatasetTask
 from coterie.tasks.dataset import Dataset
 from coterie.tasks.words import make_word_tokenizer
 

@@ -26,9 +26,9 @@ from coterie.errors import UserError
 from coterie.models.logprobs import token_logprobs
 from coterie.models.policy import Policy
 from coterie.models.rounding import TIMES, rounding_of
+from coterie.recipe.settings import Lora, Sampling
 from coterie.rollouts.collect import make_engine
 from coterie.rollouts.pack import Row, make_stream
-from coterie.settings import Lora, Sampling
 from coterie.types import Stream
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"

@@ -10,10 +10,10 @@ from coterie.models.decoder import Decoder
 from coterie.models.lengths import Lengths
 from coterie.models.logprobs import token_logprobs
 from coterie.models.policy import Policy
+from coterie.recipe.settings import Sampling
 from coterie.rollouts.native import NativeEngine
 from coterie.rollouts.pack import Row, make_stream
 from coterie.rollouts.padded import PaddedEngine
-from coterie.settings import Sampling
 
 LIMIT = 32
 LONGROPE = {

@@ -17,7 +17,7 @@ from coterie.models.layout import StreamLayout
 from coterie.models.logprobs import token_logprobs, token_statistics
 from coterie.models.policy import Policy
 from coterie.models.recompute import recomputable_layers, recomputed
-from coterie.settings import Lora
+from coterie.recipe.settings import Lora
 
 
 def policy_of(model):
@@ -132,7 +132,7 @@ import sys, torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from coterie.models.logprobs import token_logprobs
 from coterie.models.policy import Policy
-from coterie.settings import Lora
+from coterie.recipe.settings import Lora
 from coterie.rollouts.pack import Row, make_stream
 
 shape = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 16, "head_dim": 16,

@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from coterie.errors import RewardError, UserError
+from coterie.recipe.settings import RewardSpec
 from coterie.rewards.answers import Answer
 from coterie.rewards.builtin import make_builtin
 from coterie.rewards.extract import final_answer, known_answer
 from coterie.rewards.load import load_rewards
 from coterie.rewards.score import score
 from coterie.rewards.values import UndecidedError, equal, number
-from coterie.settings import RewardSpec
 from coterie.types import Completion, Group, Prompt
 
 PAIRS, KINDS = (

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from coterie.errors import UserError
+from coterie.recipe.settings import RewardSpec
 from coterie.rewards.load import load_rewards
 from coterie.rewards.score import score
-from coterie.settings import RewardSpec
 from coterie.types import Completion, Group, Prompt
 
 REWARDS = """

@@ -19,12 +19,12 @@ import pytest
 import coterie
 from coterie.errors import RewardError, UserError
 from coterie.recipe import make_recipe
+from coterie.recipe.settings import RewardSpec
 from coterie.rewards import judge_client
 from coterie.rewards.judge import Judge, _rounds
 from coterie.rewards.judge_client import Breaker, _seconds_in
 from coterie.rewards.limits import TookTooLong, time_limit
 from coterie.rewards.load import load_rewards
-from coterie.settings import RewardSpec
 
 KEY = "sk-test-0123456789abcdef"
 FENCED = re.compile(r"^(\[[0-9a-f]{32}\]) ([a-z0-9 ]+) begins\n(.*?)\n\1 \2 ends$", re.DOTALL | re.MULTILINE)

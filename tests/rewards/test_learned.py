@@ -13,10 +13,10 @@ import coterie
 from coterie.errors import RewardError, UserError
 from coterie.models.load import load_scorer, make_byte_tokenizer
 from coterie.recipe import load_recipe, make_recipe
+from coterie.recipe.settings import RewardSpec
 from coterie.rewards.learned import RewardModel
 from coterie.rewards.load import load_rewards
 from coterie.rewards.score import Reward, score
-from coterie.settings import RewardSpec
 from coterie.tasks.load import prepare
 from coterie.training.preferences import evaluate_pairs, pair_streams
 from coterie.types import Completion, Group, Prompt

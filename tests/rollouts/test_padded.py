@@ -10,8 +10,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from coterie.errors import UserError
 from coterie.models.policy import Policy
 from coterie.noise import key, mix
+from coterie.recipe.settings import Lora, Sampling
 from coterie.rollouts.padded import PaddedEngine
-from coterie.settings import Lora, Sampling
 
 TINY = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": None, "eos_token_id": None,
         "pad_token_id": None}  # fmt: skip

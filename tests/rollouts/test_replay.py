@@ -7,9 +7,9 @@ from test_native import ENDS, SAMPLINGS, some_keys, some_prompts
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coterie.models.policy import Policy
+from coterie.recipe.settings import Sampling
 from coterie.rollouts import native, replay
 from coterie.rollouts.native import NativeEngine
-from coterie.settings import Sampling
 
 pytestmark = pytest.mark.usefixtures("without_kernels")
 SERVED = [name for name in SHAPES if name not in ("gpt_oss", "doge")]

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console as RichConsole
 
-from coterie.keys import printable
+from coterie.redact import printable
 from coterie.runs.console import Console
 
 

@@ -11,7 +11,7 @@ import torch
 from coterie.errors import UserError
 from coterie.models.codec import Codec
 from coterie.models.load import make_byte_tokenizer
-from coterie.settings import DatasetTask
+from coterie.recipe.settings import DatasetTask
 from coterie.tasks import bounds
 from coterie.tasks.base import draw
 from coterie.tasks.dataset import Dataset, read_rows

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from coterie.algorithms.presets import PRESETS
 from coterie.errors import UserError
 from coterie.recipe import load_recipe, make_recipe
+from coterie.recipe.presets import PRESETS
 from coterie.training.inputs import at_home, check_inputs, inputs_of
 
 

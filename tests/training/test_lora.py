@@ -13,7 +13,7 @@ from test_methods import METHODS, digests, metrics, recorded, train  # noqa: F40
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import coterie
-from coterie.commands import check_recipe, evaluate_model, sample_model
+from coterie.commands.models import check_recipe, evaluate_model, sample_model
 from coterie.errors import UserError
 from coterie.models.logprobs import token_logprobs
 from coterie.models.policy import Policy

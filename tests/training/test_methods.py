@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 import coterie
-from coterie.algorithms.presets import PRESETS
 from coterie.errors import UserError
+from coterie.recipe.presets import PRESETS
 
 REWARD = """
 def letters(completions, **columns):

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 import coterie
 from coterie.errors import UserError
-from coterie.older import of_older
 from coterie.recipe import load_recipe
+from coterie.recipe.older import of_older
 from coterie.runs.report import write_report
 from coterie.runs.store import Store
 

@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from coterie.algorithms.advantages import group_advantages
 from coterie.algorithms.aggregate import AGGREGATIONS
-from coterie.algorithms.presets import PRESETS
 from coterie.models.policy import Policy
 from coterie.recipe import make_recipe
+from coterie.recipe.presets import PRESETS
 from coterie.rollouts.pack import Row, make_stream
 from coterie.training.optimise import UpdateSettings, optimise
 from coterie.types import BatchTotals

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import coterie
 from coterie.cli import main
-from coterie.commands import evaluate_model, export_model, sample_model
+from coterie.commands.models import evaluate_model, export_model, sample_model
 from coterie.errors import UserError
 from coterie.training.saved import Saved, best_step, saved_steps
 

@@ -7,7 +7,7 @@ import sqlite3
 import pytest
 
 import coterie
-from coterie.commands import check_recipe
+from coterie.commands.models import check_recipe
 from coterie.errors import UserError
 from coterie.training.run import RunFailedError
 

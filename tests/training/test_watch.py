@@ -6,8 +6,8 @@ import pytest
 
 import coterie
 from coterie.recipe import load_recipe
+from coterie.recipe.settings import Limits
 from coterie.runs.console import Console
-from coterie.settings import Limits
 from coterie.training.run import Run, RunFailedError
 from coterie.training.watch import alarms, usual_norm
 

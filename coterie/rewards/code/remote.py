@@ -23,7 +23,7 @@ import httpx
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
 from coterie.deadline import running
-from coterie.keys import conceal
+from coterie.redact import conceal
 from coterie.rewards.code.sandbox import (
     TOKEN_VARIABLE,
     Limits,

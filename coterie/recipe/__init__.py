@@ -13,14 +13,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from coterie.algorithms.presets import CHOSEN_BY_OBJECTIVE, OBJECTIVE_SETTINGS, PRESETS
 from coterie.errors import UserError, nearest
-from coterie.explain import explained
-from coterie.keys import keys_in
-from coterie.older import of_older
-from coterie.paths import absolute_paths, plain_rewards
 from coterie.reading import MAX_DEPTH, read_yaml, read_yaml_file, short
-from coterie.settings import (
+from coterie.recipe.explain import explained
+from coterie.recipe.older import of_older
+from coterie.recipe.paths import absolute_paths, plain_rewards
+from coterie.recipe.presets import CHOSEN_BY_OBJECTIVE, OBJECTIVE_SETTINGS, PRESETS
+from coterie.recipe.settings import (
     KL,
     Advantage,
     Checkpoint,
@@ -48,6 +47,7 @@ from coterie.settings import (
     Value,
     Whole,
 )
+from coterie.redact import keys_in
 
 _NOT_FOR_TEMPLATES = (  # what rendering a chat is itself told
     "conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding", "truncation",
@@ -316,7 +316,7 @@ def find_recipe(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     bundled = {
         file.stem: file for home in (package / "recipes", package.parent / "recipes") for file in home.glob("*.yaml")
     }

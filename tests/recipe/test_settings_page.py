@@ -1,4 +1,4 @@
-"""docs/settings.md lists every setting as it is. `python tests/test_settings_page.py` writes it anew."""
+"""docs/settings.md lists every setting as it is. `python tests/recipe/test_settings_page.py` writes it anew."""
 
 import dataclasses
 import re
@@ -11,15 +11,14 @@ import pytest
 import transformers
 from pydantic_core import PydanticUndefined
 
-from coterie import settings
-from coterie.recipe import Recipe
+from coterie.recipe import Recipe, settings
 
-PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
+PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 HEAD = """# Settings
 
 Every setting of a recipe, with what is allowed, its default, and its unit where it has one. A preset sets some of them
 ([which](objectives/README.md)); `coterie check` shows what a recipe comes to. This page is written from the settings themselves, by
-`python tests/test_settings_page.py`, and a test keeps it so.
+`python tests/recipe/test_settings_page.py`, and a test keeps it so.
 """
 BOUNDS = {"gt": "above {}", "ge": "at least {}", "lt": "below {}", "le": "at most {}", "min_length": "at least {} long"}
 
@@ -101,7 +100,7 @@ def page():
 
 
 def test_the_page_of_settings_is_what_the_settings_are():
-    assert PAGE.read_text(encoding="utf-8") == page(), "write it anew: python tests/test_settings_page.py"
+    assert PAGE.read_text(encoding="utf-8") == page(), "write it anew: python tests/recipe/test_settings_page.py"
 
 
 def test_the_page_gives_range_and_default():

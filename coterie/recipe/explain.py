@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from coterie.errors import nearest
 from coterie.reading import short
-from coterie.settings import (
+from coterie.recipe.settings import (
     KL,
     Advantage,
     Checkpoint,

@@ -15,11 +15,11 @@ from coterie.models.load import choose_device, load_policy, start_model
 from coterie.models.policy import Policy, quiet_transformers
 from coterie.models.template import Chat
 from coterie.recipe import Recipe, load_recipe
+from coterie.recipe.settings import Sampling
 from coterie.rewards.load import closing_all, load_rewards
 from coterie.rewards.score import Reward, check_fits, score
 from coterie.rollouts.collect import collect, make_engine
 from coterie.runs.console import Console
-from coterie.settings import Sampling
 from coterie.tasks.base import Task, draw
 from coterie.tasks.dataset import Dataset
 from coterie.tasks.load import check_lengths, make_task, prepare

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import coterie
+from coterie.commands.scoring import Row, score_completions, score_rows
 from coterie.errors import UserError
 from coterie.rewards.score import Reward
-from coterie.scoring import Row, score_completions, score_rows
 from coterie.types import Prompt
 
 COTERIE = str(Path(sys.executable).parent / "coterie")

@@ -14,14 +14,14 @@ import yaml
 from coterie.algorithms.advantages import BASELINES, SCALES
 from coterie.algorithms.aggregate import AGGREGATIONS
 from coterie.algorithms.kl import ESTIMATORS
-from coterie.algorithms.presets import OBJECTIVE_SETTINGS, PRESETS
 from coterie.algorithms.ratios import RATIOS
 from coterie.errors import UserError
 from coterie.recipe import Recipe, find_recipe, load_recipe, make_recipe
+from coterie.recipe.presets import OBJECTIVE_SETTINGS, PRESETS
+from coterie.recipe.settings import KL, Advantage, Loss
 from coterie.rewards.load import load_rewards
-from coterie.settings import KL, Advantage, Loss
 
-BUNDLED = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+BUNDLED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 LEAST = {"model": {"type": "qwen3"}, "task": "equations", "rewards": ["coterie.rewards.steps:right_answer"]}
 
 

@@ -6,10 +6,10 @@ from urllib.parse import quote
 
 import pytest
 
-from coterie import keys
+from coterie import redact
 from coterie.errors import UserError
-from coterie.keys import hidden, hidden_in
 from coterie.recipe import make_recipe
+from coterie.redact import hidden, hidden_in
 from coterie.rewards.judge import Judge
 
 
@@ -122,7 +122,7 @@ def test_which_variables_hold_keys(monkeypatch, name, value, kept):
 
 
 def test_the_variable_whose_value_is_sent_is_hidden_however_it_is_called(monkeypatch):
-    monkeypatch.setattr(keys, "_used", set())
+    monkeypatch.setattr(redact, "_used", set())
     monkeypatch.setenv("MY_JUDGE", "sesame")
     assert hidden("open sesame") == "open sesame"
     Judge("m", "r", url="http://localhost:1/v1", key_variable="MY_JUDGE")

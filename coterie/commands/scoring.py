@@ -21,13 +21,13 @@ from torch import Tensor
 
 from coterie.algorithms.advantages import group_std, has_signal
 from coterie.errors import BadRowError, UserError
-from coterie.keys import hidden, hidden_in
 from coterie.recipe import Recipe, load_recipe
+from coterie.recipe.settings import DatasetTask
+from coterie.redact import hidden, hidden_in
 from coterie.rewards.load import closing_all, load_rewards
 from coterie.rewards.score import Reward, check_fits, score
 from coterie.runs.console import Console
 from coterie.runs.store import Store
-from coterie.settings import DatasetTask
 from coterie.tasks.dataset import answer_of, jsonl_rows, prompt_of
 from coterie.types import Completion, Group, Prompt, RewardFailure
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
-from coterie.algorithms.presets import OBJECTIVE_SETTINGS
 from coterie.errors import nearest
+from coterie.recipe.presets import OBJECTIVE_SETTINGS
 
 
 def _not_bool(value: Any) -> Any:
