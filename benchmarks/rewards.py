@@ -5,7 +5,7 @@ tests. A sandbox's start, with the hostile programs that it is tried with, is me
 this process takes for a program that prints a gigabyte.
 
 hostile, cheating: hostile programs in each sandbox, as this user and as one without rights, and how many got through; programs that
-cheat, and how many have any points. Both are those of tests/rewards/code.
+cheat, and how many have any points. Both are those of the tests.
 
 answers: answers a second of the built-in reward `answer` on two workers: plain numbers, which never leave this process; formulas,
 which go to the workers; and seconds for 64 answers that would take for ever to be worked out. pairs: how often it is wrong on the
@@ -37,13 +37,13 @@ from coterie.errors import UserError
 from coterie.recipe.settings import RewardSpec
 from coterie.rewards.answers import Answer
 from coterie.rewards.code.reward import Code
-from coterie.rewards.code.sandbox import Limits, Program, Sandbox, make_sandbox
 from coterie.rewards.load import load_rewards
 from coterie.rewards.score import score
+from coterie.sandbox.base import Limits, Program, Sandbox, make_sandbox
 from coterie.types import Completion, Group, Prompt
 
 TESTS = ROOT / "tests" / "rewards"
-sys.path.append(str(TESTS / "code"))
+sys.path += [str(TESTS / "code"), str(ROOT / "tests" / "sandbox")]
 
 from cheating import ADD, CHEATS, HONEST  # noqa: E402
 from hostile import attacked  # noqa: E402

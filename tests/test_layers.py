@@ -6,7 +6,7 @@ from pathlib import Path
 import coterie
 
 LAYERS = {  # lowest first; a file at the top of the package belongs to the ground, unless it is named here
-    "ground": ("kernels", "distributed"),
+    "ground": ("kernels", "distributed", "sandbox"),
     "algorithms": ("algorithms",),
     "recipe": ("recipe",),
     "models": ("models",),

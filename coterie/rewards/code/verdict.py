@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from coterie.errors import UserError
-from coterie.rewards.code.sandbox import Output
+from coterie.sandbox.base import Output
 
 _MISSING = object()
 _ROUNDING = 1e-4  # of the tolerance, where there is nothing to be relative to

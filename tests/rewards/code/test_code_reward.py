@@ -13,8 +13,8 @@ import coterie
 from coterie.errors import RewardError, UserError
 from coterie.rewards.builtin import make_builtin
 from coterie.rewards.code.reward import Code
-from coterie.rewards.code.sandbox import Outcome, Output, make_sandbox
 from coterie.rewards.code.verdict import Policy, Test, equal, passes, read_tests
+from coterie.sandbox.base import Outcome, Output, make_sandbox
 
 WHOLE = [{"stdin": "1 2\n", "stdout": "3\n"}, {"stdin": "5 -9\n", "stdout": "-4\n"}]
 

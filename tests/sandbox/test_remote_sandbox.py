@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from coterie.errors import UserError
-from coterie.rewards.code.remote import Remote, SandboxServer
-from coterie.rewards.code.sandbox import Limits, Program, SandboxError, make_sandbox
+from coterie.sandbox.base import Limits, Program, SandboxError, make_sandbox
+from coterie.sandbox.remote import Remote, SandboxServer
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_a_server_that_fails_is_a_failure_and_no_score(answers, says):
 
 def test_a_server_that_dribbles_is_given_up(monkeypatch):
     """Each byte comes in time, and all of them would take minutes."""
-    monkeypatch.setattr("coterie.rewards.code.remote._WAIT", 0.3)
+    monkeypatch.setattr("coterie.sandbox.remote._WAIT", 0.3)
     server = serve([(200, b" " * 2000 + GOOD)], piece=30, pause=0.1)
     remote = Remote(f"http://127.0.0.1:{server.server_address[1]}", attempts=1)
     began = time.monotonic()

@@ -27,9 +27,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
-from coterie.rewards.code.inside import confine
-from coterie.rewards.code.probes import probe
-from coterie.rewards.code.sandbox import Outcome, Output, Program, SandboxError
+from coterie.sandbox.base import Outcome, Output, Program, SandboxError
+from coterie.sandbox.inside import confine
+from coterie.sandbox.probes import probe
 
 _INSIDE = Path(__file__).parent / "inside"
 _START_SECONDS = 60.0

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from coterie.rewards.code.sandbox import Limits, Outcome, Program, SandboxError
+from coterie.sandbox.base import Limits, Outcome, Program, SandboxError
 
 _LIMITS = Limits(seconds=10, memory_megabytes=128, output_bytes=100_000)
 _ENDLESS_SECONDS = 0.2

@@ -1,7 +1,7 @@
 """Where programs that a model wrote are run: what goes in, what comes out, and which sandboxes there are.
 
 A program that is wrong, raises, runs too long or attacks is the program's doing, and is said of each of its outputs. A sandbox that
-could not run it is not, and is said in `Outcome.failed`. Nothing here is told what the right output is: verdict.py compares.
+could not run it is not, and is said in `Outcome.failed`. Nothing here is told what the right output is: the reward `code` compares.
 """
 
 from __future__ import annotations
@@ -170,8 +170,8 @@ def _make(name: str, url: str | None, num_workers: int | None) -> Sandbox:
 
 
 _HOMES = {
-    "bubblewrap": "coterie.rewards.code.forked:Bubblewrap",
-    "landlock": "coterie.rewards.code.forked:Landlock",
-    "subprocess": "coterie.rewards.code.forked:Subprocess",
-    "http": "coterie.rewards.code.remote:Remote",
+    "bubblewrap": "coterie.sandbox.forked:Bubblewrap",
+    "landlock": "coterie.sandbox.forked:Landlock",
+    "subprocess": "coterie.sandbox.forked:Subprocess",
+    "http": "coterie.sandbox.remote:Remote",
 }

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import coterie
 from coterie.errors import UserError
-from coterie.rewards.code.sandbox import Limits, Program, make_sandbox
+from coterie.sandbox.base import Limits, Program, make_sandbox
 
 NOBODY = 65534
 ROOT = Path(coterie.__file__).parent.parent

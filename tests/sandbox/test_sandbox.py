@@ -17,9 +17,9 @@ import pytest
 
 import coterie
 from coterie.errors import UserError
-from coterie.rewards.code import forked, sandbox
-from coterie.rewards.code.inside import confine, syscalls
-from coterie.rewards.code.sandbox import Limits, Program, SandboxError, make_sandbox
+from coterie.sandbox import base, forked
+from coterie.sandbox.base import Limits, Program, SandboxError, make_sandbox
+from coterie.sandbox.inside import confine, syscalls
 
 ROOT = Path(coterie.__file__).parent.parent
 BACKENDS = ("landlock", "bubblewrap")
@@ -221,7 +221,7 @@ def test_everything_dies_with_the_trainer(backend):
     need(backend)
     source = "import time\ndef f():\n    time.sleep(100)"
     code = (
-        "import os, threading, time, sys\nfrom coterie.rewards.code.sandbox import *\n"
+        "import os, threading, time, sys\nfrom coterie.sandbox.base import *\n"
         f"box = make_sandbox({backend!r}, num_workers=1)\n"
         f"threading.Thread(target=box.run, args=(Program({source!r}, [[]], 'f', Limits(seconds=50)),), daemon=True).start()\n"
         "time.sleep(0.5)\nprint('running', flush=True)\ntime.sleep(100)"
@@ -253,7 +253,7 @@ def test_nothing_runs_where_nothing_holds(monkeypatch):
     def fails(*_, **__):
         raise SandboxError("no such thing here")
 
-    monkeypatch.setattr(sandbox, "_make", fails)
+    monkeypatch.setattr(base, "_make", fails)
     with pytest.raises(
         UserError, match=r"are not run, because nothing on this machine holds them.*landlock: no such thing"
     ):

@@ -2,7 +2,7 @@
 
 Protocol, version 1. `GET /` answers {"protocol": 1, "report": "..."}. `POST /run` takes {"programs": [{"source", "inputs", "function",
 "limits": {"seconds", "memory_megabytes", "output_bytes", "wall_seconds"}}, ...]} and answers {"outcomes": [{"outputs": [{"data",
-"text", "error"}, ...], "failed"}, ...]}, as sandbox.py says of each. What is expected is never sent. With a token, every request has
+"text", "error"}, ...], "failed"}, ...]}, as base.py says of each. What is expected is never sent. With a token, every request has
 the header `Authorization: Bearer TOKEN`; a server gives the programs that it is sent no more than its own sandbox does.
 """
 
@@ -24,7 +24,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from coterie.deadline import running
 from coterie.redact import conceal
-from coterie.rewards.code.sandbox import (
+from coterie.sandbox.base import (
     TOKEN_VARIABLE,
     Limits,
     Outcome,
@@ -194,7 +194,7 @@ _UNKNOWN = (401, {"error": "a token is needed"})
 
 
 def main() -> None:
-    """`python -m coterie.rewards.code.remote --port 8070`: serve this machine's sandbox."""
+    """`python -m coterie.sandbox.remote --port 8070`: serve this machine's sandbox."""
     parser = argparse.ArgumentParser(
         description=f"Serve this machine's sandbox. The environment's {TOKEN_VARIABLE} is the token."
     )
