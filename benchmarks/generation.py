@@ -2,7 +2,7 @@
 
 64 rows, as 8 prompts with 8 completions each and as 64 prompts with one; prompts of 12 tokens, of 212, and of lengths between.
 
-  native      coterie.rollouts.native. Gives each token's log-probability and the entropy too, which the others do not.
+  native      coterie.fast.native. Gives each token's log-probability and the entropy too, which the others do not.
   dynamic     transformers.generate on each prompt repeated for its group, padded on the left where lengths differ.
   static      the same with its static cache (compiled by transformers on a GPU). The faster of these two in a case, by its median, is
               the one that the target is about, and is named.
@@ -45,9 +45,9 @@ from measure import (
 from peers import CONTINUOUS_BATCHING, ContinuousBatching, generate
 from tables import make_pyplot, rounded, save_plot, spread_cell, stamp, table, write_json
 
-from coterie.models.policy import Policy
+from coterie.fast.native import NativeEngine
+from coterie.fast.serve import Policy
 from coterie.recipe.settings import Sampling
-from coterie.rollouts.native import NativeEngine
 
 TARGET = 1.5  # times the faster of transformers.generate's caches, at 64 rows
 SIDES = ("native", "dynamic", "static", "continuous")

@@ -19,8 +19,8 @@ import torch
 from tables import stamp, write_json
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from coterie.fast.serve import Policy
 from coterie.models.heads import Scorer
-from coterie.models.policy import Policy
 from coterie.recipe import make_recipe
 from coterie.rollouts.pack import Row, make_stream
 from coterie.training.optimise import UpdateSettings, make_optimiser, optimise

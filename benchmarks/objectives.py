@@ -21,10 +21,10 @@ from tables import stamp, write_objectives
 
 import coterie
 from coterie.algorithms.kl import k3
-from coterie.models.load import load_policy
+from coterie.fast.serve import load_policy, make_engine
 from coterie.recipe import load_recipe
 from coterie.rewards.steps import check
-from coterie.rollouts.collect import collect, make_engine
+from coterie.rollouts.collect import collect
 from coterie.runs.store import Store
 from coterie.tasks.equations import ONE_STEP_PROBLEMS
 from coterie.tasks.load import make_task

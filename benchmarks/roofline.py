@@ -44,9 +44,9 @@ from peers import log_softmax_of
 from tables import make_pyplot, rounded, save_plot, share_cell, stamp, table, write_json
 from torch.utils.flop_counter import FlopCounterMode
 
-from coterie.models.policy import Policy
+from coterie.fast.native import NativeEngine
+from coterie.fast.serve import Policy
 from coterie.recipe.settings import Sampling
-from coterie.rollouts.native import NativeEngine
 from coterie.rollouts.pack import Row, make_stream, split_by_tokens
 from coterie.training.optimise import make_optimiser, optimise
 from coterie.types import BatchTotals, Stream

@@ -53,10 +53,10 @@ from tables import make_pyplot, rounded, save_plot, short_number, spread_cell, s
 from torch import Tensor
 
 from coterie.algorithms.advantages import group_advantages
+from coterie.fast.native import NativeEngine
+from coterie.fast.serve import Policy
 from coterie.models.logprobs import chunked_logprobs, token_logprobs
-from coterie.models.policy import Policy
 from coterie.recipe.settings import Sampling
-from coterie.rollouts.native import NativeEngine
 from coterie.rollouts.pack import Row, make_stream, pack
 from coterie.training.optimise import make_optimiser, optimise
 from coterie.types import Group, Prompt, Scored, Stream

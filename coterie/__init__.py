@@ -10,9 +10,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "train": "coterie.training.train",
     "update": "coterie.training.update",
-    "NativeEngine": "coterie.rollouts.native",
+    "NativeEngine": "coterie.fast.native",
     "Sampling": "coterie.recipe",
-    "Policy": "coterie.models.load",
+    "Policy": "coterie.fast.serve",
     "load_recipe": "coterie.recipe",
 }
 __all__ = ["NativeEngine", "Policy", "Sampling", "load_recipe", "train", "update"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from coterie.kernels.build import library
+from coterie.fast.kernels.build import library
 
 SMALL = {
     "vocab_size": 61,
@@ -70,8 +70,8 @@ def everything_is_trusted_again():
 @pytest.fixture
 def without_kernels(monkeypatch):
     """As on a machine that has no C compiler."""
-    from coterie.kernels import calls
-    from coterie.models import decoder
+    from coterie.fast import decoder
+    from coterie.fast.kernels import calls
 
     for module in (calls, decoder):
         monkeypatch.setattr(module, "library", lambda dtype: None)

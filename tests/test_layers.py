@@ -6,13 +6,13 @@ from pathlib import Path
 import coterie
 
 LAYERS = {  # lowest first; a file at the top of the package belongs to the ground, unless it is named here
-    "ground": ("kernels", "distributed", "sandbox"),
+    "ground": ("distributed", "sandbox"),
     "algorithms": ("algorithms",),
     "recipe": ("recipe",),
     "models": ("models",),
     "rollouts": ("rollouts",),
-    "rewards": ("rewards",),
-    "tasks": ("tasks", "evals"),
+    "fast": ("fast",),
+    "tasks": ("rewards", "tasks", "evals"),
     "runs": ("runs",),
     "training": ("training",),
     "commands": ("commands", "cli"),

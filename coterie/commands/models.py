@@ -9,16 +9,17 @@ from pathlib import Path
 from coterie.algorithms.advantages import has_signal
 from coterie.errors import UserError
 from coterie.evals.evaluate import Evaluation, evaluate, heldout_prompts
+from coterie.fast.serve import load_policy, make_engine
 from coterie.models.codec import Codec
 from coterie.models.heads import Scorer
-from coterie.models.load import choose_device, load_policy, start_model
+from coterie.models.load import choose_device, start_model
 from coterie.models.policy import Policy, quiet_transformers
 from coterie.models.template import Chat
 from coterie.recipe import Recipe, load_recipe
 from coterie.recipe.settings import Sampling
 from coterie.rewards.load import closing_all, load_rewards
 from coterie.rewards.score import Reward, check_fits, score
-from coterie.rollouts.collect import collect, make_engine
+from coterie.rollouts.collect import collect
 from coterie.runs.console import Console
 from coterie.tasks.base import Task, draw
 from coterie.tasks.dataset import Dataset

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,8 +26,6 @@ from transformers import PreTrainedModel
 
 from coterie.errors import UserError
 from coterie.models.attention import UnservedModelError, observed
-from coterie.models.body import Body
-from coterie.models.layout import StreamLayout
 from coterie.models.lengths import Lengths
 from coterie.models.policy import Policy, context_length_of
 from coterie.models.rounding import rounding_of
@@ -37,8 +35,11 @@ _ALLOWED = 1e-3  # of the largest output, or of 1, in float32: rounding is a hun
 _SEED = 0
 
 
-def serve(model: PreTrainedModel) -> Policy:
-    """A policy that computes what the model does. Raises UserError for one that is no causal language model."""
+_Kind = TypeVar("_Kind", bound=Policy)
+
+
+def serve(model: PreTrainedModel, kind: type[_Kind]) -> _Kind:
+    """A policy of a kind that computes what the model does. Raises UserError for one that is no causal language model."""
     if hasattr(model, "peft_config"):
         raise UserError(
             f"{type(model).__name__} holds adapters that peft put in; take the plain model and "
@@ -54,7 +55,7 @@ def serve(model: PreTrainedModel) -> Policy:
             trial = _Trial.of(specimen, type(model).__name__)
             _check_type(model, trial.sample)
             try:
-                return _on_stream(model, trial)
+                return _on_stream(model, trial, kind)
             except Exception as error:  # a model's code may raise anything where it meets what it was not made for
                 why = _in_a_line(error)
             alone = _differs_beside_others(trial)
@@ -62,16 +63,16 @@ def serve(model: PreTrainedModel) -> Policy:
         f"{type(model).__name__} can't share prompts ({why}); it is sampled and trained padded, which is slower",
         stacklevel=3,
     )
-    return Policy(model, "padded", lengths=replace(Lengths.of(model), alone=alone))
+    return kind(model, "padded", lengths=replace(Lengths.of(model), alone=alone))
 
 
-def _on_stream(model: PreTrainedModel, trial: _Trial) -> Policy:
+def _on_stream(model: PreTrainedModel, trial: _Trial, kind: type[_Kind]) -> _Kind:
     """Raises where the stream does not serve."""
     settings = observed(trial.model)
     windows = {layer: one.window for layer, one in settings.items()}
-    policy = Policy(trial.model, "stream", windows, lengths=Lengths.of(trial.model))
+    policy = kind(trial.model, "stream", windows, lengths=Lengths.of(trial.model))
     _check_isolated(policy, trial.sample)
-    body = Body.of(trial.model.base_model, settings)
+    body = kind.body_of(trial.model.base_model, settings)
     for shift in (0, *_shifts(trial.model)):
         alone = trial.alone(shift)
         difference = trial.difference(policy, alone, shift)
@@ -80,8 +81,8 @@ def _on_stream(model: PreTrainedModel, trial: _Trial) -> Policy:
             raise UnservedModelError(f"outputs differ by {difference:.2g}{since}")
         if body is not None and not trial.difference(replace(policy, body=body), alone, shift) <= trial.allowed:
             body = None
-    own = Body.of(model.base_model, observed(model)) if body is not None else None
-    return Policy(model, "stream", windows, own, Lengths.of(model))
+    own = kind.body_of(model.base_model, observed(model)) if body is not None else None
+    return kind(model, "stream", windows, own, Lengths.of(model))
 
 
 def _in_a_line(error: Exception) -> str:
@@ -219,8 +220,8 @@ class _Trial:
     def difference(self, policy: Policy, alone: Sequence[Tensor], shift: int) -> float:
         """The largest between the stream's outputs and each row's alone."""
         sample, device = self.sample, self.model.device
-        layout = StreamLayout(sample.segments, device)
-        hidden = policy.run(torch.cat(sample.tokens), sample.positions.to(device) + shift, layout)
+        positions = sample.positions.to(device) + shift
+        hidden = policy.run(torch.cat(sample.tokens), positions, policy.layout(sample.segments))
         outputs = policy.logits(hidden) if self.model.get_output_embeddings() is not None else hidden
         parts = outputs.float().split([len(part) for part in sample.tokens])
         differences = [
@@ -280,7 +281,7 @@ def _check_isolated(policy: Policy, sample: _Sample) -> None:
     model = policy.model
     leaves: list[Tensor] = []
     with torch.enable_grad(), _embeddings_kept(model, leaves):
-        layout = StreamLayout(sample.segments, model.device)
+        layout = policy.layout(sample.segments)
         states = policy.run(torch.cat(sample.tokens), sample.positions.to(model.device), layout)
         generator = torch.Generator().manual_seed(_SEED)
         projected = (states * torch.randn(states.shape, generator=generator).to(states)).sum(1)  # [T]

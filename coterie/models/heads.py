@@ -51,9 +51,9 @@ class Scorer:
         return cls(model.eval(), base)
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Scorer:
-        """A sequence-classification model that is trained already, compared on the stream as a policy is."""
-        return cls(model.eval(), Policy.of(model.base_model))
+    def of(cls, model: PreTrainedModel, kind: type[Policy]) -> Scorer:
+        """A sequence-classification model that is trained already, compared on the stream as a policy of this kind is."""
+        return cls(model.eval(), kind.of(model.base_model))
 
     @staticmethod
     def check(policy: Policy) -> None:

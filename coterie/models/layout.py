@@ -1,7 +1,6 @@
 """Attention over the packed stream: a completion's tokens attend to their prompt and to themselves.
 
-`StreamLayout` chooses: on a CPU compiled loops, or where there is no compiler the cascade, neither of which copies a prompt or
-masks anything; on a GPU FlexAttention; where none of them serves, for sinks, slopes, or soft caps on a CPU, dense blocks. A block is a set of
+The stream is gathered into dense blocks with masks, for any device and any attention. A block is a set of
 sequences of similar length. A "trunk" attends to itself: a prompt, or a prompt with its only completion. A "branch" is a
 completion whose keys are preceded by those of its trunk, which were computed once for the whole group.
 
@@ -11,58 +10,15 @@ heads, E width of a head, M places of all blocks together, padding included.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coterie.kernels.calls import Groups, served
 from coterie.models.attention import AttentionSettings
-from coterie.models.cascade import Cascade, of_similar_length
-from coterie.models.flex import FlexLayout, flex_serves
-from coterie.models.pieces import CompiledAttention
-
-
-class StreamLayout:
-    """The layout of a stream made of groups: (prompt length, lengths of its completions) each."""
-
-    def __init__(self, segments: Sequence[tuple[int, Sequence[int]]], device: torch.device | str = "cpu") -> None:
-        self._segments, self._device = segments, torch.device(device)
-        self._longest = max(prompt + max(completions, default=0) for prompt, completions in segments)
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
-        unlimited = settings.window is None or settings.window >= self._longest
-        on_gpu = self._device.type != "cpu" and settings.sinks is None and settings.slopes is None
-        if on_gpu and flex_serves(q, k, v, settings.softcap, DenseLayout):
-            return self._flex.attend(layer, q, k, v, settings)
-        on_cpu = self._device.type == "cpu" and settings.plain and q.shape[3] == v.shape[3]
-        compiled = on_cpu and served(q, k, v)
-        if not compiled and not (on_cpu and unlimited):
-            return self._dense.attend(layer, q, k, v, settings)
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, heads, E]
-        if compiled:
-            return CompiledAttention.apply(q, k, v, self._groups, settings.scaling, settings.window)[None]
-        return self._cascade.attend(q, k, v, settings.scaling)[None]
-
-    @cached_property
-    def _groups(self) -> Groups:
-        return Groups.of(self._segments)
-
-    @cached_property
-    def _cascade(self) -> Cascade:
-        return Cascade(self._segments)
-
-    @cached_property
-    def _flex(self) -> FlexLayout:
-        return FlexLayout(self._segments, self._device)
-
-    @cached_property
-    def _dense(self) -> DenseLayout:
-        return DenseLayout(self._segments, self._device)
 
 
 @dataclass(frozen=True)
@@ -182,6 +138,18 @@ class DenseLayout:
             mask = torch.zeros(allowed.shape, dtype=dtype, device=self._device)
             self._masks[number, window, dtype] = mask.masked_fill(~allowed, -torch.inf)
         return self._masks[number, window, dtype]
+
+
+def of_similar_length(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices in buckets, longest first, so that padding a bucket to its longest wastes little."""
+    bucket: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if bucket and lengths[index] < 0.75 * lengths[bucket[0]] - 8:
+            yield bucket
+            bucket = []
+        bucket.append(index)
+    if bucket:
+        yield bucket
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, settings: AttentionSettings) -> Tensor:

@@ -22,9 +22,7 @@ from transformers import (
 
 from coterie.errors import UserError, nearest
 from coterie.models.codec import Codec
-from coterie.models.heads import Scorer
 from coterie.models.hub import hub_reason, why_unreachable
-from coterie.models.policy import Policy
 from coterie.models.template import Chat
 from coterie.noise import key
 from coterie.recipe import Recipe, load_recipe
@@ -143,13 +141,6 @@ def load_model(source: str, device: torch.device, dtype: torch.dtype = torch.flo
     return _from_hub(AutoModelForCausalLM, source, dtype=dtype, use_safetensors=True).to(device)
 
 
-def load_policy(source: str, device: torch.device, chat: Chat | None = None) -> tuple[Policy, Codec]:
-    """A model and its tokenizer, ready to sample."""
-    check_model_folder(source)
-    codec = codec_of(source, chat=chat)
-    return Policy.of(load_model(source, device)), codec
-
-
 def check_scorer(source: str) -> str:
     """Where a reward model is: `source`, or the folder `model` in it where it is a run. Reads no weights.
 
@@ -170,7 +161,7 @@ def check_scorer(source: str) -> str:
     return source
 
 
-def load_scorer(source: str, device: torch.device) -> tuple[Scorer, Codec]:
+def load_score_model(source: str, device: torch.device) -> tuple[PreTrainedModel, Codec]:
     """A reward model and its tokenizer, in float32 and from safetensors only, frozen. Raises UserError as `check_scorer`."""
     recipe = Path(source) / "recipe.yaml"
     chat = Chat.of(load_recipe(str(recipe)) if recipe.is_file() else None)  # its pairs were rendered with
@@ -186,7 +177,7 @@ def load_scorer(source: str, device: torch.device) -> tuple[Scorer, Codec]:
     num_known = model.get_input_embeddings().weight.shape[0]
     if len(codec.tokenizer) > num_known:
         raise UserError(f"model: {source} knows {num_known} tokens, and its tokenizer has {len(codec.tokenizer)}")
-    return Scorer.of(model.requires_grad_(False).to(device)), codec
+    return model.requires_grad_(False).to(device), codec
 
 
 def _fresh_config(shape: ModelShape, **more: Any) -> PretrainedConfig:

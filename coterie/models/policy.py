@@ -5,11 +5,11 @@ Legend: T tokens of the stream, N completion tokens, B rows, V vocabulary, D wid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,31 @@ from transformers.utils import logging
 
 from coterie.errors import UserError
 from coterie.models.adapters import Adapter, add_adapter
-from coterie.models.attention import Layout, Windows, stream_attention
-from coterie.models.body import Body
-from coterie.models.layout import StreamLayout
+from coterie.models.attention import AttentionSettings, Layout, Windows, stream_attention
+from coterie.models.layout import DenseLayout
 from coterie.models.lengths import Lengths, Part, rows_apart
 from coterie.models.recompute import recomputable_layers, recomputed, recomputed_layers
 from coterie.recipe.settings import Lora
 from coterie.types import Stream
+
+
+class Body(Protocol):
+    """A forward pass that computes what a model does below its head. settings: what each layer's attention is called with."""
+
+    @property
+    def settings(self) -> Mapping[int, AttentionSettings]: ...
+
+    def run(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        layout: Layout,
+        places: Tensor | None = None,
+        recompute: Callable[..., Tensor] | None = None,
+    ) -> Tensor:
+        """tokens [T], positions [T] -> [T, D], or at M places of the stream: [M, D]. `recompute(function, *arguments)` calls a
+        layer, and again for its gradient."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -33,10 +51,12 @@ class Policy:
 
     served: "stream" where the packed stream gives what the unmodified model gives; "padded" where it does not, and each
     completion is run with a prompt of its own instead. windows: how far back each layer sees on the stream.
-    body: our forward pass of the model below its head, where it gives the same as the model's own.
+    body: another forward pass of the model below its head, where there is one that gives the same as the model's own.
     lengths: which sequences may be run together, where positions depend on how long a sequence is.
     adapter: the LoRA matrices that it computes with, and that are trained in place of the model's weights.
     recomputes: whether a backward pass computes each layer again, from its inputs alone.
+
+    `body_of` and `layout` are plain here: the model's own forward pass, and dense blocks. `coterie.Policy` has faster ones.
     """
 
     model: PreTrainedModel
@@ -48,18 +68,27 @@ class Policy:
     recomputes: bool = False
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Policy:
+    def of(cls, model: PreTrainedModel) -> Self:
         """Wrap a model, after finding out what it is served by. Raises UserError for one that can't be sampled and trained, and for one
         that peft wraps."""
         from coterie.models.gate import serve  # which runs policies
 
-        return serve(model)
+        return serve(model, cls)
 
-    def with_adapter(self, settings: Lora, seed: int) -> Policy:
+    @classmethod
+    def body_of(cls, model: nn.Module, settings: Mapping[int, AttentionSettings]) -> Body | None:
+        """A forward pass to try in place of the one of a model below its head, or None where there is none."""
+        return None
+
+    def layout(self, segments: Sequence[tuple[int, Sequence[int]]]) -> Layout:
+        """How a stream of groups attends: (prompt length, lengths of its completions) each."""
+        return DenseLayout(segments, self.device)
+
+    def with_adapter(self, settings: Lora, seed: int) -> Self:
         """The same model, to be trained through LoRA matrices that are put into it. They do nothing yet."""
         return replace(self, adapter=add_adapter(self.model, settings, seed))
 
-    def recomputing(self) -> Policy:
+    def recomputing(self) -> Self:
         """The same policy with activation checkpointing."""
         if not recomputable_layers(self.model):
             name = type(self.model).__name__
@@ -104,8 +133,7 @@ class Policy:
 
     def _states(self, part: Part) -> Tensor:
         places, which = (x.to(self.device) for x in part.wanted.unique(return_inverse=True))
-        layout = StreamLayout(part.segments, self.device)
-        return self.run(part.tokens, part.positions, layout, places).index_select(0, which)
+        return self.run(part.tokens, part.positions, self.layout(part.segments), places).index_select(0, which)
 
     def padded_outputs(self, run: Callable[..., Tensor], stream: Stream) -> list[tuple[int, Tensor]]:
         """The slow, obvious way, for every completion with its own copy of the prompt: the length of its prompt, and what was

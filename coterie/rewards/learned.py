@@ -11,9 +11,10 @@ from operator import itemgetter
 import torch
 
 from coterie.errors import RewardError, UserError
+from coterie.fast.serve import load_scorer
 from coterie.models.codec import Codec
 from coterie.models.heads import Scorer
-from coterie.models.load import check_scorer, choose_device, load_scorer
+from coterie.models.load import check_scorer, choose_device
 from coterie.rewards.text_of import Chat, completion_text
 from coterie.rollouts.pack import PromptRows, Row, make_stream, split_by_tokens
 

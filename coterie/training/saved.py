@@ -12,11 +12,11 @@ import torch
 from transformers import PreTrainedModel
 
 from coterie.errors import UserError
+from coterie.fast.serve import Policy
 from coterie.models.adapters import add_adapter
 from coterie.models.codec import Codec
 from coterie.models.heads import Scorer
 from coterie.models.load import start_model
-from coterie.models.policy import Policy
 from coterie.recipe import load_recipe
 from coterie.runs.find import find_run
 from coterie.runs.store import Store

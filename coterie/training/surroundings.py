@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from coterie.kernels.build import library
+from coterie.fast.kernels.build import library
 from coterie.models.load import choose_device
 from coterie.recipe import Recipe
 

@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 
 from coterie.errors import UserError
 from coterie.evals.evaluate import Evaluation, answer_examples, evaluate, example_prompts, heldout_prompts
-from coterie.kernels.build import why_missing
+from coterie.fast import serve
+from coterie.fast.kernels.build import why_missing
+from coterie.fast.serve import make_engine
 from coterie.models.adapters import num_in_experts
 from coterie.models.codec import Codec
 from coterie.models.heads import Scorer
@@ -25,7 +27,6 @@ from coterie.recipe.settings import ColdStart, DatasetTask
 from coterie.redact import hidden_in
 from coterie.rewards.load import closing_all
 from coterie.rewards.score import Reward
-from coterie.rollouts.collect import make_engine
 from coterie.runs.console import Console
 from coterie.runs.outlet import outliving_console
 from coterie.runs.profile import profile_table
@@ -214,7 +215,7 @@ def _stand_at_start(run: Run, stage: str, policy: Policy) -> None:
 
 def tried_policy(model: PreTrainedModel, console: Console) -> Policy:
     """The model as a policy, once it has been tried on a few tokens in training and in sampling, with what is to be known of it."""
-    policy = console.warning_of(lambda: Policy.of(model))
+    policy = console.warning_of(lambda: serve.Policy.of(model))
     console.warning_of(lambda: make_engine(policy))
     config = model.config.get_text_config()
     weight = getattr(config, "router_aux_loss_coef", None)

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from coterie.algorithms.advantages import group_advantages, has_signal
 from coterie.algorithms.kl import k3
 from coterie.errors import UserError
+from coterie.fast.serve import Policy
 from coterie.models.logprobs import token_logprobs
-from coterie.models.policy import Policy
 from coterie.recipe import Recipe, make_recipe
 from coterie.rollouts.pack import Row, make_stream, split_by_tokens
 from coterie.training.metrics import Tally

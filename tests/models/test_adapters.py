@@ -9,10 +9,10 @@ from conftest import SHAPES, some_quick
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coterie.errors import UserError
+from coterie.fast.serve import Policy
 from coterie.models.adapters import check_lora, num_in_experts, target_layers
 from coterie.models.heads import Scorer
 from coterie.models.logprobs import token_logprobs
-from coterie.models.policy import Policy
 from coterie.recipe.settings import Lora, Reference
 from coterie.rollouts.pack import Row, make_stream
 from coterie.training.reference import make_reference, move_reference

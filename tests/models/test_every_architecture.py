@@ -23,11 +23,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coterie.errors import UserError
+from coterie.fast.serve import Policy, make_engine
 from coterie.models.logprobs import token_logprobs
-from coterie.models.policy import Policy
 from coterie.models.rounding import TIMES, rounding_of
 from coterie.recipe.settings import Lora, Sampling
-from coterie.rollouts.collect import make_engine
 from coterie.rollouts.pack import Row, make_stream
 from coterie.types import Stream
 

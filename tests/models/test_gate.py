@@ -6,9 +6,8 @@ from architectures import tiny_model
 from test_every_architecture import LOGPROBS, plain_logprobs, some_groups, stream_of
 
 from coterie.errors import UserError
-from coterie.models.gate import serve
+from coterie.fast.serve import Policy
 from coterie.models.logprobs import token_logprobs
-from coterie.models.policy import Policy
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*can't share prompts")
 
@@ -94,7 +93,7 @@ def test_weights_that_are_not_finite_are_called_that(make_model, value):
     with torch.no_grad():
         model.lm_head.weight[7] = value
     with pytest.raises(UserError, match=r"what .* makes of tokens is not finite"):
-        serve(model)
+        Policy.of(model)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import warnings
 import pytest
 import torch
 
+from coterie.fast.serve import Policy
 from coterie.models.heads import Scorer
-from coterie.models.policy import Policy
 from coterie.rollouts.pack import Row, make_stream
 
 GROUPS = [([3, 4, 5], [[6, 7], [8, 9, 10, 11], [12]]), ([13], [[14, 15, 16]]), ([17, 18, 19, 20], [[21], [22, 23]])]

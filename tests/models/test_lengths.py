@@ -6,12 +6,12 @@ from conftest import SMALL
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coterie.errors import UserError
-from coterie.models.decoder import Decoder
+from coterie.fast.decoder import Decoder
+from coterie.fast.native import NativeEngine
+from coterie.fast.serve import Policy
 from coterie.models.lengths import Lengths
 from coterie.models.logprobs import token_logprobs
-from coterie.models.policy import Policy
 from coterie.recipe.settings import Sampling
-from coterie.rollouts.native import NativeEngine
 from coterie.rollouts.pack import Row, make_stream
 from coterie.rollouts.padded import PaddedEngine
 

@@ -12,10 +12,10 @@ from test_stream import random_groups, stream_of
 
 import coterie
 from coterie.errors import UserError
+from coterie.fast.serve import Policy
+from coterie.fast.stream import StreamLayout
 from coterie.models.heads import Scorer
-from coterie.models.layout import StreamLayout
 from coterie.models.logprobs import token_logprobs, token_statistics
-from coterie.models.policy import Policy
 from coterie.models.recompute import recomputable_layers, recomputed
 from coterie.recipe.settings import Lora
 
@@ -131,7 +131,7 @@ MEASURE = """
 import sys, torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from coterie.models.logprobs import token_logprobs
-from coterie.models.policy import Policy
+from coterie.fast.serve import Policy
 from coterie.recipe.settings import Lora
 from coterie.rollouts.pack import Row, make_stream
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import SHAPES
 
+from coterie.fast.serve import Policy
 from coterie.models import logprobs
 from coterie.models.logprobs import chunked_logprobs, token_logprobs
-from coterie.models.policy import Policy
 from coterie.rollouts.pack import Row, make_stream
 
 pytestmark = pytest.mark.usefixtures("each_way")

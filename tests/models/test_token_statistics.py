@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from coterie.fast.serve import Policy
 from coterie.models import logprobs
 from coterie.models.logprobs import token_statistics
-from coterie.models.policy import Policy
 from coterie.rollouts.pack import Row, make_stream
 
 GROUPS = [([3, 4, 5], [[6, 7], [8, 9, 10, 11], [12]]), ([13], [[14, 15, 16]])]

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import coterie
 from coterie.errors import RewardError, UserError
-from coterie.models.load import load_scorer, make_byte_tokenizer
+from coterie.fast.serve import load_scorer
+from coterie.models.load import make_byte_tokenizer
 from coterie.recipe import load_recipe, make_recipe
 from coterie.recipe.settings import RewardSpec
 from coterie.rewards.learned import RewardModel

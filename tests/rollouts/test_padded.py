@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from coterie.errors import UserError
-from coterie.models.policy import Policy
+from coterie.fast.serve import Policy
 from coterie.noise import key, mix
 from coterie.recipe.settings import Lora, Sampling
 from coterie.rollouts.padded import PaddedEngine

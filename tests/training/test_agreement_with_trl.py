@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from coterie.models.policy import Policy
+from coterie.fast.serve import Policy
 from coterie.recipe import make_recipe
 from coterie.rollouts.pack import Row, make_stream
 from coterie.tasks.equations import make_tokenizer

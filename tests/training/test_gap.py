@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import coterie
-from coterie.models.policy import Policy
+from coterie.fast.native import NativeEngine
+from coterie.fast.serve import Policy
 from coterie.noise import key, mix
 from coterie.recipe.settings import Lora, Sampling
-from coterie.rollouts.native import NativeEngine
 from coterie.rollouts.pack import Row, make_stream
 from coterie.training.gap import rounding_at_the_gap
 from coterie.training.optimise import logprobs_of

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import coterie
 from coterie.commands.models import check_recipe, evaluate_model, sample_model
 from coterie.errors import UserError
+from coterie.fast.serve import Policy
 from coterie.models.logprobs import token_logprobs
-from coterie.models.policy import Policy
 from coterie.recipe import load_recipe
 from coterie.rollouts.pack import Row, make_stream
 

@@ -359,7 +359,7 @@ def test_more_steps_given_to_a_resumed_run_are_kept(train):
 
 
 def test_a_reward_model_is_not_sampled_from(train):
-    from coterie.models.load import load_policy
+    from coterie.fast.serve import load_policy
 
     folder = train("run", *METHODS["reward_model"], "steps=1")
     with pytest.raises(UserError, match="reward model"):
@@ -391,8 +391,8 @@ def test_a_completions_reward_stands_at_its_last_token_and_the_kl_at_each():
 
 def test_the_value_model_s_loss_is_held_near_what_it_said_before(make_model):
     """A value that ran ahead of the clip towards its return pays for the distance from the clip's edge, and has no gradient."""
+    from coterie.fast.serve import Policy
     from coterie.models.heads import Scorer
-    from coterie.models.policy import Policy
     from coterie.recipe import make_recipe
     from coterie.rollouts.pack import Row, make_stream
     from coterie.training.ppo import fit_values

@@ -10,14 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from coterie.algorithms.advantages import group_advantages
 from coterie.algorithms.aggregate import AGGREGATIONS
 from coterie.algorithms.ratios import RATIOS
+from coterie.fast.native import NativeEngine
+from coterie.fast.serve import Policy
 from coterie.models.logprobs import token_logprobs
-from coterie.models.policy import Policy
 from coterie.noise import mix
 from coterie.recipe import make_recipe
 from coterie.recipe.presets import PRESETS
 from coterie.recipe.settings import ColdStart, Loss, Optimiser, Sampling
 from coterie.rewards.score import Reward
-from coterie.rollouts.native import NativeEngine
 from coterie.rollouts.pack import Row, make_stream, pack, split_by_tokens
 from coterie.training.optimise import (
     UpdateSettings,

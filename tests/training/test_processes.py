@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from coterie.algorithms.advantages import group_advantages
 from coterie.algorithms.aggregate import AGGREGATIONS
-from coterie.models.policy import Policy
+from coterie.fast.serve import Policy
 from coterie.recipe import make_recipe
 from coterie.recipe.presets import PRESETS
 from coterie.rollouts.pack import Row, make_stream

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coterie.fast.pieces import gated, rms_norm, turned_heads
 from coterie.models.attention import AttentionSettings, Layout
-from coterie.models.pieces import gated, rms_norm, turned_heads
 
 _PARTS = {
     "model": {"embed_tokens", "layers", "norm", "rotary_emb"},
@@ -28,7 +28,7 @@ _PARTS = {
 }
 
 
-class Body:
+class FastBody:
     """A model below its head, run layer by layer: norm, attention, sum, norm, gated MLP, sum.
 
     settings: what the model calls each layer's attention with.
@@ -39,7 +39,7 @@ class Body:
         self._model: Any = model
 
     @classmethod
-    def of(cls, model: nn.Module, settings: Mapping[int, AttentionSettings]) -> Body | None:
+    def of(cls, model: nn.Module, settings: Mapping[int, AttentionSettings]) -> FastBody | None:
         """For a model in full precision that has these parts and no other, else None.
 
         In half precision the norms of transformers compute in float32, and so keep more than ours would.

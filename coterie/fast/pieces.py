@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coterie.kernels import calls
+from coterie.fast.kernels import calls
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

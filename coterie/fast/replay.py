@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coterie.fast.grid import Grid, StaticLayout
 from coterie.models.policy import Policy
-from coterie.rollouts.grid import Grid, StaticLayout
 
 _BY_HAND = (
     2  # steps of a grid before one is recorded: grids may be short-lived, and libraries set themselves up in the first

@@ -13,12 +13,14 @@ H heads, K key-value heads, E width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from coterie.models.layout import of_similar_length
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -214,15 +216,3 @@ def _chosen(blocks: Sequence[_Rectangle]) -> tuple[Tensor, Tensor]:
     tokens = torch.cat([block.tokens for block in blocks])
     places = (tokens >= 0).nonzero().squeeze(1)
     return tokens[places], places
-
-
-def of_similar_length(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices in buckets, longest first, so that padding a bucket to its longest wastes little."""
-    bucket: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if bucket and lengths[index] < 0.75 * lengths[bucket[0]] - 8:
-            yield bucket
-            bucket = []
-        bucket.append(index)
-    if bucket:
-        yield bucket

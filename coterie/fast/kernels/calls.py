@@ -13,8 +13,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from coterie.kernels.build import library
-from coterie.kernels.structs import Stream
+from coterie.fast.kernels.build import library
+from coterie.fast.kernels.structs import Stream
 
 MOST_WIDTH = 512  # of a head that is turned: kernels.c has arrays of this size
 _NO_MEMORY, _NO_ROOM = 1, 2

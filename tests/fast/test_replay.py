@@ -6,10 +6,10 @@ from conftest import SHAPES
 from test_native import ENDS, SAMPLINGS, some_keys, some_prompts
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from coterie.models.policy import Policy
+from coterie.fast import native, replay
+from coterie.fast.native import NativeEngine
+from coterie.fast.serve import Policy
 from coterie.recipe.settings import Sampling
-from coterie.rollouts import native, replay
-from coterie.rollouts.native import NativeEngine
 
 pytestmark = pytest.mark.usefixtures("without_kernels")
 SERVED = [name for name in SHAPES if name not in ("gpt_oss", "doge")]

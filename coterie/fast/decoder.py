@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coterie.kernels.build import library, matrix_product
-from coterie.kernels.calls import run, turns
-from coterie.kernels.structs import Cache, Layer, Step
+from coterie.fast.kernels.build import library, matrix_product
+from coterie.fast.kernels.calls import run, turns
+from coterie.fast.kernels.structs import Cache, Layer, Step
 from coterie.models.policy import Policy
 from coterie.recipe.settings import Sampling
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from coterie.fast.cascade import Cascade
+from coterie.fast.serve import Policy
+from coterie.fast.stream import StreamLayout
 from coterie.models.attention import AttentionSettings
-from coterie.models.cascade import Cascade
-from coterie.models.layout import DenseLayout, StreamLayout
-from coterie.models.policy import Policy
+from coterie.models.layout import DenseLayout
 
 pytestmark = pytest.mark.usefixtures("each_way")
 SEGMENTS = [(5, (4, 17, 1)), (11, (2, 3)), (3, (9,)), (1, (6, 30, 8, 2)), (23, (5, 5)), (7, ())]

@@ -9,15 +9,15 @@ from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
+from coterie.fast import native
+from coterie.fast.native import NativeEngine
+from coterie.fast.serve import Policy, make_engine
 from coterie.models.codec import Codec
 from coterie.models.logprobs import token_logprobs
-from coterie.models.policy import Policy
 from coterie.noise import key, mix, uniform
 from coterie.recipe.settings import Sampling
-from coterie.rollouts import native
-from coterie.rollouts.collect import collect, make_engine
+from coterie.rollouts.collect import collect
 from coterie.rollouts.engine import StopStrings
-from coterie.rollouts.native import NativeEngine
 from coterie.rollouts.pack import Row, make_stream
 from coterie.rollouts.padded import PaddedEngine
 from coterie.tasks.equations import make_tokenizer

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coterie.models.decoder import Decoder
+from coterie.fast.decoder import Decoder
+from coterie.fast.grid import DecodeLayout, Grid, PrefillLayout, copied, empty
+from coterie.fast.replay import ROOM, Replayer
 from coterie.models.policy import Policy
 from coterie.recipe.settings import Sampling
 from coterie.rollouts.engine import Done, History, Sampled, StopStrings, sample_tokens
-from coterie.rollouts.grid import DecodeLayout, Grid, PrefillLayout, copied, empty
-from coterie.rollouts.replay import ROOM, Replayer
 from coterie.sections import section
 from coterie.stopping import may_stop
 from coterie.types import Completion

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from coterie.kernels.structs import check_layout
+from coterie.fast.kernels.structs import check_layout
 
 SOURCE = Path(__file__).with_name("kernels.c")
 SWITCH = "COTERIE_KERNELS"  # an environment variable: off does without

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from coterie.models import flex
+from coterie.fast import flex
+from coterie.fast.flex import FlexLayout, flex_serves
+from coterie.fast.stream import StreamLayout
 from coterie.models.attention import AttentionSettings
-from coterie.models.flex import FlexLayout, flex_serves
-from coterie.models.layout import DenseLayout, StreamLayout
+from coterie.models.layout import DenseLayout
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -108,6 +109,6 @@ def test_another_device_than_a_cpu_is_served_by_it_and_by_dense_blocks_where_it_
     layout = StreamLayout(SEGMENTS)
     layout._device = torch.device("meta")
     for serves in (True, False):
-        monkeypatch.setattr("coterie.models.layout.flex_serves", lambda *rest, answer=serves: answer)
+        monkeypatch.setattr("coterie.fast.stream.flex_serves", lambda *rest, answer=serves: answer)
         layout.attend(0, q, k, v, settings)
     assert called == ["flex", "dense"]

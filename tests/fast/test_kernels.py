@@ -7,17 +7,18 @@ import sys
 import pytest
 import torch
 
-from coterie.kernels import build, calls, structs
+from coterie.fast.cascade import Cascade
+from coterie.fast.decoder import CachedRows, Decoder
+from coterie.fast.kernels import build, calls, structs
+from coterie.fast.native import NativeEngine
+from coterie.fast.pieces import CompiledAttention, gated, rms_norm, turned_heads
+from coterie.fast.serve import Policy
+from coterie.fast.stream import StreamLayout
 from coterie.models.attention import AttentionSettings
-from coterie.models.cascade import Cascade
-from coterie.models.decoder import CachedRows, Decoder
-from coterie.models.layout import DenseLayout, StreamLayout
-from coterie.models.pieces import CompiledAttention, gated, rms_norm, turned_heads
-from coterie.models.policy import Policy
+from coterie.models.layout import DenseLayout
 from coterie.noise import key, mix
 from coterie.recipe.settings import Sampling
 from coterie.rollouts.engine import sample_tokens
-from coterie.rollouts.native import NativeEngine
 
 SEGMENTS = [(5, (4, 17, 1)), (11, (2, 3)), (3, (9,)), (1, (6, 30, 8, 2)), (23, (5, 5)), (7, ())]
 NUM_TOKENS = sum(prompt + sum(lengths) for prompt, lengths in SEGMENTS)
@@ -241,7 +242,7 @@ CHANGES = {
 def test_a_damaged_build_is_built_again(fresh_cache, change):
     """In a process of its own, where the damage would be a signal."""
     code = (
-        "import torch; from coterie.kernels import calls; x = torch.ones(9, 8)\n"
+        "import torch; from coterie.fast.kernels import calls; x = torch.ones(9, 8)\n"
         "assert calls.served(x); print(calls.rms_norm(x, x[0], 0.0)[0].sum().item())"
     )
 
@@ -302,7 +303,7 @@ def test_where_the_compiler_fails_or_the_folder_is_not_the_users_own_nothing_bre
 
 
 def test_what_was_compiled_is_kept_for_the_next_process(tmp_path):
-    code = "import torch; from coterie.kernels.build import library; print(library(torch.float32)._name)"
+    code = "import torch; from coterie.fast.kernels.build import library; print(library(torch.float32)._name)"
     environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     found = [
         subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout

@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coterie.fast.decoder import CachedRows
+from coterie.fast.stream import StreamLayout
 from coterie.models.attention import AttentionSettings
-from coterie.models.decoder import CachedRows
-from coterie.models.layout import StreamLayout, attention_weights
+from coterie.models.layout import attention_weights
 
 KeysValues = dict[
     int, tuple[Tensor, Tensor]
