@@ -177,7 +177,9 @@ def test_of(context: str, folder: Path) -> str | None:
 def tests_of_folder(file: str, folder: Path) -> list[str]:
     """The tests that stand where the file stands in the package."""
     mirrored = folder / "tests" / Path(*Path(file).parts[1:-1])
-    names = [mirrored] if mirrored != folder / "tests" else sorted(mirrored.glob("test_*.py"))
+    while not mirrored.is_dir():
+        mirrored = mirrored.parent
+    names = [mirrored] if Path(file).parts[1:-1] else sorted(mirrored.glob("test_*.py"))
     return [str(name.relative_to(folder)) for name in names]
 
 
