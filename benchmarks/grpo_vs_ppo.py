@@ -23,8 +23,9 @@ from coterie.fast.serve import Policy
 from coterie.models.heads import Scorer
 from coterie.recipe import make_recipe
 from coterie.rollouts.pack import Row, make_stream
-from coterie.training.optimise import UpdateSettings, make_optimiser, optimise
+from coterie.training.policy_update import UpdateSettings, optimise
 from coterie.training.ppo import advantages_and_returns, fit_values, values_of, whitened
+from coterie.training.step import make_optimiser
 from coterie.types import BatchTotals
 
 SIZES = {

@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from coterie.fast.serve import Policy
 from coterie.noise import key, mix
 from coterie.recipe import make_recipe
-from coterie.training.optimise import UpdateSettings
+from coterie.training.policy_update import UpdateSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SIZES = {
@@ -175,7 +175,7 @@ def measured(work: Callable[[], Any], place: Place) -> dict[str, float]:
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
     """function(*arguments) in a fresh process, which is forked from one that has done nothing but the slow imports."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["coterie.training.optimise", "coterie.fast.native", MODEL_CODE])
+    context.set_forkserver_preload(["coterie.training.policy_update", "coterie.fast.native", MODEL_CODE])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
 

@@ -22,13 +22,13 @@ from tables import stamp, write_objectives
 import coterie
 from coterie.algorithms.kl import k3
 from coterie.fast.serve import load_policy, make_engine
+from coterie.models.logprobs import logprobs_of
 from coterie.recipe import load_recipe
 from coterie.rewards.steps import check
 from coterie.rollouts.collect import collect
 from coterie.runs.store import Store
 from coterie.tasks.equations import ONE_STEP_PROBLEMS
 from coterie.tasks.load import make_task
-from coterie.training.optimise import logprobs_of
 from coterie.training.sample import streams_of
 from coterie.types import Prompt, Scored
 

@@ -48,7 +48,8 @@ from coterie.fast.native import NativeEngine
 from coterie.fast.serve import Policy
 from coterie.recipe.settings import Sampling
 from coterie.rollouts.pack import Row, make_stream, split_by_tokens
-from coterie.training.optimise import make_optimiser, optimise
+from coterie.training.policy_update import optimise
+from coterie.training.step import make_optimiser
 from coterie.types import BatchTotals, Stream
 
 TARGET = 0.5  # of the matrix rate, for the training step

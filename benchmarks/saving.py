@@ -25,7 +25,7 @@ from coterie.recipe import load_recipe
 from coterie.runs.store import Store
 from coterie.tasks.load import load_codec
 from coterie.training.checkpoint import Position, Snapshot, TrainState, write_checkpoint
-from coterie.training.optimise import make_optimiser
+from coterie.training.step import make_optimiser
 
 RECIPE, COLD_STEPS, STEPS, REPEATS = "equations", 200, 30, 9
 

@@ -58,7 +58,8 @@ from coterie.fast.serve import Policy
 from coterie.models.logprobs import chunked_logprobs, token_logprobs
 from coterie.recipe.settings import Sampling
 from coterie.rollouts.pack import Row, make_stream, pack
-from coterie.training.optimise import make_optimiser, optimise
+from coterie.training.policy_update import optimise
+from coterie.training.step import make_optimiser
 from coterie.types import Group, Prompt, Scored, Stream
 
 SIDES = ("stream", "copies")

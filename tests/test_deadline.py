@@ -95,7 +95,7 @@ import time, sys
 sys.path.insert(0, {str(__file__).rpartition("/")[0]!r})
 from pathlib import Path
 import coterie
-from coterie.training.optimise import optimise
+from coterie.training.policy_update import optimise
 from coterie.training import grpo
 def fails(*given, **more):
     raise RuntimeError("on purpose")

@@ -24,9 +24,9 @@ from coterie.runs.console import Console
 from coterie.tasks.base import Task, draw
 from coterie.tasks.dataset import Dataset
 from coterie.tasks.load import check_lengths, make_task, prepare
-from coterie.training.optimise import load_objective
+from coterie.training.advantages import load_advantages
+from coterie.training.policy_update import load_objective
 from coterie.training.preferences import pair_streams
-from coterie.training.sample import load_advantages
 from coterie.training.saved import Saved, export
 from coterie.training.train import as_trained, tried_policy
 from coterie.types import Messages, Prompt, RewardFailure, Scored

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from coterie.algorithms.kl import exact_kl
 from coterie.models.policy import Policy
+from coterie.sections import section
+from coterie.stopping import may_stop
 from coterie.types import Stream
 
 CHUNK_LOGITS = 1 << 24  # logits held at a time
@@ -61,6 +63,17 @@ def token_statistics(
     columns = _in_chunks(head, hidden, reference_hidden, stream.targets, stream.support, CHUNK_LOGITS)
     rest = iter(columns[1:])
     return TokenStatistics(columns[0], next(rest) if entropy else None, next(rest) if reference is not None else None)
+
+
+@section("reference")
+@torch.no_grad()
+def logprobs_of(policy: Policy, streams: Sequence[Stream], *, temperature: float) -> list[Tensor]:
+    """A policy's log-probabilities of each stream's tokens, without gradient: [N] each, on its device."""
+    found = []
+    for stream in streams:
+        may_stop()
+        found.append(token_logprobs(policy, stream.to(policy.device), temperature=temperature))
+    return found
 
 
 def chunked_logprobs(

@@ -16,35 +16,22 @@ from coterie.algorithms.controllers import adapted_entropy_weight, adapted_kl_we
 from coterie.algorithms.kl import k3
 from coterie.evals.evaluate import evaluate, heldout_prompts
 from coterie.models.codec import Codec
+from coterie.models.logprobs import logprobs_of
 from coterie.models.policy import Policy
 from coterie.recipe import Recipe
 from coterie.rewards.score import Reward
 from coterie.rollouts.engine import Engine
 from coterie.rollouts.pack import pack
 from coterie.tasks.base import Task
+from coterie.training.advantages import load_advantages
 from coterie.training.checkpoint import TrainState
 from coterie.training.gap import rounding_at_the_gap
 from coterie.training.metrics import Clock, Tally
-from coterie.training.optimise import (
-    UpdateSettings,
-    learning_rate_at,
-    load_objective,
-    logprobs_of,
-    make_optimiser,
-    optimise,
-    set_learning_rate,
-)
+from coterie.training.policy_update import UpdateSettings, load_objective, optimise
 from coterie.training.reference import move_reference
 from coterie.training.run import Run
-from coterie.training.sample import (
-    Drawn,
-    groups_with_signal,
-    load_advantages,
-    sample_step,
-    some_groups,
-    streams_of,
-    with_kl,
-)
+from coterie.training.sample import Drawn, groups_with_signal, sample_step, some_groups, streams_of, with_kl
+from coterie.training.step import learning_rate_at, make_optimiser, set_learning_rate
 from coterie.types import Scored, Stream
 
 

@@ -17,6 +17,7 @@ from coterie.algorithms.objectives import clipped_value_loss
 from coterie.distributed.reduce import sum_numbers, sum_totals
 from coterie.models.codec import Codec
 from coterie.models.heads import Scorer
+from coterie.models.logprobs import logprobs_of
 from coterie.models.policy import Policy
 from coterie.recipe import Recipe
 from coterie.rewards.score import Reward
@@ -35,18 +36,10 @@ from coterie.training.grpo import (
     rollout_metrics,
 )
 from coterie.training.metrics import Clock, Tally
-from coterie.training.optimise import (
-    UpdateSettings,
-    learning_rate_at,
-    load_objective,
-    logprobs_of,
-    make_optimiser,
-    optimise,
-    set_learning_rate,
-    take_step,
-)
+from coterie.training.policy_update import UpdateSettings, load_objective, optimise
 from coterie.training.run import Run
 from coterie.training.sample import kl_of, sample_step
+from coterie.training.step import learning_rate_at, make_optimiser, set_learning_rate, take_step
 from coterie.types import BatchTotals, Stream
 
 

@@ -17,7 +17,7 @@ from coterie.evals.evaluate import Evaluation
 from coterie.evals.statistics import grouped, share_interval
 from coterie.models.codec import Codec
 from coterie.models.heads import Scorer
-from coterie.models.logprobs import token_logprobs
+from coterie.models.logprobs import logprobs_of, token_logprobs
 from coterie.models.policy import Policy
 from coterie.recipe import Recipe
 from coterie.rewards.score import Reward
@@ -28,8 +28,8 @@ from coterie.tasks.base import Preference, Task
 from coterie.training.checkpoint import TrainState
 from coterie.training.grpo import evaluate_on_the_way
 from coterie.training.metrics import Clock, Tally
-from coterie.training.optimise import learning_rate_at, logprobs_of, make_optimiser, set_learning_rate, take_step
 from coterie.training.run import Run
+from coterie.training.step import learning_rate_at, make_optimiser, set_learning_rate, take_step
 from coterie.types import Stream
 
 

@@ -6,23 +6,21 @@ Legend: P prompts, G completions per prompt.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from coterie.algorithms.advantages import group_advantages, has_signal, normalised_then_summed
+from coterie.algorithms.advantages import has_signal
 from coterie.algorithms.kl import ESTIMATORS
 from coterie.algorithms.ratios import row_sum
-from coterie.errors import UserError
 from coterie.faults import strikes
 from coterie.models.codec import Codec
-from coterie.models.logprobs import token_statistics
+from coterie.models.logprobs import logprobs_of, token_statistics
 from coterie.models.policy import Policy
 from coterie.recipe import Recipe
 from coterie.recipe.settings import Advantage, Overlong
-from coterie.rewards.load import load_function
 from coterie.rewards.score import Reward, score
 from coterie.rollouts.collect import collect
 from coterie.rollouts.engine import Engine
@@ -31,10 +29,7 @@ from coterie.sections import section
 from coterie.stopping import may_stop
 from coterie.tasks.base import Task, draw, draw_again
 from coterie.training.metrics import Clock
-from coterie.training.optimise import chosen_keywords, logprobs_of
 from coterie.types import Group, RewardFailure, Scored, Stream
-
-Advantages = Callable[[Scored], Tensor]
 
 
 @dataclass(frozen=True)
@@ -213,53 +208,6 @@ def streams_of(scored: Scored, micro_batch_tokens: int, *, only: Iterable[int] |
 def with_part(scored: Scored, name: str, values: Tensor) -> Scored:
     """Another part of the reward, [P, G], added to the sum where the completion has one."""
     return replace(scored, rewards=scored.rewards + values, parts={**scored.parts, name: values})
-
-
-def load_advantages(recipe: Recipe, rewards: Sequence[Reward]) -> Advantages:
-    """How scored groups become advantages [P, G]: the recipe's settings, or the user's own function."""
-    settings = recipe.advantage
-    if settings.function is not None:
-        own = own_advantages(settings)
-        return lambda scored: own(scored.rewards)
-    if settings.combine == "sum":
-        return lambda scored: group_advantages(
-            scored.rewards, baseline=settings.baseline, scale=settings.scale, epsilon=settings.epsilon
-        )
-    weights = {reward.name: reward.weight for reward in rewards}
-    return lambda scored: _each(scored, weights, settings)
-
-
-def own_advantages(settings: Advantage) -> Callable[[Tensor], Tensor]:
-    """The user's function, with `group_advantages`' signature: rewards [P, G], NaN where one abstains -> [P, G].
-
-    As keywords it gets what it names of the `advantage` section. Raises UserError where it is missing, or asks for a keyword
-    that is no such setting.
-    """
-    assert settings.function is not None
-    function = load_function(settings.function, "advantage.function")
-    keywords = chosen_keywords(function, settings.model_dump(), f"advantage.function: {settings.function}")
-    return lambda rewards: _checked(function(rewards.clone(), **keywords), rewards)
-
-
-def _each(scored: Scored, weights: Mapping[str, float], settings: Advantage) -> Tensor:
-    parts = [part.masked_fill(~scored.valid, math.nan) for part in scored.parts.values()]
-    of_parts = [weights.get(name, 1.0) for name in scored.parts]
-    return normalised_then_summed(
-        parts, of_parts, baseline=settings.baseline, scale=settings.scale, epsilon=settings.epsilon
-    )
-
-
-def _checked(advantages: Tensor, rewards: Tensor) -> Tensor:
-    """A user's advantages: a finite [P, G], and 0 where the completion abstains."""
-    if not isinstance(advantages, Tensor) or advantages.shape != rewards.shape:
-        given = tuple(advantages.shape) if isinstance(advantages, Tensor) else type(advantages).__name__
-        raise UserError(
-            f"advantage.function: returned {given}; a tensor with one number per completion, {tuple(rewards.shape)}, is needed"
-        )
-    advantages = torch.where(rewards.isnan(), 0.0, advantages.detach().to(rewards.dtype))
-    if not advantages.isfinite().all():
-        raise UserError("advantage.function: returned numbers that are not finite")
-    return advantages
 
 
 def _joined(first: Scored, second: Scored) -> Scored:

@@ -16,8 +16,8 @@ from coterie.rollouts.pack import Row, make_stream, split_by_tokens
 from coterie.tasks.base import Task
 from coterie.training.checkpoint import TrainState
 from coterie.training.metrics import Tally
-from coterie.training.optimise import learning_rate_at, make_optimiser, set_learning_rate, take_step
 from coterie.training.run import Run
+from coterie.training.step import learning_rate_at, make_optimiser, set_learning_rate, take_step
 from coterie.types import BatchTotals, Stream
 
 

@@ -36,7 +36,6 @@ from coterie.tasks.dataset import Dataset
 from coterie.tasks.load import prepare
 from coterie.training.checkpoint import STAGES, Position, TrainState, load_checkpoint
 from coterie.training.grpo import train_grpo
-from coterie.training.optimise import make_optimiser
 from coterie.training.ppo import train_ppo
 from coterie.training.preferences import evaluate_pairs, train_dpo, train_reward_model
 from coterie.training.profile import Profiler
@@ -44,6 +43,7 @@ from coterie.training.reference import make_reference
 from coterie.training.run import Run, RunFailedError, write_whole
 from coterie.training.saved import save_model
 from coterie.training.sft import train_sft
+from coterie.training.step import make_optimiser
 
 _SHOWN_EXAMPLES = 4
 _LARGE = 20_000_000  # bytes of a data file that is told of before it is read

@@ -13,13 +13,13 @@ from coterie.algorithms.advantages import group_advantages, has_signal
 from coterie.algorithms.kl import k3
 from coterie.errors import UserError
 from coterie.fast.serve import Policy
-from coterie.models.logprobs import token_logprobs
+from coterie.models.logprobs import logprobs_of
 from coterie.recipe import Recipe, make_recipe
-from coterie.rollouts.pack import Row, make_stream, split_by_tokens
+from coterie.rollouts.pack import pack
+from coterie.training.advantages import own_advantages
 from coterie.training.metrics import Tally
-from coterie.training.optimise import UpdateSettings, logprobs_of, optimise
-from coterie.training.sample import own_advantages
-from coterie.types import BatchTotals, Stream
+from coterie.training.policy_update import UpdateSettings, optimise
+from coterie.types import Completion, Group, Prompt, Scored
 
 
 def update(
@@ -69,9 +69,16 @@ def update(
     _check_tokens(policy.model.get_input_embeddings().weight.shape[0], prompts, completions)
 
     advantages = _advantages(recipe, rewards)  # [P, G]
-    streams, totals = _pack(recipe, prompts, completions, sampler_logprobs, rewards, advantages)
+    if rewards.isnan().all():
+        raise UserError("update: every completion abstains, so there is nothing to learn from")
+    scored = _scored(prompts, completions, sampler_logprobs, rewards)
+    budget = recipe.optimiser.micro_batch_tokens
+    streams, totals = pack(
+        scored, advantages, max_length=_longest(scored), micro_batch_tokens=budget, drop_silent=False
+    )
     if sampler_logprobs is None:
-        streams = [_with_own_logprobs(policy, stream, temperature) for stream in streams]
+        own = logprobs_of(policy, streams, temperature=temperature)
+        streams = [replace(stream, sampler_logprobs=of.cpu()) for stream, of in zip(streams, own, strict=True)]
     held = logprobs_of(reference, streams, temperature=temperature) if reference is not None else None
     chosen = UpdateSettings.of(
         recipe, kl_weight=recipe.loss.kl_weight, entropy_weight=recipe.entropy.weight, temperature=temperature
@@ -172,41 +179,28 @@ def _check_tokens(
                 )
 
 
-def _pack(
-    recipe: Recipe,
+def _scored(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[Sequence[int]]],
     sampler_logprobs: Sequence[Sequence[Sequence[float] | Tensor]] | None,
     rewards: Tensor,
-    advantages: Tensor,
-) -> tuple[list[Stream], BatchTotals]:
-    """The rows with a reward as streams, and the denominators of the step."""
+) -> Scored:
+    """What was given, as the trainer has it; log-probabilities are zeros where none were given."""
     groups = []
     for p, prompt in enumerate(prompts):
-        rows = []
-        for c in (~rewards[p].isnan()).nonzero().flatten().tolist():
-            tokens = list(completions[p][c])
+        of_prompt = []
+        for c, tokens in enumerate(completions[p]):
             given = sampler_logprobs[p][c] if sampler_logprobs is not None else [0.0] * len(tokens)
-            rows.append(
-                Row(
-                    tokens,
-                    torch.as_tensor(given, dtype=torch.float32).cpu(),
-                    advantages[p, c].item(),
-                    rewards[p, c].item(),
-                )
-            )
-        groups.append((list(prompt), rows))
-    lengths = [len(row.tokens) for _, rows in groups for row in rows]
-    if not lengths:
-        raise UserError("update: every completion abstains, so there is nothing to learn from")
-    totals = BatchTotals(len(lengths), sum(lengths), max(lengths))
-    return [make_stream(part) for part in split_by_tokens(groups, recipe.optimiser.micro_batch_tokens)], totals
+            logprobs = torch.as_tensor(given, dtype=torch.float32).cpu()
+            of_prompt.append(Completion(list(tokens), logprobs, torch.zeros_like(logprobs), "stop"))
+        groups.append(Group(Prompt(p, "", list(prompt)), of_prompt))
+    return Scored(groups, rewards, {}, [])
 
 
-@torch.no_grad()
-def _with_own_logprobs(policy: Policy, stream: Stream, temperature: float) -> Stream:
-    own = token_logprobs(policy, stream.to(policy.device), temperature=temperature)
-    return replace(stream, sampler_logprobs=own.cpu())
+def _longest(scored: Scored) -> int:
+    """The length of the longest completion that has a reward."""
+    lengths = torch.tensor([[len(completion.tokens) for completion in group.completions] for group in scored.groups])
+    return int(lengths[scored.valid].max())
 
 
 def _batch_metrics(rewards: Tensor) -> Tally:

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from coterie.fast.serve import Policy
+from coterie.models.logprobs import logprobs_of
 from coterie.recipe import make_recipe
 from coterie.rollouts.pack import Row, make_stream
 from coterie.tasks.equations import make_tokenizer
-from coterie.training.optimise import UpdateSettings, logprobs_of, optimise
+from coterie.training.policy_update import UpdateSettings, optimise
 from coterie.types import BatchTotals
 
 trl = pytest.importorskip("trl", reason="the extra bench is not installed")

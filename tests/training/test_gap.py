@@ -8,11 +8,11 @@ import torch
 import coterie
 from coterie.fast.native import NativeEngine
 from coterie.fast.serve import Policy
+from coterie.models.logprobs import logprobs_of
 from coterie.noise import key, mix
 from coterie.recipe.settings import Lora, Sampling
 from coterie.rollouts.pack import Row, make_stream
 from coterie.training.gap import rounding_at_the_gap
-from coterie.training.optimise import logprobs_of
 from coterie.training.run import RunFailedError
 
 

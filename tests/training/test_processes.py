@@ -14,7 +14,7 @@ from coterie.fast.serve import Policy
 from coterie.recipe import make_recipe
 from coterie.recipe.presets import PRESETS
 from coterie.rollouts.pack import Row, make_stream
-from coterie.training.optimise import UpdateSettings, optimise
+from coterie.training.policy_update import UpdateSettings, optimise
 from coterie.types import BatchTotals
 
 FIXED = {"model": "m", "task": {"data": "d"}, "rewards": ["m:f", "m:g"]}

@@ -10,8 +10,9 @@ from coterie.recipe import make_recipe
 from coterie.recipe.settings import Advantage, Overlong
 from coterie.rewards.score import Reward
 from coterie.rollouts.pack import Row, make_stream
+from coterie.training.advantages import load_advantages
 from coterie.training.grpo import divergence_metrics
-from coterie.training.sample import groups_with_signal, load_advantages, with_overlong
+from coterie.training.sample import groups_with_signal, with_overlong
 from coterie.types import Completion, Group, Prompt, Scored
 
 EACH = Advantage(combine="each")

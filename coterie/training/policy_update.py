@@ -1,16 +1,12 @@
-"""The optimiser's side of training: schedules, one exact step over micro-batches, the policy update.
+"""The policy's update on a batch of samples: the objective, corrected for the sampler, with KL and entropy.
 
 Legend: N completion tokens of a stream, B its rows.
 """
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,18 +15,16 @@ from coterie.algorithms.aggregate import aggregate
 from coterie.algorithms.kl import k3, kl_penalty
 from coterie.algorithms.objectives import OBJECTIVES, TokenTerms, clipped_at
 from coterie.algorithms.ratios import importance_weights
-from coterie.distributed.reduce import all_agree, sum_gradients, sum_totals
+from coterie.distributed.reduce import sum_totals
 from coterie.errors import UserError
-from coterie.faults import strikes
-from coterie.models.logprobs import token_logprobs, token_statistics
+from coterie.models.logprobs import token_statistics
 from coterie.models.policy import Policy
 from coterie.recipe import Recipe
-from coterie.recipe.settings import KL, ColdStart, Correction, Loss, Optimiser
+from coterie.recipe.settings import KL, Correction, Loss
 from coterie.rewards.load import load_function
-from coterie.sections import section
-from coterie.stopping import allow, may_stop
-from coterie.training.checkpoint import Trained
+from coterie.training.keywords import chosen_keywords
 from coterie.training.metrics import Tally
+from coterie.training.step import take_step
 from coterie.types import BatchTotals, Stream
 
 Objective = Callable[[TokenTerms], Tensor]
@@ -82,45 +76,6 @@ def load_objective(loss: Loss) -> Objective:
         function = load_function(loss.objective, "loss.objective")
     keywords = chosen_keywords(function, loss.model_dump(), f"loss.objective: {loss.objective}")
     return lambda terms: function(terms, **keywords)
-
-
-def chosen_keywords(function: Callable[..., Any], settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Those settings that a function takes as keyword-only arguments. UserError where it needs one that does not exist."""
-    chosen = {}
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind is not parameter.KEYWORD_ONLY:
-            continue
-        if parameter.name in settings:
-            chosen[parameter.name] = settings[parameter.name]
-        elif parameter.default is parameter.empty:
-            raise UserError(f"{name} needs {parameter.name}, which is no setting; there are: {', '.join(settings)}")
-    return chosen
-
-
-def learning_rate_at(step: int, num_steps: int, settings: Optimiser | ColdStart) -> float:
-    """The learning rate of a step, numbered from 1: linear warm-up, then the schedule down to `final_share`."""
-    if step <= settings.warmup_steps:
-        return settings.learning_rate * step / settings.warmup_steps
-    done = (step - 1 - settings.warmup_steps) / max(1, num_steps - settings.warmup_steps)
-    final = getattr(settings, "final_share", 0.0)
-    shapes = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-    share = shapes[settings.schedule]
-    return settings.learning_rate * (share if settings.schedule == "constant" else final + (1 - final) * share)
-
-
-def make_optimiser(
-    model: Trained, settings: Optimiser | None = None, learning_rate: float | None = None
-) -> torch.optim.Optimizer:
-    """AdamW over all parameters that are trained, in the model's order."""
-    settings = settings or Optimiser()
-    parameters = [parameter for _, parameter in model.named_parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(
-        parameters,
-        lr=learning_rate or settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
 
 
 def optimise(
@@ -265,74 +220,3 @@ def _add_ratio_metrics(terms: TokenTerms, settings: UpdateSettings, tally: Tally
     tally.add_values("policy/ratio_mean", ratio)
     tally.add_maximum("policy/ratio_max", ratio)
     tally.add_values("policy/kl_to_sampler", k3(-terms.log_ratio))
-
-
-def take_step(
-    optimiser: torch.optim.Optimizer,
-    streams: Sequence[Stream],
-    loss_of: Callable[[int, Stream], Tensor],
-    device: torch.device,
-    max_grad_norm: float,
-) -> Tally:
-    """Backward over every micro-batch, clip the gradient's norm, step. `loss_of(number, stream on the device)` -> scalar.
-
-    The gradient is the sum over micro-batches. A loss or gradient that is not finite never reaches the weights: the step
-    is skipped and counted.
-    """
-    tally = Tally()
-    given = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-    parameters = [parameter for parameter in given if parameter.requires_grad]
-    with section("train/optimiser"):
-        for parameter in given:
-            if not parameter.requires_grad:
-                parameter.grad = None  # a frozen weight with a gradient of zeros would decay
-        for parameter in parameters:  # zeros and not None, so that a batch without signal is a step with no gradient
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
-    finite = torch.ones((), dtype=torch.bool, device=device)
-    for number, stream in enumerate(streams):
-        may_stop()
-        with _named(f"micro-batch {number + 1} of {len(streams)}", stream):
-            with section("train/forward"):
-                loss = loss_of(number, stream.to(device))
-                loss = loss * math.nan if strikes("before_backward") else loss
-                finite &= loss.isfinite()
-            with section("train/backward"):
-                loss.backward()
-    may_stop()
-    allow(leaving=False)
-    with section("train/optimiser"):
-        sum_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-        takes = all_agree(bool(finite & norm.isfinite()))  # the one place where the host waits for the device
-        strikes("before_step")
-        if takes:
-            optimiser.step()
-            tally.add("optimiser/grad_norm", norm)
-    tally.add("optimiser/skipped_share", 0.0 if takes else 1.0)
-    return tally
-
-
-@contextmanager
-def _named(name: str, stream: Stream) -> Iterator[None]:
-    """Put the micro-batch into an error, for where memory runs out."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        error.add_note(f"{name}, {len(stream.tokens):,} tokens of {stream.num_rows} rows")
-        raise
-
-
-def set_learning_rate(optimiser: torch.optim.Optimizer, learning_rate: float) -> None:
-    for group in optimiser.param_groups:
-        group["lr"] = learning_rate
-
-
-@section("reference")
-@torch.no_grad()
-def logprobs_of(policy: Policy, streams: Sequence[Stream], *, temperature: float) -> list[Tensor]:
-    """A policy's log-probabilities of each stream's tokens, without gradient: [N] each, on its device."""
-    found = []
-    for stream in streams:
-        may_stop()
-        found.append(token_logprobs(policy, stream.to(policy.device), temperature=temperature))
-    return found

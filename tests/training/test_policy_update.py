@@ -12,23 +12,17 @@ from coterie.algorithms.aggregate import AGGREGATIONS
 from coterie.algorithms.ratios import RATIOS
 from coterie.fast.native import NativeEngine
 from coterie.fast.serve import Policy
-from coterie.models.logprobs import token_logprobs
+from coterie.models.logprobs import logprobs_of, token_logprobs
 from coterie.noise import mix
 from coterie.recipe import make_recipe
 from coterie.recipe.presets import PRESETS
 from coterie.recipe.settings import ColdStart, Loss, Optimiser, Sampling
 from coterie.rewards.score import Reward
 from coterie.rollouts.pack import Row, make_stream, pack, split_by_tokens
-from coterie.training.optimise import (
-    UpdateSettings,
-    learning_rate_at,
-    logprobs_of,
-    make_optimiser,
-    optimise,
-    take_step,
-)
-from coterie.training.sample import load_advantages
+from coterie.training.advantages import load_advantages
+from coterie.training.policy_update import UpdateSettings, optimise
 from coterie.training.sft import fit
+from coterie.training.step import learning_rate_at, make_optimiser, take_step
 from coterie.types import Group, Prompt, Scored
 
 SAMPLING = Sampling(max_new_tokens=20)
