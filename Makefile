@@ -1,5 +1,5 @@
 # `make demo` trains a model in minutes; `make programs` and `make dialogue` train other tasks. `make test` runs the quick tests, `make test-all`
-# all of them, and `make faults` breaks runs on purpose. Each sets up what it needs.
+# all of them, `make faults` breaks runs on purpose, and `make docs` builds the documentation as a site. Each sets up what it needs.
 PYTHON ?= python3
 VENV ?= .venv
 SOURCES := pyproject.toml constraints.txt
@@ -7,7 +7,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
 
 REWARD_MODEL := runs/dialogue_reward_model
 
-.PHONY: demo programs dialogue test test-slow test-all faults lint clean
+.PHONY: demo programs dialogue test test-slow test-all faults lint docs clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/coterie train recipes/equations.yaml
@@ -38,6 +38,11 @@ faults: $(VENV)/.installed-dev
 	$(VENV)/bin/python benchmarks/faults.py
 	$(VENV)/bin/python benchmarks/saving.py
 
+# The pages that are made from the code, then the site: open site/index.html
+docs: $(VENV)/.installed-dev
+	$(VENV)/bin/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -55,4 +60,4 @@ $(VENV)/.installed-dev: $(SOURCES) | $(VENV)/bin/python
 	touch $(VENV)/.installed $@
 
 clean:
-	rm -rf $(VENV) dist build
+	rm -rf $(VENV) dist build site
