@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from coterie import trust
 from coterie.cli import app
 from coterie.errors import UserError
-from coterie.rewards.own import load_function
+from coterie.user_code import load_function
 
 REWARD = "from pathlib import Path\nPath({mark!r}).touch()\n\ndef f(completions=(), **columns):\n    return [1.0] * len(completions)\n"
 MODEL = {"type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
@@ -117,7 +117,7 @@ def test_a_run_whose_code_has_changed_is_asked_about_again(folders):
     assert run(*allowed, "--trust") is None
 
 
-@pytest.mark.parametrize("name", ["coterie.runs.store:Store", "coterie.rewards.own:load_function", "coterie_other:f"])
+@pytest.mark.parametrize("name", ["coterie.runs.store:Store", "coterie.user_code:load_function", "coterie_other:f"])
 def test_not_all_of_coterie_is_trusted(tmp_path, name, monkeypatch):
     """Some of it writes files or runs code that a recipe's options could name."""
     (tmp_path / "coterie_other.py").touch()

@@ -7,8 +7,8 @@ from coterie.errors import UserError
 from coterie.recipe.settings import RewardSpec
 from coterie.rewards.builtin import make_builtin
 from coterie.rewards.isolated import Isolated
-from coterie.rewards.own import load_function
 from coterie.rewards.score import Reward
+from coterie.user_code import load_function
 
 OWN_TIMEOUT = 30.0  # seconds that a call of a user's function may take
 

@@ -20,10 +20,10 @@ from coterie.errors import RewardError, UserError
 from coterie.faults import strikes
 from coterie.rewards.arguments import Copies, Entry, Signature, columns_of, entries_of, own_options
 from coterie.rewards.limits import TookTooLong, time_limit
-from coterie.rewards.own import described, in_place
 from coterie.sections import section
 from coterie.stopping import may_stop
 from coterie.types import Group, Prompt, RewardFailure, Scored
+from coterie.user_code import described, in_place
 
 
 class _CountError(UserError):

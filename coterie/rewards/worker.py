@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from coterie.errors import UserError
-from coterie.rewards.own import described, load_function
+from coterie.user_code import described, load_function
 
 LENGTH = struct.Struct(">I")
 FAILURE = "__reward_failure__"  # the key of a dict that stands for an exception

@@ -15,11 +15,11 @@ from coterie.models.template import Chat
 from coterie.recipe import Recipe
 from coterie.recipe.settings import DatasetTask, Sampling
 from coterie.rewards.load import load_rewards
-from coterie.rewards.own import check_home
 from coterie.rewards.score import Reward, check_fits
 from coterie.tasks import dialogue, equations, programs
 from coterie.tasks.base import Task
 from coterie.tasks.dataset import Dataset
+from coterie.user_code import check_home
 
 BYTES = "bytes"  # the name of the built-in tokenizer
 

@@ -21,7 +21,7 @@ from coterie.models.logprobs import token_statistics
 from coterie.models.policy import Policy
 from coterie.recipe import Recipe
 from coterie.recipe.settings import KL, Correction, Loss
-from coterie.rewards.load import load_function
+from coterie.user_code import load_function
 from coterie.training.keywords import chosen_keywords
 from coterie.training.metrics import Tally
 from coterie.training.step import take_step

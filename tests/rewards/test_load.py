@@ -6,7 +6,7 @@ from coterie import trust
 from coterie.errors import UserError
 from coterie.recipe import make_recipe
 from coterie.rewards.load import load_rewards
-from coterie.rewards.own import load_function
+from coterie.user_code import load_function
 
 
 @pytest.fixture

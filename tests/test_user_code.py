@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from coterie.rewards.own import load_function
+from coterie.user_code import load_function
 
 FILE = """
 import multiprocessing
@@ -26,7 +26,7 @@ def test_the_processes_of_a_pool_import_it(tmp_path, kind):
     (tmp_path / "my_rewards.py").write_text(FILE.format(helper="my_helper", kind=kind))
     (tmp_path / "my_helper.py").write_text("def size(text):\n    return float(len(text))\n")
     code = f"""
-from coterie.rewards.own import load_function
+from coterie.user_code import load_function
 if __name__ == "__main__":
     print(load_function("{tmp_path}/my_rewards.py:sizes", "rewards")(completions=["a", "bcd"]))
 """

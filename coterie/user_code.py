@@ -92,7 +92,7 @@ def in_place(error: BaseException) -> str:
     return f" ({code.co_filename.removeprefix(os.getcwd() + os.sep)}, line {line}, in {code.co_name})"
 
 
-_COTERIE = str(Path(__file__).resolve().parent.parent) + os.sep
+_COTERIE = str(Path(__file__).resolve().parent) + os.sep
 _LIBRARIES = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
