@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from coterie.errors import RewardError, UserError, nearest
 from coterie.rewards.extract import boxed_answer, final_answer, known_answer
-from coterie.rewards.pool import WorkerPool
 from coterie.rewards.text_of import completion_text
 from coterie.rewards.values import UndecidedError, equal, parts
+from coterie.rewards.workers.pool import WorkerPool
 
 _TARGET = "coterie.rewards.algebra:compare"
 _LATE = "took longer"

@@ -6,8 +6,8 @@ from contextlib import ExitStack, contextmanager
 from coterie.errors import UserError
 from coterie.recipe.settings import RewardSpec
 from coterie.rewards.builtin import make_builtin
-from coterie.rewards.isolated import Isolated
 from coterie.rewards.score import Reward
+from coterie.rewards.workers.isolated import Isolated
 from coterie.user_code import load_function
 
 OWN_TIMEOUT = 30.0  # seconds that a call of a user's function may take

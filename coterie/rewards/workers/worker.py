@@ -1,4 +1,4 @@
-"""What runs inside a worker of coterie/rewards/pool.py: import one function, then answer calls until the pipe ends.
+"""What runs inside a worker of coterie/rewards/workers/pool.py: import one function, then answer calls until the pipe ends.
 
 Messages are a length of four bytes and then that many bytes: a pickled dict of arguments comes in, JSON goes out. JSON, because
 the arguments hold text that a model wrote: whatever it does to the function, its answer is plain values and nothing that the

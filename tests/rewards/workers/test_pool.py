@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from coterie.errors import RewardError, UserError
-from coterie.rewards.pool import WorkerPool
+from coterie.rewards.workers.pool import WorkerPool
 
 WAYS = """
 import os, signal, subprocess, sys, time
@@ -251,7 +251,7 @@ def test_close_ends_the_workers_and_the_pool_may_begin_again(pool):
 def test_workers_die_with_their_parent(target, what, tmp_path):
     """kill -9 of the parent while its workers wait, spin in C and are stopped."""
     program = f"""
-        from coterie.rewards.pool import WorkerPool
+        from coterie.rewards.workers.pool import WorkerPool
         pool = WorkerPool({target!r}, num_workers=2, seconds=1000.0)
         print(*set(pool.map([dict(what="pid")] * 6)), flush=True)
         pool.map([dict(what={what!r})] * 2)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from coterie.errors import RewardError
-from coterie.rewards.pool import WorkerPool
+from coterie.rewards.workers.pool import WorkerPool
 
 
 class Isolated:

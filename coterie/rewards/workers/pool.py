@@ -25,7 +25,7 @@ from typing import Any
 
 from coterie.deadline import running
 from coterie.errors import RewardError, UserError
-from coterie.rewards.worker import FAILURE, LENGTH
+from coterie.rewards.workers.worker import FAILURE, LENGTH
 
 _START_SECONDS = 120.0  # for the interpreter and the import of the target's module
 _MAX_ANSWER = 16 << 20  # bytes of an answer; a longer one is no answer
@@ -33,7 +33,7 @@ _LAST_WORDS = 300  # characters of what a dead worker printed
 _RUN = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
-from coterie.rewards.worker import main
+from coterie.rewards.workers.worker import main
 main(*sys.argv[2:])
 """
 
