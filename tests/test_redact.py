@@ -10,7 +10,7 @@ from coterie import redact
 from coterie.errors import UserError
 from coterie.recipe import make_recipe
 from coterie.redact import hidden, hidden_in
-from coterie.rewards.judge import Judge
+from coterie.rewards.judge.reward import Judge
 
 
 def test_what_the_environment_holds_is_hidden(monkeypatch):

@@ -14,7 +14,7 @@ BUILTIN: dict[str, str] = {
     "answer": "coterie.rewards.answers:Answer",
     "code": "coterie.rewards.code.reward:Code",
     "format": "coterie.rewards.text:Format",
-    "judge": "coterie.rewards.judge:Judge",
+    "judge": "coterie.rewards.judge.reward:Judge",
     "language": "coterie.rewards.language:Language",
     "length": "coterie.rewards.text:Length",
     "repetition": "coterie.rewards.text:Repetition",

@@ -25,9 +25,9 @@ from coterie.errors import RewardError, UserError, nearest
 from coterie.noise import permutation
 from coterie.redact import conceal
 from coterie.rewards.arguments import GIVEN
-from coterie.rewards.judge_cache import Cache, default_folder
-from coterie.rewards.judge_client import Client, DeclinedError, Service
-from coterie.rewards.judge_request import (
+from coterie.rewards.judge.cache import Cache, default_folder
+from coterie.rewards.judge.client import Client, DeclinedError, Service
+from coterie.rewards.judge.request import (
     Form,
     Question,
     Ranking,

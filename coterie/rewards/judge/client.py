@@ -32,7 +32,7 @@ from tenacity import (
 from coterie.deadline import running
 from coterie.errors import RewardError
 from coterie.redact import MASK, hidden
-from coterie.rewards.judge_request import Question, QuotationError, ReplyError
+from coterie.rewards.judge.request import Question, QuotationError, ReplyError
 
 MAX_BODY = 1_000_000  # bytes of an answer
 _PARTING = 5.0  # seconds for connections to close

@@ -20,9 +20,9 @@ import coterie
 from coterie.errors import RewardError, UserError
 from coterie.recipe import make_recipe
 from coterie.recipe.settings import RewardSpec
-from coterie.rewards import judge_client
-from coterie.rewards.judge import Judge, _rounds
-from coterie.rewards.judge_client import Breaker, _seconds_in
+from coterie.rewards.judge import client
+from coterie.rewards.judge.client import Breaker, _seconds_in
+from coterie.rewards.judge.reward import Judge, _rounds
 from coterie.rewards.limits import TookTooLong, time_limit
 from coterie.rewards.load import load_rewards
 
@@ -121,7 +121,7 @@ def by_length(handler, fields):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(judge_client, "_backoff", lambda state: 0.01)
+    monkeypatch.setattr(client, "_backoff", lambda state: 0.01)
     running = Server()
     thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
@@ -474,7 +474,7 @@ def test_a_step_has_a_deadline_and_keeps_what_came_before_it(server, make_judge)
 
 STOPPED = """
 import sys
-from coterie.rewards.judge import Judge
+from coterie.rewards.judge.reward import Judge
 judge = Judge(model="m", rubric="Longer is better.", url=sys.argv[1], cache=sys.argv[2], step_seconds=3)
 print(judge(["p"], ["1234567890"]))
 judge.close()
