@@ -24,7 +24,7 @@ from coterie.algorithms.kl import k3
 from coterie.fast.serve import load_policy, make_engine
 from coterie.models.logprobs import logprobs_of
 from coterie.recipe import load_recipe
-from coterie.rewards.steps import check
+from coterie.rewards.maths.linear import check
 from coterie.rollouts.collect import collect
 from coterie.runs.store import Store
 from coterie.tasks.equations import ONE_STEP_PROBLEMS

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from coterie.rewards.answers import Answer
+from coterie.rewards.maths.answers import Answer
 
 
 def solutions(path: Path, *, notes: bool) -> list[tuple[str, str]]:

@@ -35,9 +35,9 @@ from tables import RESULTS, ROOT, rounded, stamp, table, write_json
 
 from coterie.errors import UserError
 from coterie.recipe.settings import RewardSpec
-from coterie.rewards.answers import Answer
 from coterie.rewards.code.reward import Code
 from coterie.rewards.load import load_rewards
+from coterie.rewards.maths.answers import Answer
 from coterie.rewards.score import score
 from coterie.sandbox.base import Limits, Program, Sandbox, make_sandbox
 from coterie.types import Completion, Group, Prompt
@@ -234,7 +234,7 @@ def table_of_answers(found: dict[str, Any]) -> list[str]:
 
 def measure_pairs(given: argparse.Namespace) -> dict[str, Any]:
     """How often `answer` is wrong on the labelled pairs."""
-    pairs = [json.loads(line) for line in (TESTS / "answer_pairs.jsonl").read_text("utf-8").splitlines()]
+    pairs = [json.loads(line) for line in (TESTS / "maths" / "answer_pairs.jsonl").read_text("utf-8").splitlines()]
     pairs = pairs[:40] if given.quick else pairs
     reward = Answer(seconds=4.0, workers=WORKERS)
     scores = reward([pair["answer"] for pair in pairs], answer=[pair["gold"] for pair in pairs])

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from coterie.errors import UserError
 
-_OURS = ("coterie.rewards.steps",)  # not all of coterie: other parts write files and run code that options could name
+# Not all of coterie: other parts write files and run code that options could name
+_OURS = ("coterie.tasks.equation_rewards",)
 _folder: Path | None = None  # whose code runs unasked
 _asks = False  # in the command
 _trusts_all = True

@@ -125,7 +125,7 @@ def test_not_all_of_coterie_is_trusted(tmp_path, name, monkeypatch):
     trust.restrict(tmp_path)
     with pytest.raises(UserError, match="--trust"):
         load_function(name, "rewards")
-    assert callable(load_function("coterie.rewards.steps:right_answer", "rewards"))
+    assert callable(load_function("coterie.tasks.equation_rewards:right_answer", "rewards"))
 
 
 def test_a_run_or_model_folder_brings_no_code(folders, tmp_path, saved_model):

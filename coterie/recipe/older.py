@@ -11,6 +11,9 @@ from typing import Any
 
 RENAMED: dict[str, str] = {}  # by dotted name, the one that it has now
 REMOVED: dict[str, Any] = {}  # the value that does what is done without the setting; with another it is refused
+MOVED = {
+    "coterie.rewards.steps": "coterie.tasks.equation_rewards"
+}  # by module, where the reward functions in it are now
 NEW: dict[str, Any] = {}  # the value that does what was done before there was the setting
 
 
@@ -36,6 +39,12 @@ def of_older(
         section, _, last = name.rpartition(".")
         (found.setdefault(section, {}) if section else found).setdefault(last, value)
     return {key: value for key, value in found.items() if value != {} or values.get(key) == {}}
+
+
+def moved(function: str) -> str:
+    """The name that a reward function has now; any recipe may still call it as before."""
+    home, colon, name = function.rpartition(":")
+    return f"{MOVED.get(home, home)}{colon}{name}"
 
 
 def _place(values: dict[str, Any], name: str) -> tuple[dict[str, Any] | None, str]:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from coterie.recipe.older import moved
+
 
 def plain_rewards(values: dict[str, Any], folder: Path) -> None:
     """Let a reward be written as a bare string, resolve its files, and name it after its function.
@@ -22,7 +24,7 @@ def plain_rewards(values: dict[str, Any], folder: Path) -> None:
     for reward in rewards:
         spec = {"function": reward} if isinstance(reward, str) else reward
         if isinstance(spec, dict) and isinstance(spec.get("function"), str):
-            home, colon, function = spec["function"].rpartition(":")
+            home, colon, function = moved(spec["function"]).rpartition(":")
             if home.endswith(".py"):
                 home = _resolved_code(home, folder)
             spec = {**spec, "function": f"{home}{colon}{function}", "name": spec.get("name") or function}

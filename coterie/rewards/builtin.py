@@ -11,7 +11,7 @@ from typing import Any
 from coterie.errors import UserError, nearest
 
 BUILTIN: dict[str, str] = {
-    "answer": "coterie.rewards.answers:Answer",
+    "answer": "coterie.rewards.maths.answers:Answer",
     "code": "coterie.rewards.code.reward:Code",
     "format": "coterie.rewards.text:Format",
     "judge": "coterie.rewards.judge.reward:Judge",
@@ -20,7 +20,7 @@ BUILTIN: dict[str, str] = {
     "repetition": "coterie.rewards.text:Repetition",
     "reward_model": "coterie.rewards.learned:RewardModel",
     "self_correction": "coterie.rewards.corrections:SelfCorrection",
-    "steps": "coterie.rewards.solutions:Steps",
+    "steps": "coterie.rewards.maths.solutions:Steps",
 }
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from coterie.rewards.expressions import NUMBER, number_of
+from coterie.rewards.maths.expressions import NUMBER, number_of
 from coterie.rewards.text_of import completion_text
 
 _MAX_CHARACTERS = 100_000  # of a longer completion the beginning is read

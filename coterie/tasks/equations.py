@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from coterie.models.codec import Codec
 from coterie.noise import key, mix, uniform
-from coterie.rewards.steps import all_steps, check, parse_equation
+from coterie.rewards.maths.linear import all_steps, check, parse_equation
 from coterie.tasks.base import Demonstration, Preference, completions_of
 from coterie.tasks.words import make_word_tokenizer
 from coterie.types import Messages, Prompt, Scored

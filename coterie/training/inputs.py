@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from coterie.errors import UserError
 from coterie.recipe import Recipe, make_recipe
+from coterie.recipe.older import moved
 from coterie.recipe.settings import DatasetTask, RewardSpec
 from coterie.training.modules import modules_of
 
@@ -46,6 +47,7 @@ def check_inputs(before: Mapping[str, str], now: Mapping[str, str], allowed: Col
 
     A file that lies elsewhere is no change while its content is the same; nor is a setting that is new since the start, at its default.
     """
+    before = {name: _moved(value) if name.endswith(".function") else value for name, value in before.items()}
     changed: list[tuple[str, str]] = []
     refused: list[tuple[str, str]] = []
     lost = []
@@ -81,6 +83,12 @@ def check_inputs(before: Mapping[str, str], now: Mapping[str, str], allowed: Col
     if unknown:
         raise UserError(f"--allow {unknown[0]}: that has not changed, or there is no such setting")
     return [text for _, text in changed]
+
+
+def _moved(value: str) -> str:
+    """A function's name, as JSON, as it is called now."""
+    function = json.loads(value)
+    return json.dumps(moved(function), ensure_ascii=False) if isinstance(function, str) else value
 
 
 def _only_moved(name: str, before: Mapping[str, str], now: Mapping[str, str]) -> bool:

@@ -22,7 +22,7 @@ from coterie.recipe.settings import KL, Advantage, Loss
 from coterie.rewards.load import load_rewards
 
 BUNDLED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
-LEAST = {"model": {"type": "qwen3"}, "task": "equations", "rewards": ["coterie.rewards.steps:right_answer"]}
+LEAST = {"model": {"type": "qwen3"}, "task": "equations", "rewards": ["coterie.tasks.equation_rewards:right_answer"]}
 
 
 def made(**settings) -> Recipe:
@@ -525,7 +525,7 @@ def test_files_beside_a_recipe_are_found_from_anywhere(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("function", "word"),
     [
-        ("coterie.rewards.steps:right_anwser", "did you mean 'right_answer'"),
+        ("coterie.tasks.equation_rewards:right_anwser", "did you mean 'right_answer'"),
         ("coterie.rewards.nothing:f", "can't be imported"),
         ("nothing.py:f", "does not exist"),
         ("right_answer", "your own is module:function"),

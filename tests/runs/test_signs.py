@@ -243,7 +243,7 @@ def test_a_run_whose_reward_is_hacked_says_so_once_and_in_the_report(tiny_recipe
     recipe = [
         *tiny_recipe, "cold_start=null", "steps=45", "prompts_per_step=4", "group_size=8", "optimiser.learning_rate=1.0e-2",
         "loss.kl_weight=0", "evaluation={prompts: 8, samples: 1, every: 0}", "checkpoint={every: 15, keep_last: 3}",
-        f"rewards=['coterie.rewards.steps:right_answer', '{tmp_path}/rewards.py:letters']",
+        f"rewards=['coterie.tasks.equation_rewards:right_answer', '{tmp_path}/rewards.py:letters']",
     ]  # fmt: skip
     whole = coterie.train("equations", overrides=recipe, out=str(tmp_path / "whole")).folder
     signs = signs_recorded(whole)

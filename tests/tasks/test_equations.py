@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from coterie.models.codec import Codec
-from coterie.rewards.steps import all_steps, check, parse_equation, right_answer, written_steps
+from coterie.rewards.maths.linear import all_steps, check, parse_equation
 from coterie.tasks.base import draw
+from coterie.tasks.equation_rewards import right_answer, written_steps
 from coterie.tasks.equations import (
     EXAMPLES,
     HELDOUT_SHARE,

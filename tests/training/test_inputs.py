@@ -245,7 +245,7 @@ def test_a_module_that_a_reward_imports_is_named_when_it_has_changed(inputs, own
 
 
 def test_what_is_installed_and_what_is_ours_is_told_of_by_versions(inputs, own_package):
-    for function in (f"{own_package}/mine.py:f", "coterie.rewards.steps:right_answer"):
+    for function in (f"{own_package}/mine.py:f", "coterie.tasks.equation_rewards:right_answer"):
         names = inputs(rewards=[{"function": function, "name": "own"}])
         assert not [name for name in names if any(part in name for part in ("numpy", "json", "coterie"))]
 

@@ -16,8 +16,10 @@ import coterie
 from coterie.errors import UserError
 from coterie.recipe import load_recipe
 from coterie.recipe.older import of_older
+from coterie.rewards.load import load_rewards
 from coterie.runs.report import write_report
 from coterie.runs.store import Store
+from coterie.training.inputs import check_inputs, inputs_of
 
 
 @pytest.fixture
@@ -136,3 +138,19 @@ def test_what_an_older_version_did_with_another_value_is_refused_by_name(project
     recipe.write_text(recipe.read_text() + "unheard_of: 3\n")
     with pytest.raises(UserError, match="unheard_of: there is no such setting"):
         load_recipe(str(recipe))
+
+
+def test_a_reward_function_that_has_moved_is_found_by_its_old_name(tmp_path):
+    """In a recipe, and in a run that began with it."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: {type: qwen3}\ntask: equations\nrewards: ['coterie.rewards.steps:right_answer']\n")
+    recipe = load_recipe(str(path))
+    (reward,) = load_rewards(recipe.rewards)
+    assert reward.name == "right_answer"
+    assert reward.function(completions=["x = 5", "x = 4"], equation=["3x - 5 = 10"] * 2) == [1.0, 0.0]
+    now = inputs_of(recipe)
+    before = {**now, "rewards.right_answer.function": '"coterie.rewards.steps:right_answer"'}
+    assert check_inputs(before, now, ()) == []
+    before["rewards.right_answer.function"] = '"coterie.rewards.steps:written_steps"'
+    with pytest.raises(UserError, match=r"rewards\.right_answer\.function: was .*written_steps"):
+        check_inputs(before, now, ())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from coterie.rewards.numbers import in_one_alphabet, number, spelled
-from coterie.rewards.tidy import MATHS, inside
-from coterie.rewards.units import CURRENCIES, ENDS, units_of
+from coterie.rewards.maths.numbers import in_one_alphabet, number, spelled
+from coterie.rewards.maths.tidy import MATHS, inside
+from coterie.rewards.maths.units import CURRENCIES, ENDS, units_of
 
 _MAX_TEXT, _MAX_LINE, _MAX_BOXES = 10_000, 1_000, 50  # what is looked at, so that no text makes the search long
 _BOX = re.compile(r"\\(?:f?boxed|fbox)\s*\{")

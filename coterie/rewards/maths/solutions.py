@@ -17,8 +17,8 @@ from operator import or_
 from typing import Any, Literal, get_args
 
 from coterie.errors import RewardError, UserError
-from coterie.rewards.claims import Claim, claims_of, lines_of
-from coterie.rewards.expressions import (
+from coterie.rewards.maths.claims import Claim, claims_of, lines_of
+from coterie.rewards.maths.expressions import (
     NUMBER,
     Node,
     Operation,
@@ -29,8 +29,8 @@ from coterie.rewards.expressions import (
     numbers,
     one_step,
 )
-from coterie.rewards.origins import Origins
-from coterie.rewards.steps import Report, check, parse_equation
+from coterie.rewards.maths.linear import Report, check, parse_equation
+from coterie.rewards.maths.origins import Origins
 from coterie.rewards.text_of import completion_text, prompt_text
 
 Part = Literal["points", "right", "follows", "complete"]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
-from coterie.rewards.numbers import CHINESE, DECIMAL, number, spelled
-from coterie.rewards.units import CHINESE_UNITS, CURRENCIES, Unit, ratio_of, units_of
+from coterie.rewards.maths.numbers import CHINESE, DECIMAL, number, spelled
+from coterie.rewards.maths.units import CHINESE_UNITS, CURRENCIES, Unit, ratio_of, units_of
 
 
 @dataclass(frozen=True)

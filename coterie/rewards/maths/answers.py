@@ -8,12 +8,12 @@ from inspect import Parameter, Signature
 from typing import Any, Literal
 
 from coterie.errors import RewardError, UserError, nearest
-from coterie.rewards.extract import boxed_answer, final_answer, known_answer
+from coterie.rewards.maths.extract import boxed_answer, final_answer, known_answer
+from coterie.rewards.maths.values import UndecidedError, equal, parts
 from coterie.rewards.text_of import completion_text
-from coterie.rewards.values import UndecidedError, equal, parts
 from coterie.rewards.workers.pool import WorkerPool
 
-_TARGET = "coterie.rewards.algebra:compare"
+_TARGET = "coterie.rewards.maths.algebra:compare"
 _LATE = "took longer"
 _MAX_KNOWN = 1 << 16  # verdicts that are kept
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
-from coterie.rewards.numbers import DECIMAL, number
-from coterie.rewards.quantities import Clock, Quantity, read_clock, read_quantity, same_clock, same_quantity
-from coterie.rewards.tidy import CLOSE, OPEN, is_words, plain, tidy, words_only
+from coterie.rewards.maths.numbers import DECIMAL, number
+from coterie.rewards.maths.quantities import Clock, Quantity, read_clock, read_quantity, same_clock, same_quantity
+from coterie.rewards.maths.tidy import CLOSE, OPEN, is_words, plain, tidy, words_only
 
 Algebra = Callable[[str, str], bool]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
 
-from coterie.rewards.numbers import NUMBER_WORDS
+from coterie.rewards.maths.numbers import NUMBER_WORDS
 
 _NOUN = "noun "
 

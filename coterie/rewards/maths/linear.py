@@ -1,8 +1,7 @@
-"""Rewards for worked solutions of linear equations: each written step must really follow.
+"""Worked solutions of linear equations, read and checked: each written step must really follow.
 
 A solution is a chain of equations in one unknown. Every line is compared, in exact fractions, with the equation it has to
-follow from; the last line answers. With the weights 6 and 3 a lucky guess gets 6 points, a right and terse solution 8, a
-right and complete one 9.
+follow from; the last line answers.
 """
 
 from __future__ import annotations
@@ -13,9 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
-
-from coterie.rewards.text_of import completion_text
 
 _MAX_LINES, _MAX_LINE = 50, 200  # of a longer completion only the last line is read, and it has no steps
 _MAX_DIGITS = 12
@@ -118,17 +114,6 @@ class Report:
     follows: bool
     num_steps: int
     complete: bool
-
-
-def right_answer(completions: Sequence[Any], equation: Sequence[str], **_: Any) -> list[float]:
-    """1 for a completion whose last line is `x = number` with the right number, else 0."""
-    return [float(check(e, completion_text(c)).right) for c, e in zip(completions, equation, strict=True)]
-
-
-def written_steps(completions: Sequence[Any], equation: Sequence[str], **_: Any) -> list[float]:
-    """1 for a right solution with every step, 2/3 with some; 0 for a bare answer or where any line does not follow."""
-    reports = [check(e, completion_text(c)) for c, e in zip(completions, equation, strict=True)]
-    return [(1.0 if r.complete else 2 / 3) if r.right and r.follows and r.num_steps else 0.0 for r in reports]
 
 
 def all_steps(report: Report) -> bool:

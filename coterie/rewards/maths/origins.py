@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from coterie.rewards.expressions import Node, Number, Operation, Power, is_plain, numbers
+from coterie.rewards.maths.expressions import Node, Number, Operation, Power, is_plain, numbers
 
 Uses = Counter[Fraction]
 

@@ -17,12 +17,12 @@ import torch
 
 from coterie.errors import RewardError, UserError
 from coterie.recipe.settings import RewardSpec
-from coterie.rewards.answers import Answer
 from coterie.rewards.builtin import make_builtin
-from coterie.rewards.extract import final_answer, known_answer
 from coterie.rewards.load import load_rewards
+from coterie.rewards.maths.answers import Answer
+from coterie.rewards.maths.extract import final_answer, known_answer
+from coterie.rewards.maths.values import UndecidedError, equal, number
 from coterie.rewards.score import score
-from coterie.rewards.values import UndecidedError, equal, number
 from coterie.types import Completion, Group, Prompt
 
 PAIRS, KINDS = (
@@ -329,7 +329,7 @@ def test_its_options_are_checked():
 
 def test_simple_answers_need_no_worker_and_no_algebra_library():
     program = (
-        "import sys; from coterie.rewards.answers import Answer; reward = Answer(); "
+        "import sys; from coterie.rewards.maths.answers import Answer; reward = Answer(); "
         "assert reward(['\\\\boxed{1/2}', 'no'], answer=['0.5', '1']) == [1.0, 0.0]; "
         "assert not reward._pool and not {'torch', 'sympy'} & set(sys.modules)"
     )

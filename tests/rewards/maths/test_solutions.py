@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coterie.errors import RewardError, UserError
-from coterie.rewards.claims import claims_of
-from coterie.rewards.expressions import is_idle, number_of, one_step, read
-from coterie.rewards.solutions import Steps, check_arithmetic, final_number, stated_numbers
-from coterie.rewards.steps import check
+from coterie.rewards.maths.claims import claims_of
+from coterie.rewards.maths.expressions import is_idle, number_of, one_step, read
+from coterie.rewards.maths.linear import check
+from coterie.rewards.maths.solutions import Steps, check_arithmetic, final_number, stated_numbers
 from coterie.tasks.equations import PROBLEMS
 
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coterie.rewards.steps import all_steps, check, parse_equation, right_answer, written_steps
+from coterie.rewards.maths.linear import all_steps, check, parse_equation
+from coterie.tasks.equation_rewards import right_answer, written_steps
 
 EQUATION = "3x - 5 = 10"
 COMPLETE = "Add 5: 3x = 10 + 5\n3x = 15\nDivide by 3: x = 15 / 3\nx = 5"

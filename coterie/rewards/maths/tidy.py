@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from coterie.rewards.numbers import in_one_alphabet, spelled
+from coterie.rewards.maths.numbers import in_one_alphabet, spelled
 
 OPEN, CLOSE = "⦃", "⦄"  # the braces of a set, which LaTeX writes \{ \}
 

@@ -20,8 +20,8 @@ import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy
 from math_verify import verify
 
-from coterie.rewards.tidy import CLOSE, OPEN
-from coterie.rewards.values import AND, NAME, OR, REALS, SIGNS, brackets, equal, is_region, parts, split
+from coterie.rewards.maths.tidy import CLOSE, OPEN
+from coterie.rewards.maths.values import AND, NAME, OR, REALS, SIGNS, brackets, equal, is_region, parts, split
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 
