@@ -13,13 +13,13 @@ from coterie.errors import UserError, nearest
 BUILTIN: dict[str, str] = {
     "answer": "coterie.rewards.maths.answers:Answer",
     "code": "coterie.rewards.code.reward:Code",
-    "format": "coterie.rewards.text:Format",
+    "format": "coterie.rewards.texts.shape:Format",
     "judge": "coterie.rewards.judge.reward:Judge",
-    "language": "coterie.rewards.language:Language",
-    "length": "coterie.rewards.text:Length",
-    "repetition": "coterie.rewards.text:Repetition",
+    "language": "coterie.rewards.texts.language:Language",
+    "length": "coterie.rewards.texts.shape:Length",
+    "repetition": "coterie.rewards.texts.shape:Repetition",
     "reward_model": "coterie.rewards.learned:RewardModel",
-    "self_correction": "coterie.rewards.corrections:SelfCorrection",
+    "self_correction": "coterie.rewards.texts.corrections:SelfCorrection",
     "steps": "coterie.rewards.maths.solutions:Steps",
 }
 

@@ -21,7 +21,7 @@ SMALL = [
     "steps=4", "prompts_per_step=2", "checkpoint={every: 2}", "evaluation.prompts=8", "optimiser={learning_rate: 3.0e-2}",
 ]  # fmt: skip
 GRPO = [*SMALL, "cold_start=null", "sampling.max_new_tokens=8", "group_size=4", "evaluation={prompts: 8, samples: 1, every: 2}",
-        'rewards=[{function: "coterie.rewards.text:repetition"}]']  # fmt: skip
+        'rewards=[{function: "coterie.rewards.texts.shape:repetition"}]']  # fmt: skip
 LORA = "lora={rank: 4, alpha: 8}"
 
 

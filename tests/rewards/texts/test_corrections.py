@@ -2,7 +2,7 @@
 
 import pytest
 
-from coterie.rewards.corrections import SelfCorrection, revises
+from coterie.rewards.texts.corrections import SelfCorrection, revises
 
 REVISED = [
     "3 * 4 = 11\n3 * 4 = 12",

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from coterie.errors import UserError, nearest
-from coterie.rewards.identify import SCRIPTS, family, identify
-from coterie.rewards.scripts import Word, sentences
 from coterie.rewards.text_of import completion_text, prompt_text
+from coterie.rewards.texts.identify import SCRIPTS, family, identify
+from coterie.rewards.texts.scripts import Word, sentences
 
 _MAX_CHARACTERS = 100_000  # of a longer completion the beginning is judged
 _CHUNK = 80  # letters of the sentences that are identified together

@@ -10,7 +10,7 @@ import yaml
 
 from coterie.errors import RewardError, UserError
 from coterie.rewards.builtin import BUILTIN, make_builtin
-from coterie.rewards.text import Format, Length, Repetition, repeated_share
+from coterie.rewards.texts.shape import Format, Length, Repetition, repeated_share
 
 GOOD = "<think>\n2 + 3\n</think>\n<answer>5</answer>\n"
 
@@ -208,7 +208,7 @@ def test_length_in_tokens_needs_tokens():
 
 
 def test_what_the_documentation_shows_can_be_made():
-    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "rewards.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     specs = [spec for block in blocks for spec in yaml.safe_load(block)["rewards"] if isinstance(spec, dict)]
     shown = {

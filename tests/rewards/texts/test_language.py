@@ -6,9 +6,9 @@ import pytest
 from language_texts import EN, TEXTS, ZH
 
 from coterie.errors import UserError
-from coterie.rewards.identify import identify
-from coterie.rewards.language import Language, language_of
-from coterie.rewards.scripts import prose, sentences
+from coterie.rewards.texts.identify import identify
+from coterie.rewards.texts.language import Language, language_of
+from coterie.rewards.texts.scripts import prose, sentences
 
 
 def share(text, language):
