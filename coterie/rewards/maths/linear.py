@@ -7,6 +7,7 @@ follow from; the last line answers.
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -179,63 +180,25 @@ def parse_equation(text: str) -> Equation | None:
     return Equation(left, right) if left is not None and right is not None else None
 
 
-_TOKEN = re.compile(r"\s*(?:(?P<number>\d+(?:\.\d+)?)|(?P<sign>[-+*/x]))\s*", re.ASCII)
+_NUMBER = r"\d+(?:\.\d+)?"
+_FACTOR = rf"(?:{_NUMBER}x?|x)"
+_TERM = re.compile(rf"[-+]?{_FACTOR}(?:[*/]-?{_FACTOR})*+", re.ASCII)
+_SIDE = re.compile(rf"{_TERM.pattern}(?:(?=[-+]){_TERM.pattern})*+", re.ASCII)
+_SPACE = re.compile(r"(?<![\d.\s])\s++|\s++(?![\d.])", re.ASCII)  # not what keeps two numbers apart
 
 
 def _parse_side(text: str) -> Side | None:
-    tokens, at = [], 0
-    while at < len(text):
-        found = _TOKEN.match(text, at)
-        if found is None or len(found["number"] or "") > _MAX_DIGITS:
-            return None
-        tokens.append(found["number"] or found["sign"])
-        at = found.end()
-    terms: list[Term] = []
-    at = 0
-    while at < len(tokens):
-        negative = tokens[at] == "-"
-        if tokens[at] in "+-":
-            at += 1
-        elif terms:
-            return None
-        parsed = _parse_term(tokens, at, negative)
-        if parsed is None:
-            return None
-        term, at = parsed
-        terms.append(term)
-    return Side(tuple(terms)) if terms else None
+    text = _SPACE.sub("", text)
+    if not _SIDE.fullmatch(text) or any(len(number) > _MAX_DIGITS for number in re.findall(_NUMBER, text)):
+        return None
+    terms = [_parse_term(term) for term in _TERM.findall(text)]
+    return None if None in terms else Side(tuple(term for term in terms if term is not None))
 
 
-def _parse_term(tokens: Sequence[str], at: int, negative: bool) -> tuple[Term, int] | None:
-    """A product from `at` on, and where it ends: `3x`, `15 / 3`, `2 * -x`. None if it is not linear, or malformed."""
-    factors: list[Fraction] = []
-    with_x, operation = False, "*"
-    while True:
-        if at < len(tokens) and tokens[at] == "-" and (factors or with_x):  # a negative factor, as in 9 / -3
-            negative = not negative
-            at += 1
-        if at == len(tokens) or tokens[at] in "+-*/":
-            return None
-        if tokens[at] == "x":
-            if with_x or operation == "/":
-                return None
-            with_x = True
-        else:
-            number = Fraction(tokens[at])
-            if operation == "/" and number == 0:
-                return None
-            factors.append(1 / number if operation == "/" else number)
-        at += 1
-        if at == len(tokens) or tokens[at] in "+-":
-            break
-        if tokens[at] in "*/":
-            operation = tokens[at]
-            at += 1
-        elif tokens[at] == "x" and tokens[at - 1] != "x":  # 3x
-            operation = "*"
-        else:
-            return None
-    value = Fraction(-1 if negative else 1)
-    for factor in factors:
-        value *= factor
-    return Term(value, with_x, tuple(factors)), at
+def _parse_term(text: str) -> Term | None:
+    """A product: `3x`, `15 / 3`, `2 * -x`. None if it is not linear, or divides by zero."""
+    factors = [(sign, Fraction(number)) for sign, number in re.findall(rf"(/?)-?({_NUMBER})", text)]
+    if text.count("x") > 1 or re.search("/-?x", text) or ("/", 0) in factors:
+        return None
+    numbers = tuple(1 / number if sign else number for sign, number in factors)
+    return Term(math.prod(numbers, start=Fraction((-1) ** text.count("-"))), "x" in text, numbers)
