@@ -17,8 +17,9 @@ from coterie.models.policy import Policy, quiet_transformers
 from coterie.models.template import Chat
 from coterie.recipe import Recipe, load_recipe
 from coterie.recipe.settings import Sampling
+from coterie.rewards.base import Reward
 from coterie.rewards.load import closing_all, load_rewards
-from coterie.rewards.score import Reward, check_fits, score
+from coterie.rewards.score import check_fits, score
 from coterie.rollouts.collect import collect
 from coterie.runs.console import Console
 from coterie.tasks.base import Task, draw

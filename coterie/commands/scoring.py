@@ -24,8 +24,9 @@ from coterie.errors import BadRowError, UserError
 from coterie.recipe import Recipe, load_recipe
 from coterie.recipe.settings import DatasetTask
 from coterie.redact import hidden, hidden_in
+from coterie.rewards.base import Reward
 from coterie.rewards.load import closing_all, load_rewards
-from coterie.rewards.score import Reward, check_fits, score
+from coterie.rewards.score import check_fits, score
 from coterie.runs.console import Console
 from coterie.runs.store import Store
 from coterie.tasks.dataset import answer_of, jsonl_rows, prompt_of
@@ -219,7 +220,7 @@ def _with_tokens(console: Console, rows: list[Row], recipe: Recipe, rewards: Seq
 
     Raises UserError where there is no tokenizer; a reward that can do without gets none, and a warning says why.
     """
-    reading = [reward.function for reward in rewards if getattr(reward.function, "reads_tokens", True)]
+    reading = [reward.function for reward in rewards if reward.reads_tokens]
     signatures = [inspect.signature(function).parameters for function in reading]
     asked = [parameters["completion_ids"] for parameters in signatures if "completion_ids" in parameters]
     if not asked or all(row.tokens is not None for row in rows):

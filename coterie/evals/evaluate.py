@@ -20,7 +20,8 @@ from coterie.evals.statistics import (
 from coterie.models.codec import Codec
 from coterie.noise import permutation
 from coterie.recipe.settings import Sampling
-from coterie.rewards.score import Reward, score
+from coterie.rewards.base import Reward
+from coterie.rewards.score import score
 from coterie.rollouts.collect import collect
 from coterie.rollouts.engine import Engine
 from coterie.sections import section

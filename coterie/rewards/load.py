@@ -5,8 +5,8 @@ from contextlib import ExitStack, contextmanager
 
 from coterie.errors import UserError
 from coterie.recipe.settings import RewardSpec
+from coterie.rewards.base import Reward
 from coterie.rewards.builtin import make_builtin
-from coterie.rewards.score import Reward
 from coterie.rewards.workers.isolated import Isolated
 from coterie.user_code import load_function
 

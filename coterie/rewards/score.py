@@ -10,15 +10,15 @@ import inspect
 import math
 import warnings
 from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
-from contextlib import chdir, suppress
-from dataclasses import dataclass, field
+from contextlib import chdir
 from typing import Any
 
 import torch
 
 from coterie.errors import RewardError, UserError
 from coterie.faults import strikes
-from coterie.rewards.arguments import Copies, Entry, Signature, columns_of, entries_of, own_options
+from coterie.rewards.arguments import Copies, Entry, columns_of, entries_of, own_options
+from coterie.rewards.base import Reward
 from coterie.rewards.limits import TookTooLong, time_limit
 from coterie.sections import section
 from coterie.stopping import may_stop
@@ -33,59 +33,6 @@ class _CountError(UserError):
         plural = "" if num_completions == 1 else "s"
         self.reason = f"returned {num_values} values for {num_completions} completion{plural}"
         super().__init__(f"reward {name}: {self.reason}")
-
-
-RewardFunction = Callable[..., Sequence[float | None]]
-
-
-@dataclass(frozen=True)
-class Reward:
-    """A reward function `fn(prompts, completions, **columns) -> list[float | None]`, the signature TRL's users have.
-
-    It gets one entry per completion in each argument, all of them its own to change. None abstains: that reward says nothing of that completion; an
-    exception in the list is a failure. An async function is awaited. options: keyword arguments beside the columns.
-    where: only completions whose prompt's columns hold these values, or one of a list of values. timeout: seconds of a call.
-    """
-
-    name: str
-    function: RewardFunction
-    weight: float = 1.0
-    options: Mapping[str, Any] = field(default_factory=dict)
-    where: Mapping[str, Any] = field(default_factory=dict)
-    timeout: float | None = None
-
-    def applies_to(self, columns: Mapping[str, Any]) -> bool:
-        """Whether it has something to say of a prompt with these columns."""
-        return all(
-            columns.get(name) in (value if isinstance(value, list) else [value]) for name, value in self.where.items()
-        )
-
-    def can_begin(self, spare_cores: bool) -> bool:
-        """Whether the function can start on a group while others are sampled, and without cores where none are to spare."""
-        return hasattr(self.function, "begin") and (spare_cores or not getattr(self.function, "uses_cores", True))
-
-    def begin(self, group: Group) -> None:
-        """Let the function start on a group; the call that follows finds what it began, and what went wrong goes wrong there."""
-        begin = getattr(self.function, "begin", None)
-        if begin is not None and self.applies_to(group.prompt.columns):
-            with suppress(Exception):
-                signature = self.signature()
-                if not signature.lacking(group.prompt):
-                    names = signature.accepted(columns_of([group.prompt]))
-                    begin(**Copies().arguments(entries_of([group]), names), **own_options(self.options))
-
-    def signature(self) -> Signature:
-        return Signature(self.function, self.options, self.name)
-
-    @property
-    def sandbox_report(self) -> str:
-        """What to say in a run of the sandbox that it uses, which is started and tried for that; empty where it uses none."""
-        return str(getattr(self.function, "sandbox_report", ""))
-
-    def close(self) -> None:
-        """End its processes and connections, where it has any."""
-        if hasattr(self.function, "close"):
-            self.function.close()
 
 
 @section("score")

@@ -14,8 +14,9 @@ from coterie.models.policy import context_length_of
 from coterie.models.template import Chat
 from coterie.recipe import Recipe
 from coterie.recipe.settings import DatasetTask, Sampling
+from coterie.rewards.base import Reward
 from coterie.rewards.load import load_rewards
-from coterie.rewards.score import Reward, check_fits
+from coterie.rewards.score import check_fits
 from coterie.tasks import dialogue, equations, programs
 from coterie.tasks.base import Task
 from coterie.tasks.dataset import Dataset

@@ -20,7 +20,7 @@ from coterie.models.heads import Scorer
 from coterie.models.logprobs import logprobs_of
 from coterie.models.policy import Policy
 from coterie.recipe import Recipe
-from coterie.rewards.score import Reward
+from coterie.rewards.base import Reward
 from coterie.rollouts.engine import Engine
 from coterie.rollouts.pack import pack
 from coterie.sections import section

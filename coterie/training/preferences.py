@@ -20,7 +20,7 @@ from coterie.models.heads import Scorer
 from coterie.models.logprobs import logprobs_of, token_logprobs
 from coterie.models.policy import Policy
 from coterie.recipe import Recipe
-from coterie.rewards.score import Reward
+from coterie.rewards.base import Reward
 from coterie.rollouts.engine import Engine
 from coterie.rollouts.pack import Row, make_stream, split_by_tokens
 from coterie.sections import section

@@ -21,7 +21,8 @@ from coterie.models.logprobs import logprobs_of, token_statistics
 from coterie.models.policy import Policy
 from coterie.recipe import Recipe
 from coterie.recipe.settings import Advantage, Overlong
-from coterie.rewards.score import Reward, score
+from coterie.rewards.base import Reward
+from coterie.rewards.score import score
 from coterie.rollouts.collect import collect
 from coterie.rollouts.engine import Engine
 from coterie.rollouts.pack import Row, make_stream, split_by_tokens

@@ -25,8 +25,8 @@ from coterie.models.policy import Policy, quiet_transformers
 from coterie.recipe import Recipe, find_recipe, load_recipe
 from coterie.recipe.settings import ColdStart, DatasetTask
 from coterie.redact import hidden_in
+from coterie.rewards.base import Reward
 from coterie.rewards.load import closing_all
-from coterie.rewards.score import Reward
 from coterie.runs.console import Console
 from coterie.runs.outlet import outliving_console
 from coterie.runs.profile import profile_table

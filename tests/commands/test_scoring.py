@@ -13,7 +13,7 @@ import pytest
 import coterie
 from coterie.commands.scoring import Row, score_completions, score_rows
 from coterie.errors import UserError
-from coterie.rewards.score import Reward
+from coterie.rewards.base import Reward
 from coterie.types import Prompt
 
 COTERIE = str(Path(sys.executable).parent / "coterie")

@@ -5,7 +5,8 @@ import torch
 
 from coterie.evals.evaluate import Evaluation, estimates_of
 from coterie.evals.statistics import share_interval
-from coterie.rewards.score import Reward, score
+from coterie.rewards.base import Reward
+from coterie.rewards.score import score
 from coterie.types import Completion, Group, Prompt
 
 

@@ -15,9 +15,10 @@ from coterie.fast.serve import load_scorer
 from coterie.models.load import make_byte_tokenizer
 from coterie.recipe import load_recipe, make_recipe
 from coterie.recipe.settings import RewardSpec
+from coterie.rewards.base import Reward
 from coterie.rewards.learned import RewardModel
 from coterie.rewards.load import load_rewards
-from coterie.rewards.score import Reward, score
+from coterie.rewards.score import score
 from coterie.tasks.load import prepare
 from coterie.training.preferences import evaluate_pairs, pair_streams
 from coterie.types import Completion, Group, Prompt

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from coterie.errors import RewardError, UserError
-from coterie.rewards.score import Reward, check_fits, score
+from coterie.rewards.base import Reward
+from coterie.rewards.score import check_fits, score
 from coterie.rewards.text_of import completion_text
 from coterie.types import Completion, Group, Prompt
 

@@ -17,7 +17,7 @@ from coterie.noise import mix
 from coterie.recipe import make_recipe
 from coterie.recipe.presets import PRESETS
 from coterie.recipe.settings import ColdStart, Loss, Optimiser, Sampling
-from coterie.rewards.score import Reward
+from coterie.rewards.base import Reward
 from coterie.rollouts.pack import Row, make_stream, pack, split_by_tokens
 from coterie.training.advantages import load_advantages
 from coterie.training.policy_update import UpdateSettings, optimise

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import coterie
 from coterie import faults
 from coterie.errors import UserError
-from coterie.rewards.score import Reward
+from coterie.rewards.base import Reward
 from coterie.runs.store import Store
 from coterie.training import checkpoint
 from coterie.training.checkpoint import find_checkpoint

@@ -8,7 +8,7 @@ import torch
 from coterie.algorithms.advantages import group_advantages
 from coterie.recipe import make_recipe
 from coterie.recipe.settings import Advantage, Overlong
-from coterie.rewards.score import Reward
+from coterie.rewards.base import Reward
 from coterie.rollouts.pack import Row, make_stream
 from coterie.training.advantages import load_advantages
 from coterie.training.grpo import divergence_metrics
