@@ -11,10 +11,8 @@ from typing import Any
 
 RENAMED: dict[str, str] = {}  # by dotted name, the one that it has now
 REMOVED: dict[str, Any] = {}  # the value that does what is done without the setting; with another it is refused
-MOVED = {
-    "coterie.rewards.steps": "coterie.tasks.equation_rewards"
-}  # by module, where the reward functions in it are now
 NEW: dict[str, Any] = {}  # the value that does what was done before there was the setting
+MOVED = {"coterie.rewards.steps": "coterie.tasks.equation_rewards"}  # by module, where its functions are now
 
 
 def of_older(

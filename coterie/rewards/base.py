@@ -38,21 +38,9 @@ class EarlyReward(RewardFunction, Protocol):
 
 
 class HoldingReward(RewardFunction, Protocol):
-    """One that holds processes or connections."""
+    """One that holds processes or connections until it is closed."""
 
     def close(self) -> None: ...
-
-    @property
-    def sandbox_report(self) -> str:
-        """What to say in a run of the sandbox that it uses, which is started and tried for that."""
-        ...
-
-
-class TextReward(RewardFunction, Protocol):
-    """One that may do without `completion_ids`, though its signature has them."""
-
-    @property
-    def reads_tokens(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -96,14 +84,15 @@ class Reward:
 
     @property
     def reads_tokens(self) -> bool:
+        """Whether it needs `completion_ids` where its signature has them; its own word where it says so."""
         return bool(getattr(self.function, "reads_tokens", True))
 
     @property
     def sandbox_report(self) -> str:
-        """Empty where it uses no sandbox."""
+        """What to say in a run of the sandbox that it uses, which is started and tried for that; empty where it uses none."""
         return str(getattr(self.function, "sandbox_report", ""))
 
     def close(self) -> None:
         """End its processes and connections, where it has any."""
         if hasattr(self.function, "close"):
-            self.function.close()
+            cast(HoldingReward, self.function).close()

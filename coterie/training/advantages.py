@@ -15,10 +15,10 @@ from coterie.algorithms.advantages import group_advantages, normalised_then_summ
 from coterie.errors import UserError
 from coterie.recipe import Recipe
 from coterie.recipe.settings import Advantage
-from coterie.rewards.load import load_function
-from coterie.rewards.score import Reward
+from coterie.rewards.base import Reward
 from coterie.training.keywords import chosen_keywords
 from coterie.types import Scored
+from coterie.user_code import load_function
 
 Advantages = Callable[[Scored], Tensor]
 

@@ -21,11 +21,11 @@ from coterie.models.logprobs import token_statistics
 from coterie.models.policy import Policy
 from coterie.recipe import Recipe
 from coterie.recipe.settings import KL, Correction, Loss
-from coterie.user_code import load_function
 from coterie.training.keywords import chosen_keywords
 from coterie.training.metrics import Tally
 from coterie.training.step import take_step
 from coterie.types import BatchTotals, Stream
+from coterie.user_code import load_function
 
 Objective = Callable[[TokenTerms], Tensor]
 

@@ -31,7 +31,6 @@ from coterie.stopping import may_stop
 from coterie.tasks.base import Task, draw, draw_again
 from coterie.training.metrics import Clock
 from coterie.types import Group, RewardFailure, Scored, Stream
-from coterie.user_code import load_function
 
 
 @dataclass(frozen=True)
