@@ -97,7 +97,7 @@ class Scorer:
         return self.base.padded_outputs(lambda **inputs: self.base.model(**inputs).last_hidden_state, stream)
 
     def _scored(self, states: Tensor) -> Tensor:
-        """[..., D] -> [...], in float32."""
+        """[N, D] -> [N], in float32."""
         head = self.model.score
         return head(states.to(head.weight.dtype)).squeeze(-1).float()
 

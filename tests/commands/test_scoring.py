@@ -118,6 +118,14 @@ def test_chats_are_scored_as_in_training(write, capsys):
     assert table(capsys.readouterr().out, "2 completions")["chat"][:5] == ["1", "3.5", "0.7071", "3", "4"]
 
 
+def test_no_share_is_given_where_no_prompt_has_two_completions(write, capsys):
+    recipe, rows = write({"length": 1}, [{"prompt": "p", "completion": "ab"}, {"prompt": "q", "completion": "c"}])
+    score_completions(recipe, rows, [], None)
+    printed = capsys.readouterr().out
+    assert table(printed, "2 completions")["length"][7:] == ["-", "-"]
+    assert "no prompt has two completions" in printed
+
+
 def test_half_a_character_is_written_as_its_escape(write, tmp_path, capsys):
     recipe, rows = write({"length": 1}, [{"prompt": "p", "completions": ["a\ud800", "b"], "letter": "a"}])
     score_completions(recipe, rows, [], tmp_path / "out.jsonl")

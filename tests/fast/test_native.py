@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from coterie.fast import native
 from coterie.fast.native import NativeEngine
-from coterie.fast.serve import Policy, make_engine
+from coterie.fast.serve import _ALLOWED_GAP, Policy, _decoding_gap, make_engine
 from coterie.models.codec import Codec
 from coterie.models.logprobs import token_logprobs
 from coterie.noise import key, mix, uniform
@@ -104,6 +104,22 @@ def test_rows_come_and_go_without_changing_any(make_model):
     lengths = {len(c.tokens) for group in many for c in group}
     assert len(lengths) > 5, "the rows should end at different times for this to mean anything"
     assert [[c.tokens for c in g] for g in few] == [[c.tokens for c in g] for g in many]
+
+
+def test_rows_that_have_ended_give_up_their_slots(make_model, monkeypatch, without_kernels):
+    """Tensor operations compute every slot of a grid, whether its row has ended or not."""
+    engine, prompts, keys = NativeEngine(Policy.of(make_model("qwen3"))), some_prompts(10), some_keys(10, 4)
+    slots, feed = [], NativeEngine._feed
+
+    def watched(self, grid, *arguments):
+        slots.append(grid.num_slots)
+        feed(self, grid, *arguments)
+
+    monkeypatch.setattr(NativeEngine, "_feed", watched)
+    made = engine.generate(prompts, keys, Sampling(max_new_tokens=40), ENDS)
+    at_the_end = sum(len(completion.tokens) == 40 for group in made for completion in group)
+    assert slots[0] == 40
+    assert at_the_end <= slots[-1] < 20
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
@@ -339,3 +355,11 @@ def test_a_model_that_decoding_changes_is_sampled_through_its_own_cache():
     with pytest.warns(UserWarning, match="Lfm2ForCausalLM can't be decoded natively"):
         engine = make_engine(Policy(model, "stream", dict.fromkeys(range(model.config.num_hidden_layers))))
     assert isinstance(engine, PaddedEngine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_rounding_may_change_depends_on_the_precision(make_model, dtype):
+    """In half precision what the trials of rounding show may be beyond what is allowed in single precision."""
+    gap, allowed = _decoding_gap(NativeEngine(Policy.of(make_model("qwen3").to(dtype))))
+    assert gap <= allowed
+    assert (allowed == _ALLOWED_GAP) == (dtype == torch.float32)

@@ -15,7 +15,7 @@ from coterie.algorithms.advantages import BASELINES, SCALES
 from coterie.algorithms.aggregate import AGGREGATIONS
 from coterie.algorithms.kl import ESTIMATORS
 from coterie.algorithms.ratios import RATIOS
-from coterie.errors import UserError
+from coterie.errors import UserError, closest
 from coterie.recipe import Recipe, find_recipe, load_recipe, make_recipe
 from coterie.recipe.presets import OBJECTIVE_SETTINGS, PRESETS
 from coterie.recipe.settings import KL, Advantage, Loss
@@ -252,6 +252,11 @@ def test_a_wrong_name_is_answered_with_the_nearest(settings, key, hint):
     message = refusal(**settings)
     assert f"{key}:" in message
     assert hint in message
+
+
+def test_letters_are_swapped_with_their_neighbours_only():
+    """By hand: `min` is four letters too few, `min_main` lacks two."""
+    assert closest("minmnin", ["min", "min_main"]) == "min_main"
 
 
 @pytest.mark.parametrize(
@@ -498,6 +503,15 @@ def test_a_resolved_recipe_does_not_lean_on_its_preset():
 )
 def test_a_resolved_recipe_holds_nothing_that_does_not_act(settings, section, setting):
     assert setting not in yaml.safe_load(made(**settings).to_yaml()).get(section, {})
+
+
+def test_the_short_form_says_what_acts_in_the_objective():
+    """By hand: no entropy with a weight of 0, nothing that is not set, and no setting that the others leave without effect."""
+    advantage = "advantage.baseline=group advantage.scale=none advantage.combine=sum"
+    clipped = "loss.objective=clip loss.ratio=token loss.clip_low=0.2 loss.clip_high=0.2 loss.clip_bounds=fixed"
+    assert made(preset="dr_grpo", seed=3).in_short() == (
+        f"preset dr_grpo, seed 3: {advantage} {clipped} loss.aggregation=fixed_length loss.kl_weight=0.0"
+    )
 
 
 def test_files_beside_a_recipe_are_found_from_anywhere(tmp_path, monkeypatch):

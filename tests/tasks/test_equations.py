@@ -1,6 +1,7 @@
 """The equations task: disjoint halves, worked demonstrations, its tokenizer, and draws that can be resumed."""
 
 import math
+import string
 from collections import Counter
 
 import pytest
@@ -58,6 +59,11 @@ def test_every_equation_stands_in_both_languages_on_its_side():
         languages = Counter((prompt.columns["equation"], prompt.columns["language"]) for prompt in prompts)
         assert set(languages.values()) == {1}
         assert len(languages) == 2 * len({equation for equation, _ in languages})
+
+
+def test_the_tokenizer_knows_ascii_that_can_be_printed_alone():
+    known = make_tokenizer().get_vocab()
+    assert {chr(code) for code in range(128) if chr(code) in known} == {"\n", *string.printable[:95]}
 
 
 @pytest.mark.parametrize("equation", ["2x + 3 = 7", "3x - 5 = 10"])

@@ -31,3 +31,11 @@ def test_a_database_that_nobody_else_may_even_read_is_said_to_be_held(tmp_path, 
     other.close()
     with told_of(tmp_path):
         module.Store(tmp_path / "run.db").close()
+
+
+def test_a_folder_that_is_gone_is_not_said_to_hold_checkpoints(tmp_path):
+    stands = f"The newest checkpoint stands: coterie train --resume {tmp_path}$"
+    with pytest.raises(RunFailedError, match=stands), told_of(tmp_path):
+        raise OSError("no space left")
+    with pytest.raises(RunFailedError, match=r"Its checkpoints are gone with it\.$"), told_of(tmp_path / "gone"):
+        raise OSError("no space left")

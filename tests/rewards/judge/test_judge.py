@@ -186,6 +186,13 @@ def test_the_request_states_its_schema_strictly_and_carries_the_key_in_its_heade
     assert parts_of(fields) == {"prompt": "p", "answer": "a"}
 
 
+def test_the_schema_of_a_ranking_asks_for_the_numbers_from_1(server, make_judge):
+    make_judge(mode="ranking")(["p"] * 3, list("abc"))
+    schema = server.asked[0]["response_format"]["json_schema"]["schema"]["properties"]["ranking"]
+    numbers = {"type": "integer", "minimum": 1, "maximum": 3}
+    assert schema == {"type": "array", "items": numbers, "minItems": 3, "maxItems": 3}
+
+
 def test_a_chat_and_a_reference_are_shown_as_data(server, make_judge):
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     judge = make_judge(reference="gold")

@@ -70,6 +70,12 @@ def test_of_chats_the_last_question_and_the_message_are_read():
     ) == [1, 0]
 
 
+def test_a_prompt_in_kanji_and_kana_is_japanese():
+    for prompt in ("漢字とかな", "日本の首都はどこですか。", "猫はなぜ鳴くのですか。", "これは本ですか。"):
+        assert language_of(prompt).language == "ja", prompt
+    assert Language()(["漢字とかな"], ["東京は日本の首都です。"]) == [1]
+
+
 def test_the_option_goes_before_the_column_and_the_column_before_the_prompt():
     text = "这是中文。"
     assert Language()(["Hello, how are you?"], [text], language=["zh-CN"]) == [1]
