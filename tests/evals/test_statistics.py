@@ -42,6 +42,13 @@ def test_wilson_s_ends_are_where_the_score_test_just_rejects(data, count):
         assert (share - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / count, rel=1e-4, abs=1e-12)
 
 
+def test_a_share_that_rounding_moved_past_its_bound_ends_there():
+    """Equal values just at a bound may have a mean that is one unit in the last place beyond it."""
+    for count in range(1, 200):
+        assert wilson(-1e-17, count, Z95)[0] == 0
+        assert wilson(1 + 2.3e-16, count, Z95)[1] == 1
+
+
 @pytest.mark.parametrize(
     ("freedom", "quantile"),
     [(1, 12.706205), (2, 4.302653), (3, 3.182446), (4, 2.776445), (9, 2.262157), (10, 2.228139), (29, 2.045230), (120, 1.979930)],
