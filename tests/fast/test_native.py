@@ -119,7 +119,7 @@ def test_rows_that_have_ended_give_up_their_slots(make_model, monkeypatch, witho
     made = engine.generate(prompts, keys, Sampling(max_new_tokens=40), ENDS)
     at_the_end = sum(len(completion.tokens) == 40 for group in made for completion in group)
     assert slots[0] == 40
-    assert at_the_end <= slots[-1] < 20
+    assert at_the_end <= slots[-1] < slots[0]
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
