@@ -35,11 +35,12 @@ class Tally:
             largest = values.detach().max().double()
             self.maxima[name] = torch.maximum(self.maxima[name], largest) if name in self.maxima else largest
 
-    def merge(self, other: Tally) -> None:
-        for name, total in other.sums.items():
-            self.add(name, total, other.counts[name])
-        for name, value in other.maxima.items():
-            self.add_maximum(name, value)
+    def merge(self, *others: Tally) -> None:
+        for other in others:
+            for name, total in other.sums.items():
+                self.add(name, total, other.counts[name])
+            for name, value in other.maxima.items():
+                self.add_maximum(name, value)
 
     def values(self) -> dict[str, float]:
         """The means and maxima. A mean of nothing is left out."""

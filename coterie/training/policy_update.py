@@ -62,6 +62,11 @@ class UpdateSettings:
         )
 
     @property
+    def holds_reference(self) -> bool:
+        """Whether the loss compares the policy with the reference at every token."""
+        return self.kl_weight > 0 or self.loss.objective == "anchored"
+
+    @property
     def exact_kl(self) -> bool:
         return self.kl_weight > 0 and self.kl.estimator == "exact"
 

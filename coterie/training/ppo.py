@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,51 +16,36 @@ from torch import Tensor
 from coterie.algorithms.advantages import generalised_advantages, has_signal
 from coterie.algorithms.objectives import clipped_value_loss
 from coterie.distributed.reduce import sum_numbers, sum_totals
-from coterie.models.codec import Codec
 from coterie.models.heads import Scorer
 from coterie.models.logprobs import logprobs_of
 from coterie.models.policy import Policy
 from coterie.recipe import Recipe
-from coterie.rewards.base import Reward
 from coterie.rollouts.engine import Engine
 from coterie.rollouts.pack import pack
 from coterie.sections import section
-from coterie.tasks.base import Task
 from coterie.training.checkpoint import TrainState
+from coterie.training.evaluation import evaluate_on_the_way
 from coterie.training.gap import rounding_at_the_gap
-from coterie.training.grpo import (
-    adapt,
-    controlled,
-    divergence_metrics,
-    evaluate_on_the_way,
-    metrics_line,
-    rollout_metrics,
-)
 from coterie.training.metrics import Clock, Tally
 from coterie.training.policy_update import UpdateSettings, load_objective, optimise
+from coterie.training.problem import Problem
 from coterie.training.run import Run
-from coterie.training.sample import kl_of, sample_step
-from coterie.training.step import learning_rate_at, make_optimiser, set_learning_rate, take_step
+from coterie.training.sample import sampling
+from coterie.training.stages import kl_of
+from coterie.training.step import make_optimiser, set_learning_rate, take_step
+from coterie.training.step_metrics import divergence_metrics, metrics_line, rollout_metrics
+from coterie.training.weights import adapt, controlled, first_weights
 from coterie.types import BatchTotals, Stream
 
 
-def train_ppo(
-    run: Run,
-    recipe: Recipe,
-    task: Task,
-    rewards: Sequence[Reward],
-    codec: Codec,
-    policy: Policy,
-    reference: Policy,
-    engine: Engine,
-) -> None:
+def train_ppo(run: Run, problem: Problem, policy: Policy, reference: Policy, engine: Engine) -> None:
     """Every step samples, scores, values, updates both models, records, and where it is time evaluates and saves."""
-    temperature, in_reward = recipe.sampling.temperature, recipe.kl.place == "reward"
-    objective = load_objective(recipe.loss)
-    value = Scorer.from_policy(reference)
+    recipe, temperature = run.recipe, run.recipe.sampling.temperature
+    objective, sample = load_objective(recipe.loss), sampling(recipe, problem, engine)
+    value, weights = Scorer.from_policy(reference), first_weights(recipe)
     optimiser = make_optimiser(policy, recipe.optimiser)
     value_optimiser = make_optimiser(value, recipe.optimiser, recipe.value.learning_rate)
-    weights = {"kl_weight": recipe.loss.kl_weight, "entropy_weight": recipe.entropy.weight}
+    update = partial(optimise, policy, optimiser, objective=objective, reference=reference, sampled_by_policy=True)
     state = TrainState(
         {"model": policy, "value": value},
         {"optimiser": (policy, optimiser), "value_optimiser": (value, value_optimiser)},
@@ -67,8 +53,8 @@ def train_ppo(
     )
     run.restore("train", state)
     for step in run.remaining("train", recipe.steps):
-        clock = Clock()
-        scored = sample_step(recipe, task, rewards, codec, engine, step, clock).scored
+        clock, tally, gaps = Clock(), Tally(), list[Tensor]()
+        scored = sample(step, clock).scored
         streams, totals = pack(
             scored,
             torch.zeros_like(scored.rewards),
@@ -78,48 +64,43 @@ def train_ppo(
         )
         settings = UpdateSettings.of(recipe, **weights, temperature=temperature)
         reference_logprobs = logprobs_of(reference, streams, temperature=temperature)
-        penalties = None
-        if in_reward and recipe.loss.kl_weight:
-            estimator = recipe.kl.estimator
-            kls = kl_of(streams, policy, reference, reference_logprobs, estimator=estimator, temperature=temperature)
-            penalties = [weights["kl_weight"] * kl for kl in kls]
+        penalties = penalties_of(streams, policy, reference, reference_logprobs, recipe, weights["kl_weight"])
         old_values = [values_of(value, stream) for stream in streams]
         advantages, returns = advantages_and_returns(streams, old_values, penalties, recipe)
-        learning_rate = learning_rate_at(step, recipe.steps, recipe.optimiser)
-        set_learning_rate(optimiser, learning_rate)
-        tally, gaps = Tally(), list[Tensor]()
+        learning_rate = set_learning_rate(optimiser, step, recipe.steps, recipe.optimiser)
         if step > recipe.value.warmup_steps:
-            tally = optimise(
-                policy,
-                optimiser,
-                streams,
-                totals,
-                settings,
-                objective=objective,
-                reference=reference,
-                reference_logprobs=reference_logprobs,
-                sampled_by_policy=True,
-                token_advantages=whitened(advantages),
-                gaps=gaps,
-            )
+            held, of_tokens = reference_logprobs, whitened(advantages)
+            tally = update(streams, totals, settings, reference_logprobs=held, token_advantages=of_tokens, gaps=gaps)
         tally.merge(fit_values(value, value_optimiser, streams, totals, old_values, returns, recipe))
         engine.load_weights(policy, step)
         clock.lap("time/train_seconds")
-        tally.merge(rollout_metrics(scored, has_signal(scored.rewards)))
-        tally.merge(divergence_metrics(streams, reference_logprobs))
-        metrics = {
-            **tally.values(),
-            **rounding_at_the_gap(policy, streams, gaps, temperature=temperature),
-            "optimiser/learning_rate": learning_rate,
-            **controlled(recipe, weights),
-            **clock.seconds,
-        }
+        tally.merge(
+            rollout_metrics(scored, has_signal(scored.rewards)), divergence_metrics(streams, reference_logprobs)
+        )
+        rounding = rounding_at_the_gap(policy, streams, gaps, temperature=temperature)
+        metrics = {**tally.values(), **rounding, **controlled(recipe, weights, learning_rate), **clock.seconds}
         adapt(weights, recipe, metrics)
         of_rows = mean_of_rows(scored.valid, streams, advantages)
-        run.record("train", step, metrics, scored, of_rows, codec.pieces)
-        run.console.say(metrics_line("ppo", step, recipe.steps, metrics, list(scored.parts)))
-        evaluate_on_the_way(run, recipe, task, rewards, codec, engine, step)
+        run.record("train", step, metrics, scored, of_rows, problem.codec.pieces)
+        run.console.say(metrics_line("ppo", step, recipe.steps, metrics, scored.parts))
+        evaluate_on_the_way(run, problem, engine, step)
         run.checkpoint("train", step, state, last=step == recipe.steps)
+
+
+def penalties_of(
+    streams: Sequence[Stream],
+    policy: Policy,
+    reference: Policy,
+    reference_logprobs: Sequence[Tensor],
+    recipe: Recipe,
+    weight: float,
+) -> list[Tensor] | None:
+    """What the KL takes off the reward at each token, [N] of each stream; None where the recipe has none there."""
+    if recipe.kl.place != "reward" or not recipe.loss.kl_weight:
+        return None
+    estimator, temperature = recipe.kl.estimator, recipe.sampling.temperature
+    kls = kl_of(streams, policy, reference, reference_logprobs, estimator=estimator, temperature=temperature)
+    return [weight * kl for kl in kls]
 
 
 @section("value")

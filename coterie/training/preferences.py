@@ -15,51 +15,41 @@ from coterie.algorithms.ratios import row_sum
 from coterie.distributed.reduce import sum_numbers
 from coterie.evals.evaluate import Evaluation
 from coterie.evals.statistics import grouped, share_interval
-from coterie.models.codec import Codec
 from coterie.models.heads import Scorer
 from coterie.models.logprobs import logprobs_of, token_logprobs
 from coterie.models.policy import Policy
 from coterie.recipe import Recipe
-from coterie.rewards.base import Reward
 from coterie.rollouts.engine import Engine
 from coterie.rollouts.pack import Row, make_stream, split_by_tokens
 from coterie.sections import section
 from coterie.tasks.base import Preference, Task
 from coterie.training.checkpoint import TrainState
-from coterie.training.grpo import evaluate_on_the_way
+from coterie.training.evaluation import evaluate_on_the_way
 from coterie.training.metrics import Clock, Tally
+from coterie.training.problem import Problem
 from coterie.training.run import Run
-from coterie.training.step import learning_rate_at, make_optimiser, set_learning_rate, take_step
+from coterie.training.step import make_optimiser, set_learning_rate, take_step
 from coterie.types import Stream
 
 
-def train_dpo(
-    run: Run,
-    recipe: Recipe,
-    task: Task,
-    rewards: Sequence[Reward],
-    codec: Codec,
-    policy: Policy,
-    reference: Policy,
-    engine: Engine,
-) -> None:
+def train_dpo(run: Run, problem: Problem, policy: Policy, reference: Policy, engine: Engine) -> None:
     """The loop: pairs -> stream -> log-probabilities of policy and reference -> loss -> step. Nothing is sampled."""
+    recipe = run.recipe
     optimiser = make_optimiser(policy, recipe.optimiser)
     state = TrainState({"model": policy}, {"optimiser": (policy, optimiser)})
     run.restore("train", state)
     for step in run.remaining("train", recipe.steps):
         clock = Clock()
-        pairs = task.preferences(recipe.prompts_per_step, seed=recipe.seed, step=step)
+        pairs = problem.task.preferences(recipe.prompts_per_step, seed=recipe.seed, step=step)
         streams = pair_streams(pairs, recipe.optimiser.micro_batch_tokens)
         reference_logprobs = logprobs_of(reference, streams, temperature=1.0)
-        learning_rate = learning_rate_at(step, recipe.steps, recipe.optimiser)
-        set_learning_rate(optimiser, learning_rate)
+        learning_rate = set_learning_rate(optimiser, step, recipe.steps, recipe.optimiser)
         tally = fit_dpo(policy, optimiser, streams, reference_logprobs, recipe)
         clock.lap("time/train_seconds")
         metrics = {**tally.values(), "optimiser/learning_rate": learning_rate, **clock.seconds}
-        run.record("train", step, metrics, rows=pairs, pieces=codec.pieces)
+        run.record("train", step, metrics, rows=pairs, pieces=problem.codec.pieces)
         run.console.say(_line("dpo", step, recipe.steps, metrics))
-        evaluate_on_the_way(run, recipe, task, rewards, codec, engine, step)
+        evaluate_on_the_way(run, problem, engine, step)
         run.checkpoint("train", step, state, last=step == recipe.steps)
 
 
@@ -85,24 +75,24 @@ def fit_dpo(
     return tally
 
 
-def train_reward_model(run: Run, recipe: Recipe, task: Task, codec: Codec, scorer: Scorer) -> None:
+def train_reward_model(run: Run, problem: Problem, scorer: Scorer) -> None:
     """The loop: pairs -> stream -> scores -> Bradley-Terry loss -> step."""
+    recipe = run.recipe
     optimiser = make_optimiser(scorer, recipe.optimiser)
     state = TrainState({"model": scorer}, {"optimiser": (scorer, optimiser)})
     run.restore("train", state)
     for step in run.remaining("train", recipe.steps):
         clock = Clock()
-        pairs = task.preferences(recipe.prompts_per_step, seed=recipe.seed, step=step)
+        pairs = problem.task.preferences(recipe.prompts_per_step, seed=recipe.seed, step=step)
         streams = pair_streams(pairs, recipe.optimiser.micro_batch_tokens)
-        learning_rate = learning_rate_at(step, recipe.steps, recipe.optimiser)
-        set_learning_rate(optimiser, learning_rate)
+        learning_rate = set_learning_rate(optimiser, step, recipe.steps, recipe.optimiser)
         tally = fit_reward_model(scorer, optimiser, streams, recipe.optimiser.max_grad_norm)
         clock.lap("time/train_seconds")
         metrics = {**tally.values(), "optimiser/learning_rate": learning_rate, **clock.seconds}
-        run.record("train", step, metrics, rows=pairs, pieces=codec.pieces)
+        run.record("train", step, metrics, rows=pairs, pieces=problem.codec.pieces)
         run.console.say(_line("reward model", step, recipe.steps, metrics))
         if recipe.evaluation.every and step % recipe.evaluation.every == 0 and step < recipe.steps:
-            run.record_evaluation("train", step, evaluate_pairs(scorer, task, recipe))
+            run.record_evaluation("train", step, evaluate_pairs(scorer, problem.task, recipe))
         run.checkpoint("train", step, state, last=step == recipe.steps)
 
 

@@ -1,4 +1,4 @@
-"""The first half of a step: prompts -> completions -> rewards -> advantages, with what a recipe adds on the way.
+"""The first half of a step: prompts -> completions -> rewards.
 
 Legend: P prompts, G completions per prompt.
 """
@@ -6,31 +6,27 @@ Legend: P prompts, G completions per prompt.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from coterie.algorithms.advantages import has_signal
-from coterie.algorithms.kl import ESTIMATORS
-from coterie.algorithms.ratios import row_sum
 from coterie.faults import strikes
-from coterie.models.codec import Codec
-from coterie.models.logprobs import logprobs_of, token_statistics
-from coterie.models.policy import Policy
 from coterie.recipe import Recipe
-from coterie.recipe.settings import Advantage, Overlong
+from coterie.recipe.settings import Advantage
 from coterie.rewards.base import Reward
 from coterie.rewards.score import score
 from coterie.rollouts.collect import collect
 from coterie.rollouts.engine import Engine
-from coterie.rollouts.pack import Row, make_stream, split_by_tokens
-from coterie.sections import section
 from coterie.stopping import may_stop
-from coterie.tasks.base import Task, draw, draw_again
+from coterie.tasks.base import draw, draw_again
 from coterie.training.metrics import Clock
-from coterie.types import Group, RewardFailure, Scored, Stream
+from coterie.training.problem import Problem
+from coterie.training.stages import with_overlong
+from coterie.types import Group, Prompt, RewardFailure, Scored
 
 
 @dataclass(frozen=True)
@@ -56,49 +52,70 @@ class Drawn:
         whole[self.kept] = advantages
         return whole
 
+    def recorded(self, scored: Scored) -> Scored:
+        """What is kept of the step: every group that was drawn, with the rewards as they were learned from where all are."""
+        return scored if len(self.kept) == len(self.scored.groups) else self.scored
 
-def sample_step(
-    recipe: Recipe, task: Task, rewards: Sequence[Reward], codec: Codec, engine: Engine, step: int, clock: Clock
-) -> Drawn:
-    """Draw, sample and score the groups of a step.
 
-    With `redraw.rounds` groups without signal are dropped and others drawn in their place, until there are enough or the
-    rounds are spent. Where none has signal the last ones drawn are kept, and the step learns nothing from their rewards.
+def sampling(recipe: Recipe, problem: Problem, engine: Engine) -> Callable[[int, Clock], Drawn]:
+    """How the steps of a run get their groups: (step, clock) -> groups, sampled and scored."""
+    return partial(sample_until_signal if recipe.redraw.rounds else sample_once, recipe, problem, engine)
+
+
+def sample_once(recipe: Recipe, problem: Problem, engine: Engine, step: int, clock: Clock) -> Drawn:
+    """Draw, sample and score the groups of a step, and learn from all of them."""
+    prompts = draw(problem.task, recipe.prompts_per_step, seed=recipe.seed, step=step)
+    scored = sample(recipe, problem, engine, prompts, (recipe.seed, "train", step), clock)
+    return Drawn(scored, list(range(len(scored.groups))))
+
+
+def sample_until_signal(recipe: Recipe, problem: Problem, engine: Engine, step: int, clock: Clock) -> Drawn:
+    """Dynamic sampling: groups without signal are dropped and others drawn in their place.
+
+    It ends when there are enough or the rounds of `redraw` are spent. Where none has signal the last ones drawn are kept, and
+    the step learns nothing from their rewards.
     """
-    wanted = recipe.prompts_per_step
-    scored: Scored | None = None
-    kept: list[int] = []
-    for attempt in range(recipe.redraw.rounds + 1):
-        if attempt == 0:
-            prompts = draw(task, wanted, seed=recipe.seed, step=step)
-        else:
-            prompts = draw_again(task, wanted - len(kept), seed=recipe.seed, step=step, attempt=attempt)
-        noise = (recipe.seed, "train", step, *((attempt,) if attempt else ()))
-        groups = collect(
-            engine,
-            prompts,
-            codec,
-            recipe.sampling,
-            num_completions=recipe.group_size,
-            noise=noise,
-            begin=beginning(rewards, engine),
-        )
-        strikes("after_sample")
-        may_stop()
-        clock.lap("time/sample_seconds")
-        new = score(groups, rewards, max_failed_share=recipe.max_failed_rewards)
-        may_stop()
-        new = with_overlong(new, recipe.overlong, recipe.sampling.max_new_tokens)
-        clock.lap("time/score_seconds")
-        start = len(scored.groups) if scored is not None else 0
-        scored = _joined(scored, new) if scored is not None else new
-        if recipe.redraw.rounds == 0:
-            return Drawn(scored, list(range(len(scored.groups))))
-        kept += [start + i for i in groups_with_signal(new, recipe.advantage).nonzero().flatten().tolist()]
+    wanted, seed = recipe.prompts_per_step, recipe.seed
+    whole = sample_once(recipe, problem, engine, step, clock).scored
+    kept = _places_with_signal(whole, recipe.advantage, 0)
+    start = 0
+    for attempt in range(1, recipe.redraw.rounds + 1):
         if len(kept) >= wanted:
             break
-    assert scored is not None
-    return Drawn(scored, kept or list(range(start, len(scored.groups))))
+        prompts = draw_again(problem.task, wanted - len(kept), seed=seed, step=step, attempt=attempt)
+        new = sample(recipe, problem, engine, prompts, (seed, "train", step, attempt), clock)
+        start = len(whole.groups)
+        whole = _joined(whole, new)
+        kept += _places_with_signal(new, recipe.advantage, start)
+    return Drawn(whole, kept or list(range(start, len(whole.groups))))
+
+
+def sample(
+    recipe: Recipe,
+    problem: Problem,
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    noise: tuple[int | str, ...],
+    clock: Clock,
+) -> Scored:
+    """Completions of some prompts, with their rewards."""
+    groups = collect(
+        engine,
+        prompts,
+        problem.codec,
+        recipe.sampling,
+        num_completions=recipe.group_size,
+        noise=noise,
+        begin=beginning(problem.rewards, engine),
+    )
+    strikes("after_sample")
+    may_stop()
+    clock.lap("time/sample_seconds")
+    scored = score(groups, problem.rewards, max_failed_share=recipe.max_failed_rewards)
+    may_stop()
+    scored = with_overlong(scored, recipe.overlong, recipe.sampling.max_new_tokens)
+    clock.lap("time/score_seconds")
+    return scored
 
 
 def beginning(rewards: Sequence[Reward], engine: Engine) -> Callable[[Group], None] | None:
@@ -121,96 +138,6 @@ def groups_with_signal(scored: Scored, settings: Advantage) -> Tensor:
     return torch.stack(parts).any(0)
 
 
-def with_overlong(scored: Scored, settings: Overlong, limit: int) -> Scored:
-    """Completions at the length limit: as they are, abstaining, or with a reward that falls over the last tokens.
-
-    Source: DAPO, arXiv 2503.14476, equation 13.
-    """
-    if settings.treatment == "keep":
-        return scored
-    completions = [completion for group in scored.groups for completion in group.completions]
-    if settings.treatment == "leave_out":
-        cut = torch.tensor([c.ended == "length" for c in completions]).view(scored.rewards.shape)
-        return replace(scored, rewards=scored.rewards.masked_fill(cut, math.nan))
-    margin = max(1.0, settings.margin * limit)
-    lengths = torch.tensor([float(len(c.tokens)) for c in completions], dtype=torch.float64)
-    too_long = ((lengths - (limit - margin)) / margin).clamp(0, 1)
-    return with_part(scored, "overlong", (-settings.penalty * too_long).view(scored.rewards.shape))
-
-
-@section("reference")
-def with_kl(scored: Scored, policy: Policy, reference: Policy, recipe: Recipe, *, weight: float) -> Scored:
-    """The KL to the reference in the reward: -weight * its sum over each completion, as a part of its own."""
-    if not scored.valid.any():
-        return scored
-    streams = streams_of(scored, recipe.optimiser.micro_batch_tokens)
-    temperature, estimator = recipe.sampling.temperature, recipe.kl.estimator
-    reference_logprobs = logprobs_of(reference, streams, temperature=temperature) if estimator != "exact" else None
-    found = kl_of(streams, policy, reference, reference_logprobs, estimator=estimator, temperature=temperature)
-    sums = (row_sum(kl.cpu().double(), s.row, s.num_rows) for s, kl in zip(streams, found, strict=True))
-    totals = iter(torch.cat(list(sums)).tolist())
-    values = [next(totals) if valid else math.nan for valid in scored.valid.flatten().tolist()]
-    return with_part(scored, "kl", -weight * torch.tensor(values, dtype=torch.float64).view(scored.rewards.shape))
-
-
-@section("reference")
-@torch.no_grad()
-def kl_of(
-    streams: Sequence[Stream],
-    policy: Policy,
-    reference: Policy,
-    reference_logprobs: Sequence[Tensor] | None,
-    *,
-    estimator: str,
-    temperature: float,
-) -> list[Tensor]:
-    """The KL of the policy that sampled to the reference at each token of each stream: [N] each, on the policy's device.
-
-    reference_logprobs: [N] for each stream, which all but the exact KL are made of.
-    """
-    found = []
-    for number, stream in enumerate(stream.to(policy.device) for stream in streams):
-        if estimator == "exact":
-            exact = token_statistics(policy, stream, temperature=temperature, reference=reference).exact_kls
-            assert exact is not None
-            found.append(exact)
-        else:
-            assert reference_logprobs is not None
-            logprobs = reference_logprobs[number].to(policy.device)
-            found.append(ESTIMATORS[estimator](logprobs - stream.sampler_logprobs))
-    return found
-
-
-def some_groups(scored: Scored, step: int) -> range:
-    """Which groups a step's KL is watched on where nothing else needs the reference: a few whole ones, others each step.
-
-    They hold about as many completions as there are groups, and each of their prompts is run once for all of them.
-    """
-    num_groups, group_size = scored.rewards.shape
-    every = min(num_groups, max(1, group_size))
-    return range(step % every, num_groups, every)
-
-
-def streams_of(scored: Scored, micro_batch_tokens: int, *, only: Iterable[int] | None = None) -> list[Stream]:
-    """The valid completions, of all groups or of some, as streams without advantages."""
-    groups = []
-    valid = scored.valid.tolist()
-    for number in only if only is not None else range(len(scored.groups)):
-        group = scored.groups[number]
-        rows = [
-            Row(c.tokens, c.logprobs, support=c.support)
-            for c, counts in zip(group.completions, valid[number], strict=True)
-            if counts
-        ]
-        groups.append((group.prompt.tokens, rows))
-    return [make_stream(part) for part in split_by_tokens(groups, micro_batch_tokens)]
-
-
-def with_part(scored: Scored, name: str, values: Tensor) -> Scored:
-    """Another part of the reward, [P, G], added to the sum where the completion has one."""
-    return replace(scored, rewards=scored.rewards + values, parts={**scored.parts, name: values})
-
-
 def _joined(first: Scored, second: Scored) -> Scored:
     """The groups of one, then those of the other."""
     shift = len(first.groups)
@@ -218,3 +145,8 @@ def _joined(first: Scored, second: Scored) -> Scored:
     parts = {name: torch.cat([part, second.parts[name]]) for name, part in first.parts.items()}
     rewards = torch.cat([first.rewards, second.rewards])
     return Scored([*first.groups, *second.groups], rewards, parts, [*first.failures, *failures])
+
+
+def _places_with_signal(scored: Scored, settings: Advantage, start: int) -> list[int]:
+    """The places of the groups that have one, counted from `start`."""
+    return [start + i for i in groups_with_signal(scored, settings).nonzero().flatten().tolist()]

@@ -7,36 +7,32 @@ from torch import Tensor
 
 from coterie.algorithms.aggregate import aggregate
 from coterie.distributed.reduce import sum_totals
-from coterie.models.codec import Codec
 from coterie.models.logprobs import token_logprobs
 from coterie.models.policy import Policy
-from coterie.recipe import Recipe
 from coterie.recipe.settings import ColdStart
 from coterie.rollouts.pack import Row, make_stream, split_by_tokens
-from coterie.tasks.base import Task
 from coterie.training.checkpoint import TrainState
 from coterie.training.metrics import Tally
+from coterie.training.problem import Problem
 from coterie.training.run import Run
-from coterie.training.step import learning_rate_at, make_optimiser, set_learning_rate, take_step
+from coterie.training.step import make_optimiser, set_learning_rate, take_step
 from coterie.types import BatchTotals, Stream
 
 
-def train_sft(
-    run: Run, recipe: Recipe, task: Task, codec: Codec, policy: Policy, *, stage: str, settings: ColdStart
-) -> None:
+def train_sft(run: Run, problem: Problem, policy: Policy, *, stage: str, settings: ColdStart) -> None:
     """The loop: demonstrations -> stream -> log-probabilities -> mean negative log-likelihood -> step."""
+    recipe = run.recipe
     optimiser = make_optimiser(policy, recipe.optimiser)
     state = TrainState({"model": policy}, {"optimiser": (policy, optimiser)})
     run.restore(stage, state)
     for step in run.remaining(stage, settings.steps):
-        pairs = task.demonstrations(settings.rows_per_step, seed=recipe.seed, step=step)
+        pairs = problem.task.demonstrations(settings.rows_per_step, seed=recipe.seed, step=step)
         groups = [(prompt, [Row.written(answer)]) for prompt, answer in pairs]
         streams = [make_stream(part) for part in split_by_tokens(groups, recipe.optimiser.micro_batch_tokens)]
-        learning_rate = learning_rate_at(step, settings.steps, settings)
-        set_learning_rate(optimiser, learning_rate)
+        learning_rate = set_learning_rate(optimiser, step, settings.steps, settings)
         tally = fit(policy, optimiser, streams, max_grad_norm=recipe.optimiser.max_grad_norm)
         metrics = {**tally.values(), "optimiser/learning_rate": learning_rate}
-        run.record(stage, step, metrics, rows=pairs, pieces=codec.pieces)
+        run.record(stage, step, metrics, rows=pairs, pieces=problem.codec.pieces)
         if step == 1 or step % 20 == 0 or step == settings.steps:
             run.console.say(f"sft {step}/{settings.steps}  loss {metrics['loss/total']:.3f}  lr {learning_rate:.1e}")
         run.checkpoint(stage, step, state, last=step == settings.steps)

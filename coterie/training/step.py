@@ -45,9 +45,14 @@ def make_optimiser(
     )
 
 
-def set_learning_rate(optimiser: torch.optim.Optimizer, learning_rate: float) -> None:
+def set_learning_rate(
+    optimiser: torch.optim.Optimizer, step: int, num_steps: int, settings: Optimiser | ColdStart
+) -> float:
+    """Give the optimiser the learning rate of a step, and return it."""
+    learning_rate = learning_rate_at(step, num_steps, settings)
     for group in optimiser.param_groups:
         group["lr"] = learning_rate
+    return learning_rate
 
 
 def take_step(

@@ -13,31 +13,29 @@ import torch
 from transformers import PreTrainedModel
 
 from coterie.errors import UserError
-from coterie.evals.evaluate import Evaluation, answer_examples, evaluate, example_prompts, heldout_prompts
 from coterie.fast import serve
 from coterie.fast.kernels.build import why_missing
 from coterie.fast.serve import make_engine
 from coterie.models.adapters import num_in_experts
-from coterie.models.codec import Codec
 from coterie.models.heads import Scorer
 from coterie.models.load import choose_device, start_model
 from coterie.models.policy import Policy, quiet_transformers
 from coterie.recipe import Recipe, find_recipe, load_recipe
 from coterie.recipe.settings import ColdStart, DatasetTask
 from coterie.redact import hidden_in
-from coterie.rewards.base import Reward
 from coterie.rewards.load import closing_all
 from coterie.runs.console import Console
 from coterie.runs.outlet import outliving_console
 from coterie.runs.profile import profile_table
 from coterie.runs.report import marks_of, write_report
-from coterie.tasks.base import Task
 from coterie.tasks.dataset import Dataset
 from coterie.tasks.load import prepare
 from coterie.training.checkpoint import STAGES, Position, TrainState, load_checkpoint
+from coterie.training.evaluation import evaluate_whole
 from coterie.training.grpo import train_grpo
 from coterie.training.ppo import train_ppo
 from coterie.training.preferences import evaluate_pairs, train_dpo, train_reward_model
+from coterie.training.problem import Problem
 from coterie.training.profile import Profiler
 from coterie.training.reference import make_reference
 from coterie.training.run import Run, RunFailedError, write_whole
@@ -88,7 +86,7 @@ def train(
         rewards, codec, task = prepare(run.recipe) if resume is not None else parts
         run.begin()
         with run.stoppable(), closing_all(rewards), memory_explained(run):
-            _train(run, rewards, codec, task)
+            _train(run, Problem(task, rewards, codec))
         if profile:
             console.table(*profile_table(run.folder))
     finally:
@@ -129,8 +127,8 @@ def run_name(recipe: Path) -> str:
     return recipe.resolve().parent.name if recipe.stem == "recipe" else recipe.stem
 
 
-def _train(run: Run, rewards: list[Reward], codec: Codec, task: Task) -> None:
-    recipe, console = run.recipe, run.console
+def _train(run: Run, problem: Problem) -> None:
+    recipe, console, task, codec = run.recipe, run.console, problem.task, problem.codec
     ends = [run.folder / name for name in ("summary.json", "report.html")]  # in the order in which they are written
     if run.position and run.position.step >= recipe.steps and all(path.is_file() for path in ends):
         console.say(f"{run.folder} is finished; its report is {run.folder / 'report.html'}")
@@ -155,7 +153,7 @@ def _train(run: Run, rewards: list[Reward], codec: Codec, task: Task) -> None:
     if isinstance(task, Dataset) and task.overlap:
         console.warn(task.overlap)
         run.store.event(STAGES[0], 0, "overlap", task.overlap)
-    for report in filter(None, (reward.sandbox_report for reward in rewards)):
+    for report in filter(None, (reward.sandbox_report for reward in problem.rewards)):
         console.say(f"sandbox {report}")
         run.store.event(STAGES[0], 0, "sandbox", report)
     policy = policy.recomputing() if recipe.optimiser.activation_checkpointing else policy
@@ -168,21 +166,21 @@ def _train(run: Run, rewards: list[Reward], codec: Codec, task: Task) -> None:
         )
     if not (run.position and run.position.stage == "train"):
         if recipe.cold_start is not None and recipe.method != "sft":
-            _cold_start(run, recipe, recipe.cold_start, task, codec, policy)
+            _cold_start(run, recipe.cold_start, problem, policy)
             if run.stopped:
                 run.say_how_to_resume()
                 return
         if recipe.method != "reward_model":
-            _evaluate_and_record(run, 0, "before", task, rewards, codec, policy)
+            evaluate_whole(run, problem, policy, 0, "before")
     _stand_at_start(run, "train", policy)
     policy = as_trained(policy, recipe, console)
     start = make_reference(policy, recipe.reference)
-    trained = _train_method(run, task, rewards, codec, policy, start)
+    trained = _train_method(run, problem, policy, start)
     if run.stopped:
         run.say_how_to_resume()
         return
     if recipe.method != "reward_model":
-        _evaluate_and_record(run, recipe.steps, "after", task, rewards, codec, policy)
+        evaluate_whole(run, problem, policy, recipe.steps, "after")
     if trained.adapter is not None:
         trained.adapter.merge()
     with run.writing():
@@ -193,13 +191,13 @@ def _train(run: Run, rewards: list[Reward], codec: Codec, task: Task) -> None:
     _say_results(run, summary)
 
 
-def _cold_start(run: Run, recipe: Recipe, settings: ColdStart, task: Task, codec: Codec, policy: Policy) -> None:
+def _cold_start(run: Run, settings: ColdStart, problem: Problem, policy: Policy) -> None:
     """Supervised fine-tuning first: of all weights, or through an adapter that becomes a part of them."""
     learner = policy
-    if recipe.cold_start_adapts:
+    if run.recipe.cold_start_adapts:
         _stand_at_start(run, "cold_start", policy)
-        learner = as_trained(policy, recipe, run.console)
-    train_sft(run, recipe, task, codec, learner, stage="cold_start", settings=settings)
+        learner = as_trained(policy, run.recipe, run.console)
+    train_sft(run, problem, learner, stage="cold_start", settings=settings)
     if learner.adapter is not None:
         learner.adapter.merge()
 
@@ -241,24 +239,22 @@ def as_trained(policy: Policy, recipe: Recipe, console: Console) -> Policy:
     return policy
 
 
-def _train_method(
-    run: Run, task: Task, rewards: list[Reward], codec: Codec, policy: Policy, start: Policy
-) -> Policy | Scorer:
+def _train_method(run: Run, problem: Problem, policy: Policy, start: Policy) -> Policy | Scorer:
     """The loop that the recipe names, from weights that may be a checkpoint's. `start` is frozen. Returns what it trained."""
     recipe = run.recipe
     if recipe.method == "reward_model":
         scorer = Scorer.from_policy(start)
         if not (run.position and run.position.stage == "train" and run.position.step > 0):
-            run.record_evaluation("train", 0, evaluate_pairs(scorer, task, recipe))
-        train_reward_model(run, recipe, task, codec, scorer)
+            run.record_evaluation("train", 0, evaluate_pairs(scorer, problem.task, recipe))
+        train_reward_model(run, problem, scorer)
         if not run.stopped:
-            run.record_evaluation("train", recipe.steps, evaluate_pairs(scorer, task, recipe))
+            run.record_evaluation("train", recipe.steps, evaluate_pairs(scorer, problem.task, recipe))
         return scorer
     if recipe.method == "sft":
-        train_sft(run, recipe, task, codec, policy, stage="train", settings=_as_sft(recipe))
+        train_sft(run, problem, policy, stage="train", settings=_as_sft(recipe))
     else:
         loop = {"grpo": train_grpo, "ppo": train_ppo, "dpo": train_dpo}[recipe.method]
-        loop(run, recipe, task, rewards, codec, policy, start, make_engine(policy))
+        loop(run, problem, policy, start, make_engine(policy))
     return policy
 
 
@@ -272,32 +268,6 @@ def _as_sft(recipe: Recipe) -> ColdStart:
         warmup_steps=optimiser.warmup_steps,
         schedule=optimiser.schedule,
     )
-
-
-def _evaluate_and_record(
-    run: Run, step: int, when: str, task: Task, rewards: list[Reward], codec: Codec, policy: Policy
-) -> Evaluation | None:
-    """The whole held-out evaluation, and the answers to the task's examples."""
-    recipe = run.recipe
-    engine = make_engine(policy)
-    prompts = heldout_prompts(task, recipe.evaluation.prompts, seed=recipe.seed)
-    if not prompts:
-        return None
-    run.console.say(f"evaluating {when} training: {len(prompts)} held-out prompts")
-    evaluation = evaluate(
-        engine,
-        task,
-        prompts,
-        rewards,
-        codec,
-        recipe.sampling,
-        num_samples=recipe.evaluation.samples,
-        seed=recipe.seed,
-    )
-    shown = example_prompts(task, seed=recipe.seed)
-    examples = answer_examples(engine, task, shown, rewards, codec, recipe.sampling)
-    run.record_evaluation("train", step, evaluation, examples)
-    return evaluation
 
 
 def write_summary(run: Run) -> dict[str, Any]:

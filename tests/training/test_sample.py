@@ -11,8 +11,9 @@ from coterie.recipe.settings import Advantage, Overlong
 from coterie.rewards.base import Reward
 from coterie.rollouts.pack import Row, make_stream
 from coterie.training.advantages import load_advantages
-from coterie.training.grpo import divergence_metrics
-from coterie.training.sample import groups_with_signal, with_overlong
+from coterie.training.sample import groups_with_signal
+from coterie.training.stages import with_overlong
+from coterie.training.step_metrics import divergence_metrics
 from coterie.types import Completion, Group, Prompt, Scored
 
 EACH = Advantage(combine="each")

@@ -1,0 +1,111 @@
+"""What a recipe adds between rewards and advantages: a reward that falls with length, the KL in the reward.
+
+Legend: P prompts, G completions per prompt, N completion tokens of a stream.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from coterie.algorithms.kl import ESTIMATORS
+from coterie.algorithms.ratios import row_sum
+from coterie.models.logprobs import logprobs_of, token_statistics
+from coterie.models.policy import Policy
+from coterie.recipe import Recipe
+from coterie.recipe.settings import Overlong
+from coterie.rollouts.pack import Row, make_stream, split_by_tokens
+from coterie.sections import section
+from coterie.types import Scored, Stream
+
+
+def with_overlong(scored: Scored, settings: Overlong, limit: int) -> Scored:
+    """Completions at the length limit: as they are, abstaining, or with a reward that falls over the last tokens.
+
+    Source: DAPO, arXiv 2503.14476, equation 13.
+    """
+    if settings.treatment == "keep":
+        return scored
+    completions = [completion for group in scored.groups for completion in group.completions]
+    if settings.treatment == "leave_out":
+        cut = torch.tensor([c.ended == "length" for c in completions]).view(scored.rewards.shape)
+        return replace(scored, rewards=scored.rewards.masked_fill(cut, math.nan))
+    margin = max(1.0, settings.margin * limit)
+    lengths = torch.tensor([float(len(c.tokens)) for c in completions], dtype=torch.float64)
+    too_long = ((lengths - (limit - margin)) / margin).clamp(0, 1)
+    return with_part(scored, "overlong", (-settings.penalty * too_long).view(scored.rewards.shape))
+
+
+def kl_stage(recipe: Recipe, policy: Policy, reference: Policy) -> Callable[[Scored, float], Scored]:
+    """What takes the KL off the rewards, (scored, weight) -> scored; nothing where the recipe has none there."""
+    if not recipe.loss.kl_weight or recipe.kl.place != "reward":
+        return lambda scored, weight: scored
+    return partial(with_kl, policy, reference, recipe)
+
+
+@section("reference")
+def with_kl(policy: Policy, reference: Policy, recipe: Recipe, scored: Scored, weight: float) -> Scored:
+    """The KL to the reference in the reward: -weight * its sum over each completion, as a part of its own."""
+    if not scored.valid.any():
+        return scored
+    streams = streams_of(scored, recipe.optimiser.micro_batch_tokens)
+    temperature, estimator = recipe.sampling.temperature, recipe.kl.estimator
+    reference_logprobs = logprobs_of(reference, streams, temperature=temperature) if estimator != "exact" else None
+    found = kl_of(streams, policy, reference, reference_logprobs, estimator=estimator, temperature=temperature)
+    sums = (row_sum(kl.cpu().double(), s.row, s.num_rows) for s, kl in zip(streams, found, strict=True))
+    totals = iter(torch.cat(list(sums)).tolist())
+    values = [next(totals) if valid else math.nan for valid in scored.valid.flatten().tolist()]
+    return with_part(scored, "kl", -weight * torch.tensor(values, dtype=torch.float64).view(scored.rewards.shape))
+
+
+@section("reference")
+@torch.no_grad()
+def kl_of(
+    streams: Sequence[Stream],
+    policy: Policy,
+    reference: Policy,
+    reference_logprobs: Sequence[Tensor] | None,
+    *,
+    estimator: str,
+    temperature: float,
+) -> list[Tensor]:
+    """The KL of the policy that sampled to the reference at each token of each stream: [N] each, on the policy's device.
+
+    reference_logprobs: [N] for each stream, which all but the exact KL are made of.
+    """
+    found = []
+    for number, stream in enumerate(stream.to(policy.device) for stream in streams):
+        if estimator == "exact":
+            exact = token_statistics(policy, stream, temperature=temperature, reference=reference).exact_kls
+            assert exact is not None
+            found.append(exact)
+        else:
+            assert reference_logprobs is not None
+            logprobs = reference_logprobs[number].to(policy.device)
+            found.append(ESTIMATORS[estimator](logprobs - stream.sampler_logprobs))
+    return found
+
+
+def streams_of(scored: Scored, micro_batch_tokens: int, *, only: Iterable[int] | None = None) -> list[Stream]:
+    """The valid completions, of all groups or of some, as streams without advantages."""
+    groups = []
+    valid = scored.valid.tolist()
+    for number in only if only is not None else range(len(scored.groups)):
+        group = scored.groups[number]
+        rows = [
+            Row(c.tokens, c.logprobs, support=c.support)
+            for c, counts in zip(group.completions, valid[number], strict=True)
+            if counts
+        ]
+        groups.append((group.prompt.tokens, rows))
+    return [make_stream(part) for part in split_by_tokens(groups, micro_batch_tokens)]
+
+
+def with_part(scored: Scored, name: str, values: Tensor) -> Scored:
+    """Another part of the reward, [P, G], added to the sum where the completion has one."""
+    return replace(scored, rewards=scored.rewards + values, parts={**scored.parts, name: values})

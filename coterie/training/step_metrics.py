@@ -1,0 +1,89 @@
+"""The metrics of a step that samples, and the line of them that a person reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from coterie.algorithms.advantages import group_std
+from coterie.algorithms.kl import k3
+from coterie.training.metrics import Tally
+from coterie.training.sample import Drawn
+from coterie.types import Scored, Stream
+
+
+def rollout_metrics(scored: Scored, signal: Tensor) -> Tally:
+    """What the samples of a step were like: rewards, groups without signal [P], entropy, lengths, truncation."""
+    tally = Tally()
+    valid = scored.valid
+    completions = [completion for group in scored.groups for completion in group.completions]
+    lengths = torch.tensor([len(completion.tokens) for completion in completions], dtype=torch.float64)
+    tally.add_values("reward/mean", scored.rewards[valid])
+    if valid.any():
+        tally.add("reward/highest", scored.rewards[valid].max())
+        tally.add("reward/lowest", scored.rewards[valid].min())
+    if valid.sum() > 1:
+        tally.add("reward/std", scored.rewards[valid].std())
+    for name, part in scored.parts.items():
+        tally.add_values(f"reward/{name}", part[~part.isnan()])
+        spread = group_std(part)
+        tally.add_values(f"reward/{name}_group_std", spread[~spread.isnan()])
+    tally.add("reward/num_abstained", (~valid).sum())
+    tally.add("reward/num_failed", len({(f.group, f.completion) for f in scored.failures}))
+    if scored.rewards.shape[1] > 1:
+        tally.add_values("group/no_signal_share", ~signal)
+    tally.add_values("policy/entropy", torch.cat([completion.entropies for completion in completions]))
+    tally.add_values("completion/tokens_mean", lengths)
+    tally.add_maximum("completion/tokens_max", lengths)
+    tally.add("completion/num_tokens", lengths.sum())
+    tally.add("completion/truncated_share", sum(c.ended == "length" for c in completions), len(completions))
+    return tally
+
+
+def redraw_metrics(drawn: Drawn) -> Tally:
+    """What dynamic sampling cost: groups dropped, and the tokens that were spent on them."""
+    tally = Tally()
+    dropped = set(range(len(drawn.scored.groups))) - set(drawn.kept)
+    if dropped:
+        spent = sum(len(c.tokens) for i in dropped for c in drawn.scored.groups[i].completions)
+        tally.add("redraw/num_dropped_groups", len(dropped))
+        tally.add("redraw/num_dropped_tokens", spent)
+    return tally
+
+
+def penalty_metrics(scored: Scored) -> Tally:
+    """What the KL took off the rewards, where it is a part of them."""
+    tally = Tally()
+    if "kl" in scored.parts:
+        tally.add_values("reward/kl", scored.parts["kl"][scored.valid])
+    return tally
+
+
+def divergence_metrics(streams: Sequence[Stream], reference_logprobs: Sequence[Tensor]) -> Tally:
+    """KL of the policy that sampled to the reference, in nats per token."""
+    tally = Tally()
+    for stream, reference in zip(streams, reference_logprobs, strict=True):
+        tally.add_values("policy/kl", k3(reference.cpu() - stream.sampler_logprobs))
+    return tally
+
+
+def metrics_line(method: str, step: int, num_steps: int, metrics: Mapping[str, float], parts: Iterable[str]) -> str:
+    """The line a person reads."""
+    parts = list(parts)
+    shown = [f"{method} {step}/{num_steps}", f"reward {metrics.get('reward/mean', float('nan')):.2f}"]
+    if len(parts) > 1:
+        shown += [f"{part} {metrics[f'reward/{part}']:.2f}" for part in parts if f"reward/{part}" in metrics]
+    shown += [
+        f"entropy {metrics['policy/entropy']:.2f}",
+        f"kl {metrics.get('policy/kl', float('nan')):.3f}",
+        f"length {metrics['completion/tokens_mean']:.0f}",
+        *([f"no signal {metrics['group/no_signal_share']:.0%}"] if "group/no_signal_share" in metrics else []),
+        f"{metrics['time/step_seconds']:.2f} s",
+    ]
+    if metrics["completion/truncated_share"]:
+        shown.append(f"cut {metrics['completion/truncated_share']:.0%}")
+    if metrics["reward/num_failed"]:
+        shown.append(f"failed rewards {metrics['reward/num_failed']:.0f}")
+    return "  ".join(shown)
