@@ -31,7 +31,7 @@ from broken_runs import (
     train,
 )
 
-from coterie.training.checkpoint import find_checkpoint
+from coterie.runs.checkpoint import find_checkpoint
 
 FILES = ("model.safetensors", "optimiser.safetensors", "position.json", "manifest.json")
 BLOCK = 4096

@@ -36,9 +36,9 @@ from coterie.errors import UserError
 from coterie.models.codec import Codec
 from coterie.models.load import make_byte_tokenizer
 from coterie.recipe.settings import DatasetTask
+from coterie.runs.checkpoint import Position
 from coterie.runs.store import Store
 from coterie.tasks.dataset import Dataset
-from coterie.training.checkpoint import Position
 
 OBJECTIVES = """
 import resource

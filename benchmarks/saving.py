@@ -22,9 +22,9 @@ from tables import stamp, write_json
 import coterie
 from coterie.models.load import start_model
 from coterie.recipe import load_recipe
+from coterie.runs.checkpoint import Position, Snapshot, TrainState, write_checkpoint
 from coterie.runs.store import Store
 from coterie.tasks.load import load_codec
-from coterie.training.checkpoint import Position, Snapshot, TrainState, write_checkpoint
 from coterie.training.step import make_optimiser
 
 RECIPE, COLD_STEPS, STEPS, REPEATS = "equations", 200, 30, 9

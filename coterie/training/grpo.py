@@ -14,8 +14,8 @@ from coterie.models.policy import Policy
 from coterie.recipe import Recipe
 from coterie.rollouts.engine import Engine
 from coterie.rollouts.pack import pack
+from coterie.runs.checkpoint import TrainState
 from coterie.training.advantages import load_advantages
-from coterie.training.checkpoint import TrainState
 from coterie.training.evaluation import evaluate_on_the_way
 from coterie.training.gap import rounding_at_the_gap
 from coterie.training.metrics import Clock

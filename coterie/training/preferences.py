@@ -21,9 +21,9 @@ from coterie.models.policy import Policy
 from coterie.recipe import Recipe
 from coterie.rollouts.engine import Engine
 from coterie.rollouts.pack import Row, make_stream, split_by_tokens
+from coterie.runs.checkpoint import TrainState
 from coterie.sections import section
 from coterie.tasks.base import Preference, Task
-from coterie.training.checkpoint import TrainState
 from coterie.training.evaluation import evaluate_on_the_way
 from coterie.training.metrics import Clock, Tally
 from coterie.training.problem import Problem

@@ -19,13 +19,8 @@ from coterie.errors import UserError
 from coterie.evals.evaluate import Evaluation, Example
 from coterie.faults import at_step, strikes
 from coterie.recipe import Recipe, load_recipe
-from coterie.runs.console import Console
-from coterie.runs.find import RUNS, is_run, run_at
-from coterie.runs.outlet import troubles
-from coterie.runs.signs import SIGN, Accuracy, Sign, Watch
-from coterie.runs.store import Store
-from coterie.sections import section
-from coterie.training.checkpoint import (
+from coterie.runs.alarms import watch_limits
+from coterie.runs.checkpoint import (
     STAGES,
     Position,
     Saver,
@@ -35,7 +30,9 @@ from coterie.training.checkpoint import (
     load_checkpoint,
     prune_checkpoints,
 )
-from coterie.training.folder import (
+from coterie.runs.console import Console
+from coterie.runs.find import RUNS, is_run, run_at
+from coterie.runs.folder import (
     Row,
     RunFailedError,
     how_to_go_on,
@@ -47,11 +44,14 @@ from coterie.training.folder import (
     write_rows,
     write_whole,
 )
-from coterie.training.inputs import at_home, check_inputs, inputs_of, portable
+from coterie.runs.outlet import troubles
+from coterie.runs.resume_check import at_home, check_inputs, inputs_of, portable
+from coterie.runs.signs import SIGN, Accuracy, Sign, Watch
+from coterie.runs.silence import watch_silence
+from coterie.runs.store import Store
+from coterie.runs.surroundings import surroundings, what_differs
+from coterie.sections import section
 from coterie.training.profile import Profiler
-from coterie.training.silence import watch_silence
-from coterie.training.surroundings import surroundings, what_differs
-from coterie.training.watch import watch_limits
 from coterie.trust import check_links
 from coterie.types import Scored
 

@@ -18,10 +18,10 @@ from coterie.models.codec import Codec
 from coterie.models.heads import Scorer
 from coterie.models.load import start_model
 from coterie.recipe import load_recipe
+from coterie.runs.checkpoint import STAGES, Position, TrainState, load_checkpoint
 from coterie.runs.find import find_run
 from coterie.runs.store import Store
 from coterie.tasks.load import load_codec
-from coterie.training.checkpoint import STAGES, Position, TrainState, load_checkpoint
 
 
 @dataclass(frozen=True)

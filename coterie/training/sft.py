@@ -11,7 +11,7 @@ from coterie.models.logprobs import token_logprobs
 from coterie.models.policy import Policy
 from coterie.recipe.settings import ColdStart
 from coterie.rollouts.pack import Row, make_stream, split_by_tokens
-from coterie.training.checkpoint import TrainState
+from coterie.runs.checkpoint import TrainState
 from coterie.training.metrics import Tally
 from coterie.training.problem import Problem
 from coterie.training.run import Run

@@ -12,9 +12,9 @@ from torch import Tensor
 from coterie.distributed.reduce import all_agree, sum_gradients
 from coterie.faults import strikes
 from coterie.recipe.settings import ColdStart, Optimiser
+from coterie.runs.checkpoint import Trained
 from coterie.sections import section
 from coterie.stopping import allow, may_stop
-from coterie.training.checkpoint import Trained
 from coterie.training.metrics import Tally
 from coterie.types import Stream
 

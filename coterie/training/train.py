@@ -24,13 +24,13 @@ from coterie.recipe import Recipe, find_recipe, load_recipe
 from coterie.recipe.settings import ColdStart, DatasetTask
 from coterie.redact import hidden_in
 from coterie.rewards.load import closing_all
+from coterie.runs.checkpoint import STAGES, Position, TrainState, load_checkpoint
 from coterie.runs.console import Console
 from coterie.runs.outlet import outliving_console
 from coterie.runs.profile import profile_table
 from coterie.runs.report import marks_of, write_report
 from coterie.tasks.dataset import Dataset
 from coterie.tasks.load import prepare
-from coterie.training.checkpoint import STAGES, Position, TrainState, load_checkpoint
 from coterie.training.evaluation import evaluate_whole
 from coterie.training.grpo import train_grpo
 from coterie.training.ppo import train_ppo

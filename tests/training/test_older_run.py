@@ -18,8 +18,8 @@ from coterie.recipe import load_recipe
 from coterie.recipe.older import of_older
 from coterie.rewards.load import load_rewards
 from coterie.runs.report import write_report
+from coterie.runs.resume_check import check_inputs, inputs_of
 from coterie.runs.store import Store
-from coterie.training.inputs import check_inputs, inputs_of
 
 
 @pytest.fixture

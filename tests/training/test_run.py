@@ -16,9 +16,9 @@ import coterie
 from coterie import faults
 from coterie.errors import UserError
 from coterie.rewards.base import Reward
+from coterie.runs import checkpoint
+from coterie.runs.checkpoint import find_checkpoint
 from coterie.runs.store import Store
-from coterie.training import checkpoint
-from coterie.training.checkpoint import find_checkpoint
 from coterie.training.run import RunFailedError
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from coterie.recipe import Recipe
 from coterie.runs.console import Console
+from coterie.runs.folder import RunFailedError
 from coterie.runs.store import Store
-from coterie.training.folder import RunFailedError
 
 _MEAN = "reward/mean"  # which a step has that has a reward at all
 

@@ -8,7 +8,7 @@ import pytest
 from coterie.errors import UserError
 from coterie.recipe import load_recipe, make_recipe
 from coterie.recipe.presets import PRESETS
-from coterie.training.inputs import at_home, check_inputs, inputs_of
+from coterie.runs.resume_check import at_home, check_inputs, inputs_of
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from coterie.errors import UserError
-from coterie.training import checkpoint
-from coterie.training.checkpoint import (
+from coterie.runs import checkpoint
+from coterie.runs.checkpoint import (
     Position,
     Saver,
     Snapshot,

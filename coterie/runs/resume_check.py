@@ -16,7 +16,7 @@ from coterie.errors import UserError
 from coterie.recipe import Recipe, make_recipe
 from coterie.recipe.older import moved
 from coterie.recipe.settings import DatasetTask, RewardSpec
-from coterie.training.modules import modules_of
+from coterie.runs.modules import modules_of
 
 _FREE = ("made_with", "steps")  # what may change without a word
 _PART = " > "  # stands between a setting and what the file that it names uses

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from coterie.recipe import Recipe
 from coterie.recipe.settings import Limits
 from coterie.runs.console import Console
+from coterie.runs.folder import RunFailedError
 from coterie.runs.store import Store
-from coterie.training.folder import RunFailedError
 
 _HISTORY = 50  # steps that a gradient's norm is compared with
 _ENOUGH = 10
