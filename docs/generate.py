@@ -229,11 +229,11 @@ def metrics_page() -> str:
     parts = [METRICS_HEAD]
     for part in dict.fromkeys(name.partition("/")[0] for name in METRICS):
         rows = [
-            (f"`{name}`", unit, methods, words)
+            (f"`{name}`", words, unit, methods)
             for name, (unit, methods, words) in METRICS.items()
             if name.startswith(f"{part}/")
         ]
-        parts += [f"## {part}\n", table(("metric", "unit", "methods", "what it is"), rows), ""]
+        parts += [f"## {part}\n", table(("metric", "what it is", "unit", "methods"), rows), ""]
     return "\n".join(parts).rstrip() + "\n"
 
 
