@@ -21,4 +21,11 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Show a file outside of the site by its path, and pictures from where the site has them."""
     markdown = re.sub(rf"\]\((\.\./)((?:\.\./)*{PICTURES}/[^)]+\.svg)\)", r"](\2)", markdown)
-    return LINK.sub(lambda link: link[0] if link[2].endswith(".svg") else f"{link[1]} (`{link[2]}`)", markdown)
+    return LINK.sub(_as_path, markdown)
+
+
+def _as_path(link: re.Match[str]) -> str:
+    words, path = link[1], link[2]
+    if path.endswith(".svg"):
+        return link[0]
+    return f"`{path}`" if path.endswith(words.strip("`")) else f"{words} (`{path}`)"
