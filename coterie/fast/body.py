@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coterie.fast.kernels.calls import served, turns
 from coterie.fast.pieces import gated, rms_norm, turned_heads
 from coterie.models.attention import AttentionSettings, Layout
 
@@ -40,13 +41,14 @@ class FastBody:
 
     @classmethod
     def of(cls, model: nn.Module, settings: Mapping[int, AttentionSettings]) -> FastBody | None:
-        """For a model in full precision that has these parts and no other, else None.
+        """For a model that has these parts and no other, of a type that there are compiled loops for, else None.
 
         In half precision the norms of transformers compute in float32, and so keep more than ours would.
         """
-        if next(model.parameters()).dtype not in (torch.float32, torch.float64):
+        if not served(next(model.parameters())):
             return None
         known = _parts(model) == _PARTS["model"] and all(map(_is_known, model.layers)) and _is_norm(model.norm)
+        known = known and turns(2 * len(getattr(model.rotary_emb, "inv_freq", ())))
         return cls(model, settings) if known and len(settings) == len(model.layers) else None
 
     def run(

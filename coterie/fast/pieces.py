@@ -1,4 +1,4 @@
-"""Norms, rotary positions and gates as one autograd function each: compiled loops where they serve, tensor operations elsewhere.
+"""Norms, rotary positions, gates and attention in compiled loops, as one autograd function each.
 
 Legend: T tokens of a stream, D width, H heads, E width of a head.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from coterie.fast.kernels import calls
@@ -16,11 +15,8 @@ from coterie.fast.kernels import calls
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x / sqrt(mean(x^2) + epsilon) * weight, over the last dimension: x [T, D], weight [D]."""
-    if calls.served(x, weight):
-        return _CompiledNorm.apply(x.contiguous(), weight, epsilon)
-    if torch.is_grad_enabled():
-        return _RMSNorm.apply(x, weight, epsilon)
-    return F.rms_norm(x, weight.shape, weight, epsilon)
+    assert calls.served(x, weight)
+    return _CompiledNorm.apply(x.contiguous(), weight, epsilon)
 
 
 def turned_heads(x: Tensor, weight: Tensor | None, epsilon: float, cos: Tensor, sin: Tensor) -> Tensor:
@@ -28,22 +24,14 @@ def turned_heads(x: Tensor, weight: Tensor | None, epsilon: float, cos: Tensor, 
 
     x * cos + (halves of each head swapped) * sin; the sines of the first halves are negative.
     """
-    if calls.turns(cos.shape[1]) and calls.served(x, weight, cos, sin):
-        return _CompiledTurn.apply(x.contiguous(), weight, epsilon, cos, sin)
-    if weight is not None:
-        x = rms_norm(x.view(-1, len(weight)), weight, epsilon).view_as(x)
-    width = cos.shape[1]
-    cos, sin = (one.repeat(1, x.shape[1] // width) for one in (cos, sin))
-    if torch.is_grad_enabled():
-        return _Turn.apply(x, cos, sin, width)
-    return (x * cos).addcmul_(_swapped(x, width), sin)
+    assert calls.served(x, weight, cos, sin)
+    return _CompiledTurn.apply(x.contiguous(), weight, epsilon, cos, sin)
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
-    if calls.served(gate, up):
-        return _CompiledGated.apply(gate.contiguous(), up.contiguous())
-    return _Gated.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
+    assert calls.served(gate, up)
+    return _CompiledGated.apply(gate.contiguous(), up.contiguous())
 
 
 class CompiledAttention(torch.autograd.Function):
@@ -102,52 +90,3 @@ class _CompiledGated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return calls.gated_backward(grads[0].contiguous(), *ctx.saved_tensors)
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        scale = torch.rsqrt((x * x).mean(1, keepdim=True).add_(epsilon))
-        normal = x * scale
-        ctx.save_for_backward(normal, scale, weight)
-        return normal * weight
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        normal, scale, weight = ctx.saved_tensors
-        of_weight = (grads[0] * normal).sum(0)
-        grad = grads[0] * weight
-        return (grad.addcmul_(normal, (grad * normal).mean(1, keepdim=True), value=-1)).mul_(scale), of_weight, None
-
-
-class _Turn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, width: int) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        ctx.width = width
-        return (x * cos).addcmul_(_swapped(x, width), sin)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        cos, sin = ctx.saved_tensors
-        return (grads[0] * cos).add_(_swapped(grads[0] * sin, ctx.width)), None, None, None
-
-
-def _swapped(x: Tensor, width: int) -> Tensor:
-    """The halves of each head exchanged: [T, H * E]."""
-    return x.view(-1, width).roll(width // 2, 1).view_as(x)
-
-
-class _Gated(torch.autograd.Function):
-    """The gate's activation is computed again in the backward pass, not kept."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        gate, up = ctx.saved_tensors
-        of_gate = torch.ops.aten.silu_backward(grads[0] * up, gate)
-        return of_gate, F.silu(gate).mul_(grads[0])

@@ -1,4 +1,4 @@
-"""Our forward pass of the Llama family, and attention in a cascade, give what the slow and obvious ways give."""
+"""Our forward pass of the Llama family, and its attention, give what the slow and obvious ways give."""
 
 import copy
 from dataclasses import replace
@@ -7,13 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from coterie.fast.cascade import Cascade
 from coterie.fast.serve import Policy
 from coterie.fast.stream import StreamLayout
 from coterie.models.attention import AttentionSettings
 from coterie.models.layout import DenseLayout
 
-pytestmark = pytest.mark.usefixtures("each_way")
 SEGMENTS = [(5, (4, 17, 1)), (11, (2, 3)), (3, (9,)), (1, (6, 30, 8, 2)), (23, (5, 5)), (7, ())]
 NUM_TOKENS = sum(prompt + sum(lengths) for prompt, lengths in SEGMENTS)
 SETTINGS = AttentionSettings(0.3, None, None)
@@ -110,6 +108,12 @@ def test_a_copy_of_a_policy_runs_its_own_weights(make_model):
         assert torch.equal(frozen.run(*some_stream(), StreamLayout(SEGMENTS)), before)
 
 
+def test_without_compiled_loops_a_model_keeps_its_own_pass(make_model, without_kernels):
+    policy = Policy.of(make_model("qwen3"))
+    assert policy.served == "stream"
+    assert policy.body is None
+
+
 def queries_keys_values(num_heads, num_kv_heads, dtype=torch.float64):
     generator = torch.Generator().manual_seed(6)
     return [
@@ -122,30 +126,8 @@ def dense(q, k, v, settings=SETTINGS):
     return DenseLayout(SEGMENTS).attend(0, *(x.transpose(0, 1)[None] for x in (q, k, v)), settings)[0]
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
-def test_the_cascade_gives_the_output_and_gradients_of_dense_blocks(heads):
-    inputs = queries_keys_values(*heads)
-    weights = torch.randn(NUM_TOKENS, heads[0], 8, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
-    found = []
-    for attended in (Cascade(SEGMENTS).attend(*inputs, SETTINGS.scaling), dense(*inputs)):
-        found.append([attended, *torch.autograd.grad((attended * weights).sum(), inputs)])
-    for mine, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
-
-
-def test_the_cascade_stays_finite_where_padding_would_overflow():
-    """A padded place repeats a token that read fewer keys; its weights, taken literally, would be infinite."""
-    inputs = queries_keys_values(2, 2, torch.float32)
-    scaled = [(x * 60).detach().requires_grad_() for x in inputs[:2]] + [inputs[2]]
-    gradients = torch.autograd.grad(Cascade(SEGMENTS).attend(*scaled, 1.0).sum(), scaled)
-    assert all(gradient.isfinite().all() for gradient in gradients)
-    expected = torch.autograd.grad(dense(*scaled, AttentionSettings(1.0, None, None)).sum(), scaled)
-    for mine, theirs in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
-
-
 @pytest.mark.parametrize("window", [3, 20, 200])
-def test_a_window_is_kept_wherever_it_ends(window):
+def test_a_window_is_kept_wherever_it_ends(window, each_way):
     inputs = queries_keys_values(2, 2)
     settings = AttentionSettings(0.3, window, None)
     layout = StreamLayout(SEGMENTS)

@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 
-from coterie.fast.cascade import Cascade
 from coterie.fast.decoder import CachedRows, Decoder
 from coterie.fast.kernels import build, calls, structs
 from coterie.fast.native import NativeEngine
@@ -97,7 +96,10 @@ def test_attention_stays_exact_where_scores_are_far_apart():
     groups = calls.Groups.of(SEGMENTS)
     ours = with_gradients(lambda q, k, v: CompiledAttention.apply(q, k, v, groups, 1.0, None), inputs)
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    plain = with_gradients(lambda q, k, v: Cascade(SEGMENTS).attend(q, k, v, 1.0), exact)
+    settings = AttentionSettings(1.0, None, None)
+    plain = with_gradients(
+        lambda *x: DenseLayout(SEGMENTS).attend(0, *(y.transpose(0, 1)[None] for y in x), settings)[0], exact
+    )
     for mine, theirs in zip(ours, plain, strict=True):
         assert mine.isfinite().all()
         torch.testing.assert_close(mine.double(), theirs, rtol=2e-3, atol=2e-3)
@@ -158,8 +160,8 @@ def test_drawing_step_by_step_in_one_call_is_drawing_from_the_models_logits(make
     assert not rows.live.any()
 
 
-@pytest.mark.parametrize("width", [512, 520, 1024])
-def test_heads_of_any_width_are_turned(width):
+def test_the_widest_heads_are_turned():
+    width = calls.MOST_WIDTH
     x, weight, cos, sin = randoms((6, 2 * width), (width,), (6, width), (6, width))
     cos, sin = cos.detach(), sin.detach()
     ours = with_gradients(lambda a, w: turned_heads(a, w, 1e-6, cos, sin), [x, weight])
@@ -179,7 +181,7 @@ def test_a_head_that_the_loops_have_no_room_for_is_refused_by_them(width):
 
 @pytest.mark.parametrize("width", [512, 520])
 def test_a_model_with_wide_heads_samples_what_it_is(make_model, width):
-    """With 512 through the decoder, above through tensor operations, and both as the plain model."""
+    """With 512 through the decoder, above through its own layers, and both as the plain model."""
     model = make_model("qwen3", head_dim=width)
     policy = Policy.of(model)
     assert (Decoder.of(policy, 16) is not None) == (width == 512)
