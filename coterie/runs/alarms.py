@@ -101,7 +101,7 @@ def watch_limits(
         return alarms(metrics, _usual_norm_at(store, stage, step), recipe.limits, solved=solved)
 
     found = passed(step, metrics)
-    before = {alarm.limit for alarm in passed(step - 1, _metrics_of(store, stage, step - 1))} if found else set()
+    before = {alarm.limit for alarm in passed(step - 1, store.metrics_of(stage, step - 1))} if found else set()
     for alarm in found:
         if alarm.limit not in before:
             store.event(stage, step, "limit", f"limits.{alarm.limit}: {alarm.message}")
@@ -114,19 +114,4 @@ def watch_limits(
 
 def _usual_norm_at(store: Store, stage: str, step: int) -> float | None:
     first, last = ((1, min(_HISTORY, step - 1)), (step - _HISTORY, step - 1))
-    return usual_norm(_norms_of(store, stage, *first), _norms_of(store, stage, *last))
-
-
-def _norms_of(store: Store, stage: str, first: int, last: int) -> list[float]:
-    """The gradient's norms in these steps, but for those in which no group had a signal."""
-    query = (
-        "SELECT norm.value FROM metrics AS norm LEFT JOIN metrics AS silent ON silent.stage = norm.stage AND silent.step = "
-        "norm.step AND silent.name = 'group/no_signal_share' WHERE norm.stage = ? AND norm.name = 'optimiser/grad_norm' "
-        "AND norm.step BETWEEN ? AND ? AND norm.value IS NOT NULL AND COALESCE(silent.value, 0) < 1"
-    )
-    return [value for (value,) in store.read(query, stage, first, last)]
-
-
-def _metrics_of(store: Store, stage: str, step: int) -> dict[str, float]:
-    query = "SELECT name, value FROM metrics WHERE stage = ? AND step = ? AND value IS NOT NULL"
-    return {row["name"]: row["value"] for row in store.read(query, stage, step)}
+    return usual_norm(store.gradient_norms(stage, *first), store.gradient_norms(stage, *last))

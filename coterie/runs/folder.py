@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -50,6 +51,15 @@ def told_of(folder: Path) -> Iterator[None]:
         except OSError as gone:
             free = str(gone)
         raise RunFailedError(f"{folder}: can't be written: {error}; {free}. {how_to_go_on(folder)}") from error
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """RunFailedError where the folder can't be written: the disk is full, or the folder gone."""
+    with told_of(folder):
+        if not (folder / "run.db").exists():  # SQLite would go on with a file that has no name any more
+            raise FileNotFoundError(errno.ENOENT, "it was removed while the run went on")
+        yield
 
 
 def how_to_go_on(folder: Path) -> str:

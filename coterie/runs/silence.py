@@ -67,6 +67,4 @@ def _abstains(metrics: Mapping[str, float]) -> bool:
 
 def _spoken(store: Store, stage: str, name: str, step: int, count: int) -> bool:
     """Whether one of the `count` steps up to this one has the metric; also steps before the first, which have nothing to say."""
-    query = "SELECT COUNT(value) AS number FROM metrics WHERE stage = ? AND name = ? AND step > ? AND step <= ?"
-    (found,) = store.read(query, stage, name, step - count, step)
-    return step < 1 or bool(found["number"])
+    return step < 1 or bool(store.num_with_metric(stage, name, step - count + 1, step))

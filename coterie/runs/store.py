@@ -47,6 +47,7 @@ _COLUMNS = {  # the names alone, of what is written as a run goes on
     for table, (columns, _) in _TABLES.items()
     if table not in ("inputs", "surroundings")
 }
+SKIPPED = ("optimiser/skipped_share", "value/skipped_share")  # the metrics that say a step's loss was not finite
 _PATIENCE = 5.0  # seconds for which another program may hold the file before what is written is kept in memory
 _RETRY = 0.5  # seconds between two tries from then on
 _HELD_SECONDS, _HELD_BYTES = 900.0, 1 << 28  # how long, and how much is kept so
@@ -284,6 +285,58 @@ class Store:
                 self._db.execute(f"DELETE FROM main.{table} WHERE stage = ? AND step > ?", (stage, step))
                 for later in later_stages:
                     self._db.execute(f"DELETE FROM main.{table} WHERE stage = ?", (later,))
+
+    def inputs_before(self) -> tuple[dict[str, str], dict[str, str]]:
+        """What was written by `inputs`: what the run depends on, and its surroundings."""
+        inputs, surroundings = (
+            {row["name"]: row["value"] for row in self.read(f"SELECT name, value FROM {table}")}
+            for table in ("inputs", "surroundings")
+        )
+        return inputs, surroundings
+
+    def num_steps(self, stage: str, last: int) -> int:
+        """How many steps up to `last` have a metric."""
+        query = "SELECT COUNT(DISTINCT step) AS number FROM metrics WHERE stage = ? AND step <= ?"
+        return int(self.read(query, stage, last)[0]["number"])
+
+    def num_skipped(self, stage: str, first: int, last: int) -> int:
+        """In how many of these steps, ends included, a loss or gradient was not finite."""
+        query = (
+            "SELECT COUNT(DISTINCT step) AS number FROM metrics WHERE stage = ? AND name IN (?, ?) AND value > 0 "
+            "AND step BETWEEN ? AND ?"
+        )
+        return int(self.read(query, stage, *SKIPPED, first, last)[0]["number"])
+
+    def num_with_metric(self, stage: str, name: str, first: int, last: int) -> int:
+        """How many of these steps, ends included, have a finite value of a metric."""
+        query = "SELECT COUNT(value) AS number FROM metrics WHERE stage = ? AND name = ? AND step BETWEEN ? AND ?"
+        return int(self.read(query, stage, name, first, last)[0]["number"])
+
+    def metrics_of(self, stage: str, step: int) -> dict[str, float]:
+        """The finite metrics of a step."""
+        query = "SELECT name, value FROM metrics WHERE stage = ? AND step = ? AND value IS NOT NULL"
+        return {row["name"]: row["value"] for row in self.read(query, stage, step)}
+
+    def gradient_norms(self, stage: str, first: int, last: int) -> list[float]:
+        """The gradient's norm in these steps, ends included, but for those in which no group had a signal."""
+        query = (
+            "SELECT norm.value FROM metrics AS norm LEFT JOIN metrics AS silent ON silent.stage = norm.stage AND silent.step = "
+            "norm.step AND silent.name = 'group/no_signal_share' WHERE norm.stage = ? AND norm.name = 'optimiser/grad_norm' "
+            "AND norm.step BETWEEN ? AND ? AND norm.value IS NOT NULL AND COALESCE(silent.value, 0) < 1"
+        )
+        return [value for (value,) in self.read(query, stage, first, last)]
+
+    def best_steps(self, count: int) -> list[int]:
+        """The steps on the way with the highest held-out accuracy, or reward where there is none."""
+        for name in ("accuracy", "reward"):
+            rows = self.read(
+                "SELECT step FROM evaluations WHERE stage = 'train' AND mode IN ('sampled', 'pairs') AND name = ? AND step > 0 "
+                "ORDER BY value DESC, step DESC LIMIT ?",
+                *(name, count),
+            )
+            if rows:
+                return [row["step"] for row in rows]
+        return []
 
     def read(self, query: str, *values: Any) -> list[sqlite3.Row]:
         return self._db.execute(query, values).fetchall()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import signal
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,6 @@ from coterie.errors import UserError
 from coterie.evals.evaluate import Evaluation, Example
 from coterie.faults import at_step, strikes
 from coterie.recipe import Recipe, load_recipe
-from coterie.runs.alarms import watch_limits
 from coterie.runs.checkpoint import (
     STAGES,
     Position,
@@ -41,13 +39,11 @@ from coterie.runs.folder import (
     new_folder,
     told_of,
     versions,
-    write_rows,
     write_whole,
+    writing,
 )
-from coterie.runs.outlet import troubles
+from coterie.runs.recorder import Recorder
 from coterie.runs.resume_check import at_home, check_inputs, inputs_of, portable
-from coterie.runs.signs import SIGN, Accuracy, Sign, Watch
-from coterie.runs.silence import watch_silence
 from coterie.runs.store import Store
 from coterie.runs.surroundings import surroundings, what_differs
 from coterie.sections import section
@@ -56,7 +52,6 @@ from coterie.trust import check_links
 from coterie.types import Scored
 
 _HELD_AT_STOP = 10.0  # seconds for which a run that was told to stop waits for run.db, if another program holds it
-_SKIPPED = ("optimiser/skipped_share", "value/skipped_share")  # the metrics that say a step's loss was not finite
 
 
 @dataclass(frozen=True)
@@ -80,11 +75,11 @@ class Run:
         self._lock = locked(folder)
         self.store = Store(folder / "run.db")
         self.store.tell = console.warn
+        self._recorder = Recorder(folder, self.store, recipe, console)
         self._saver = Saver(folder / "checkpoints")
         self._begins_with: Beginning | None = None  # of a resume
         self._changes: list[str] = []  # of a resume, that were allowed
         self._due = False  # a checkpoint
-        self._silent: set[str] = set()  # streams that can't be written and rewards that failed, once told of
         self._undeleted: list[str] = []  # old checkpoints that could not be deleted, to be told of
         self.profiler: Profiler | None = None  # watches some of the steps, if one is put here
         self.position: Position | None = None  # of the checkpoint that was resumed from
@@ -95,7 +90,6 @@ class Run:
         self._stops = False  # decided once a step, so that a run that stops has saved
         self._seconds_before = 0.0
         self._started = running()
-        self._watch: Watch | None = None  # made when the first figures come: a resume cuts run.db back before
         self._state: TrainState | None = None  # of the stage under way
         self._under_way: str | None = None  # the stage of the step under way
         self._saved: Position | None = None  # what was saved last
@@ -134,7 +128,7 @@ class Run:
         with told_of(folder):
             run = cls(folder, recipe, console, stop_after=stop_after)
         try:
-            with run.writing():
+            with writing(folder):
                 run._go_on(overrides, allow)
         except BaseException:
             run.close()
@@ -143,12 +137,10 @@ class Run:
 
     def _go_on(self, overrides: list[str], allow: Sequence[str]) -> None:
         """Find where the run stands, and that it is still the same run. Nothing of it is changed yet."""
-        before, surroundings_before = (
-            {row["name"]: row["value"] for row in self.store.read(f"SELECT name, value FROM {table}")}
-            for table in ("inputs", "surroundings")
-        )
+        before, surroundings_before = self.store.inputs_before()
         chosen = [override.partition("=")[0].strip() for override in overrides]
         self.recipe, moved = at_home(self.recipe, self.folder, before, chosen)
+        self._recorder.recipe = self.recipe
         now = inputs_of(self.recipe)
         checkpoints = self.folder / "checkpoints"
         try:
@@ -174,16 +166,14 @@ class Run:
             return "the run's", "empty"
         if self.position is None:
             return None
-        query = "SELECT COUNT(DISTINCT step) AS number FROM metrics WHERE stage = ? AND step <= ?"
-        (found,) = self.store.read(query, self.position.stage, self.position.step)
-        missing = self.position.step - found["number"]
+        missing = self.position.step - self.store.num_steps(self.position.stage, self.position.step)
         return (f"whole to step {self.position.step}", f"without {missing} of its steps") if missing else None
 
     def begin(self) -> None:
         """Take a reopened run over: what was recorded after its checkpoint is removed. Before, a resume can still be refused."""
         if self._begins_with is None:
             return
-        with self.writing():
+        with writing(self.folder):
             self._take_over(self._begins_with)
 
     def _take_over(self, beginning: Beginning) -> None:
@@ -247,7 +237,6 @@ class Run:
         if self.position and self.position.stage == stage and self.position.step > 0:  # step 0 is the start itself
             load_checkpoint(self.folder / "checkpoints" / self.position.name, state, checked=True)  # when it was found
 
-    @section("record")
     def record(
         self,
         stage: str,
@@ -258,101 +247,19 @@ class Run:
         pieces: Any = None,
         rows: Sequence[Row] = (),
     ) -> None:
-        """Write a step: its metrics and its completions, in one transaction. Then say which signs begin with it.
+        """Write a step, as `Recorder.record` does."""
+        self._recorder.record(stage, step, metrics, scored, advantages, pieces, rows)
 
-        rows: what it learned from, where that is no completions; they are kept if its loss is not finite.
-        """
-        watch = self._watching(stage)
-        with self.writing(), self.store.transaction():
-            self.store.metrics(stage, step, metrics)
-            strikes("in_record")
-            if scored is not None and advantages is not None:
-                limit = self.recipe.record.max_megabytes_per_step * 1e6
-                left_out = self.store.completions(stage, step, scored, advantages, pieces, max_bytes=limit)
-                if left_out:
-                    self.store.metrics(stage, step, {"record/num_left_out_groups": left_out})
-        with self.writing():
-            self._give(watch.add(step, metrics) if watch else [])
-            for failure in scored.failures[:3] if scored else ():
-                where = f"prompt {failure.group + 1}, completion {failure.completion + 1}"
-                words = f"{failure.reward}, {where}: {failure.reason}"
-                self.store.event(stage, step, "reward_failure", words)
-                if f"reward {failure.reward}" not in self._silent:
-                    self.console.warn(f"step {step}: a reward failed: {words}")
-                    self._silent.add(f"reward {failure.reward}")
-            watch_silence(self.store, self.console, self.recipe, stage, step, metrics)
-            self._watch_skipped(stage, step, metrics, scored, rows, pieces)
-            is_solved = watch.is_solved if watch else None
-            watch_limits(self.store, self.console, self.recipe, stage, step, metrics, is_solved)
-            for name, trouble in troubles().items():
-                if name not in self._silent:
-                    self.store.event(stage, step, "output_lost", f"{name}: {trouble}; the run goes on without it")
-                    self._silent.add(name)
-
-    def _watch_skipped(
-        self,
-        stage: str,
-        step: int,
-        metrics: Mapping[str, float],
-        scored: Scored | None,
-        rows: Sequence[Row],
-        pieces: Any,
-    ) -> None:
-        """Keep the rows of a step whose loss was not finite; RunFailedError after too many of them in a row."""
-        if not any(metrics.get(name) for name in _SKIPPED):
-            return
-        file = write_rows(self.folder / "skipped" / f"{stage}_{step:06d}.jsonl", scored, rows, pieces)
-        self.store.event(stage, step, "step_skipped", f"the loss or its gradient was not finite; its rows: {file}")
-        self.console.warn(
-            f"step {step}: the loss or its gradient was not finite, so the weights stay as they were; its rows: {file}"
-        )
-        limit = self.recipe.limits.skipped_steps
-        query = (
-            "SELECT COUNT(DISTINCT step) AS number FROM metrics WHERE stage = ? AND name IN (?, ?) AND value > 0 "
-            "AND step > ? AND step <= ?"
-        )
-        (last,) = self.store.read(query, stage, *_SKIPPED, step - limit, step)  # of the sessions before, too
-        if last["number"] == limit:
-            raise RunFailedError(
-                f"the loss or its gradient was not finite in {limit} steps in a row; the weights are as they were before. "
-                "A lower optimiser.learning_rate may help"
-            )
-
-    @section("record")
     def record_evaluation(
         self, stage: str, step: int, evaluation: Evaluation, examples: Sequence[Example] = ()
     ) -> None:
-        watch = self._watching(stage)
-        with self.writing(), self.store.transaction():
-            for mode, estimates in evaluation.estimates.items():
-                for name, e in estimates.items():
-                    self.store.evaluation(stage, step, mode, name, e.value, e.low, e.high, e.count)
-            for number, shown in enumerate(examples):
-                self.store.example(stage, step, number, shown.prompt, shown.text, shown.reward, shown.correct)
-        accuracy = evaluation.estimates.get("sampled", {}).get("accuracy")
-        if watch and accuracy is not None:
-            self._give(watch.add_accuracy(step, Accuracy(accuracy.value, accuracy.low, accuracy.high)))
-
-    def _watching(self, stage: str) -> Watch | None:
-        """What looks for signs of reward hacking, where completions are sampled and scored."""
-        if stage != STAGES[-1] or not self.recipe.samples:
-            return None
-        if self._watch is None:
-            punished = {"overlong": 1.0} if self.recipe.overlong.treatment == "punish" else {}
-            weights = {spec.name: spec.weight for spec in self.recipe.rewards} | punished
-            self._watch = Watch.of(self.store, weights)
-        return self._watch
-
-    def _give(self, signs: list[Sign]) -> None:
-        """Record signs that begin, and say them once."""
-        for sign in signs:
-            self.store.event(STAGES[-1], sign.step, f"{SIGN}{sign.name}", sign.text)
-            self.console.warn(f"step {sign.step}: {sign.name}: {sign.text}")
+        """Write a held-out evaluation, as `Recorder.record_evaluation` does."""
+        self._recorder.record_evaluation(stage, step, evaluation, examples)
 
     def checkpoint(self, stage: str, step: int, state: TrainState, *, last: bool = False) -> None:
         """Save if it is time to, at the end of a stage, and before a stop."""
         settings = self.recipe.checkpoint
-        best = stage == STAGES[-1] and step in self._best_steps(settings.keep_best)
+        best = stage == STAGES[-1] and step in self.store.best_steps(settings.keep_best)
         self._stops = self._should_stop(stage, step)
         must = last or self._stops
         self._due = self._due or step % settings.every == 0 or best
@@ -368,8 +275,8 @@ class Run:
     def _save(self, position: Position, state: TrainState) -> None:
         """Copy the state, and write the copy while training goes on."""
         self._wait_for_save()
-        best = self._best_steps(self.recipe.checkpoint.keep_best)
-        with self.writing():
+        best = self.store.best_steps(self.recipe.checkpoint.keep_best)
+        with writing(self.folder):
             self.store.settle(*([_HELD_AT_STOP] if self.stop_signal is not None else []))
             self.store.sync()
 
@@ -394,26 +301,6 @@ class Run:
             self.console.warn(f"an old checkpoint can't be deleted: {line}")
             self.store.event(STAGES[-1], self.position.step if self.position else 0, "not_deleted", line)
         self._undeleted.clear()
-
-    def _best_steps(self, count: int) -> list[int]:
-        """The steps on the way with the highest held-out accuracy, or reward where there is none."""
-        for name in ("accuracy", "reward"):
-            rows = self.store.read(
-                "SELECT step FROM evaluations WHERE stage = ? AND mode IN ('sampled', 'pairs') AND name = ? AND step > 0 "
-                "ORDER BY value DESC, step DESC LIMIT ?",
-                *(STAGES[-1], name, count),
-            )
-            if rows:
-                return [row["step"] for row in rows]
-        return []
-
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """RunFailedError where the folder can't be written: the disk is full, or the folder gone."""
-        with told_of(self.folder):
-            if not (self.folder / "run.db").exists():  # SQLite would go on with a file that has no name any more
-                raise FileNotFoundError(errno.ENOENT, "it was removed while the run went on")
-            yield
 
     def _last_step(self, stage: str, first: int, num_steps: int) -> int:
         """The last step that this session takes of a stage, unless a signal stops it."""

@@ -26,6 +26,7 @@ from coterie.redact import hidden_in
 from coterie.rewards.load import closing_all
 from coterie.runs.checkpoint import STAGES, Position, TrainState, load_checkpoint
 from coterie.runs.console import Console
+from coterie.runs.folder import RunFailedError, write_whole, writing
 from coterie.runs.outlet import outliving_console
 from coterie.runs.profile import profile_table
 from coterie.runs.report import marks_of, write_report
@@ -38,7 +39,7 @@ from coterie.training.preferences import evaluate_pairs, train_dpo, train_reward
 from coterie.training.problem import Problem
 from coterie.training.profile import Profiler
 from coterie.training.reference import make_reference
-from coterie.training.run import Run, RunFailedError, write_whole
+from coterie.training.run import Run
 from coterie.training.saved import save_model
 from coterie.training.sft import train_sft
 from coterie.training.step import make_optimiser
@@ -183,7 +184,7 @@ def _train(run: Run, problem: Problem) -> None:
         evaluate_whole(run, problem, policy, recipe.steps, "after")
     if trained.adapter is not None:
         trained.adapter.merge()
-    with run.writing():
+    with writing(run.folder):
         run.store.settle()  # the report reads the file
         save_model(run.folder / "model", trained.model, codec)
         summary = write_summary(run)
