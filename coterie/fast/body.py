@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coterie.fast.kernels.calls import served, turns
-from coterie.fast.pieces import gated, rms_norm, turned_heads
+from coterie.fast.kernels.calls import rope_fits, served
+from coterie.fast.pieces import rms_norm, rope, swiglu
 from coterie.models.attention import AttentionSettings, Layout
 
 _PARTS = {
@@ -48,7 +48,7 @@ class FastBody:
         if not served(next(model.parameters())):
             return None
         known = _parts(model) == _PARTS["model"] and all(map(_is_known, model.layers)) and _is_norm(model.norm)
-        known = known and turns(2 * len(getattr(model.rotary_emb, "inv_freq", ())))
+        known = known and rope_fits(2 * len(getattr(model.rotary_emb, "inv_freq", ())))
         return cls(model, settings) if known and len(settings) == len(model.layers) else None
 
     def run(
@@ -77,14 +77,14 @@ class FastBody:
         attention, mlp = layer.self_attn, layer.mlp
         inner = _norm(stream, layer.input_layernorm)
         q, k, v = (_linear(inner, projection) for projection in (attention.q_proj, attention.k_proj, attention.v_proj))
-        q, k = (rotary.turn(x, getattr(attention, name, None)) for x, name in ((q, "q_norm"), (k, "k_norm")))
+        q, k = (rotary.rope(x, getattr(attention, name, None)) for x, name in ((q, "q_norm"), (k, "k_norm")))
         q, k, v = (x.view(1, len(x), -1, rotary.width).transpose(1, 2) for x in (q, k, v))  # [1, H, T, E]
         attended = layout.attend(index, q, k, v, self.settings[index]).reshape(len(stream), -1)
         if places is not None:
             attended, stream = attended.index_select(0, places), stream.index_select(0, places)
         stream = stream + _linear(attended, attention.o_proj)
         inner = _norm(stream, layer.post_attention_layernorm)
-        inner = gated(_linear(inner, mlp.gate_proj), _linear(inner, mlp.up_proj))
+        inner = swiglu(_linear(inner, mlp.gate_proj), _linear(inner, mlp.up_proj))
         return stream + _linear(inner, mlp.down_proj)
 
 
@@ -132,7 +132,7 @@ class _Rotary:
         half = self.width // 2
         self.cos, self.sin = cos[0].contiguous(), torch.cat([-sin[0, :, :half], sin[0, :, half:]], 1)  # [T, E]
 
-    def turn(self, x: Tensor, norm: Any) -> Tensor:
+    def rope(self, x: Tensor, norm: Any) -> Tensor:
         """[T, H * E] -> the same, each head normalised where the model does so, and turned by its token's position."""
         weight, epsilon = (norm.weight, norm.variance_epsilon) if norm is not None else (None, 0.0)
-        return turned_heads(x, weight, epsilon, self.cos.to(x.dtype), self.sin.to(x.dtype))
+        return rope(x, weight, epsilon, self.cos.to(x.dtype), self.sin.to(x.dtype))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from coterie.fast.kernels.build import library, matrix_product
-from coterie.fast.kernels.calls import run, turns
+from coterie.fast.kernels.calls import rope_fits, run
 from coterie.fast.kernels.structs import Cache, Layer, Step
 from coterie.models.policy import Policy
 from coterie.recipe.settings import Sampling
@@ -83,7 +83,7 @@ class Decoder:
             "width": head.weight.shape[1],
             "heads": layer.self_attn.q_proj.weight.shape[0] // cos.shape[2],
             "head_width": cos.shape[2],
-            "gated": layer.mlp.gate_proj.weight.shape[0],
+            "mlp_width": layer.mlp.gate_proj.weight.shape[0],
             "vocabulary": head.weight.shape[0],
             "positions": longest,
             "epsilon": model.norm.variance_epsilon,
@@ -111,7 +111,7 @@ class Decoder:
         plain = all(type(module) is nn.Linear for layer in model.layers for module in _projections(layer))
         plain &= type(model.embed_tokens) is nn.Embedding and model.rotary_emb.rope_type in _FIXED_ROTARY
         plain &= all(settings.plain for settings in policy.body.settings.values())
-        plain &= turns(2 * len(model.rotary_emb.inv_freq))
+        plain &= rope_fits(2 * len(model.rotary_emb.inv_freq))
         if not plain or library(dtype) is None or matrix_product(dtype) is None:
             return None
         return cls(policy, longest)

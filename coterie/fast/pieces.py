@@ -19,19 +19,19 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return _CompiledNorm.apply(x.contiguous(), weight, epsilon)
 
 
-def turned_heads(x: Tensor, weight: Tensor | None, epsilon: float, cos: Tensor, sin: Tensor) -> Tensor:
+def rope(x: Tensor, weight: Tensor | None, epsilon: float, cos: Tensor, sin: Tensor) -> Tensor:
     """Each head normalised, where there is a weight [E], and turned by its token's position: x [T, H * E], cos and sin [T, E].
 
     x * cos + (halves of each head swapped) * sin; the sines of the first halves are negative.
     """
     assert calls.served(x, weight, cos, sin)
-    return _CompiledTurn.apply(x.contiguous(), weight, epsilon, cos, sin)
+    return _CompiledRope.apply(x.contiguous(), weight, epsilon, cos, sin)
 
 
-def gated(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
     assert calls.served(gate, up)
-    return _CompiledGated.apply(gate.contiguous(), up.contiguous())
+    return _CompiledSwiglu.apply(gate.contiguous(), up.contiguous())
 
 
 class CompiledAttention(torch.autograd.Function):
@@ -66,10 +66,10 @@ class _CompiledNorm(torch.autograd.Function):
         return *calls.rms_norm_backward(grads[0].contiguous(), *ctx.saved_tensors), None
 
 
-class _CompiledTurn(torch.autograd.Function):
+class _CompiledRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, epsilon: float, cos: Tensor, sin: Tensor) -> Tensor:
-        out, scale = calls.turn(x, weight, epsilon, cos, sin)
+        out, scale = calls.rope(x, weight, epsilon, cos, sin)
         ctx.save_for_backward(x if weight is not None else None, weight, cos, sin, scale)
         return out
 
@@ -77,16 +77,16 @@ class _CompiledTurn(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         x, *others = ctx.saved_tensors
         grad = grads[0].contiguous()
-        of_x, of_weight = calls.turn_backward(grad, x if x is not None else grad, *others)
-        return of_x, of_weight, None, None, None
+        grad_x, grad_weight = calls.rope_backward(grad, x if x is not None else grad, *others)
+        return grad_x, grad_weight, None, None, None
 
 
-class _CompiledGated(torch.autograd.Function):
+class _CompiledSwiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return calls.gated(gate, up)
+        return calls.swiglu(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return calls.gated_backward(grads[0].contiguous(), *ctx.saved_tensors)
+        return calls.swiglu_backward(grads[0].contiguous(), *ctx.saved_tensors)

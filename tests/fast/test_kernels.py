@@ -10,7 +10,7 @@ import torch
 from coterie.fast.decoder import CachedRows, Decoder
 from coterie.fast.kernels import build, calls, structs
 from coterie.fast.native import NativeEngine
-from coterie.fast.pieces import CompiledAttention, gated, rms_norm, turned_heads
+from coterie.fast.pieces import CompiledAttention, rms_norm, rope, swiglu
 from coterie.fast.serve import Policy
 from coterie.fast.stream import StreamLayout
 from coterie.models.attention import AttentionSettings
@@ -55,7 +55,7 @@ def test_norms_and_gates_and_their_gradients(shape, dtype):
     steep = (gate * 20).detach().requires_grad_()  # where the gate is shut, too
     pairs = [
         (lambda a, b: rms_norm(a, b, 1e-6), plain_norm, [x, weight], exact[:2]),
-        (gated, lambda a, b: torch.nn.functional.silu(a) * b, [steep, up], exact[2:]),
+        (swiglu, lambda a, b: torch.nn.functional.silu(a) * b, [steep, up], exact[2:]),
     ]
     for ours, plain, inputs, exact_inputs in pairs:
         for mine, theirs in zip(with_gradients(ours, inputs), with_gradients(plain, exact_inputs), strict=True):
@@ -68,7 +68,7 @@ def test_heads_normalised_and_turned(normed):
     x, weight, cos, sin = randoms((40, 48), (16,), (40, 16), (40, 16))
     cos, sin = cos.detach(), sin.detach()
     inputs = [x, weight] if normed else [x]
-    ours = with_gradients(lambda a, w=None: turned_heads(a, w, 1e-6, cos, sin), inputs)
+    ours = with_gradients(lambda a, w=None: rope(a, w, 1e-6, cos, sin), inputs)
     plain = with_gradients(lambda a, w=None: plain_turn(a, cos, sin, w), inputs)
     for mine, theirs in zip(ours, plain, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-11)
@@ -164,7 +164,7 @@ def test_the_widest_heads_are_turned():
     width = calls.MOST_WIDTH
     x, weight, cos, sin = randoms((6, 2 * width), (width,), (6, width), (6, width))
     cos, sin = cos.detach(), sin.detach()
-    ours = with_gradients(lambda a, w: turned_heads(a, w, 1e-6, cos, sin), [x, weight])
+    ours = with_gradients(lambda a, w: rope(a, w, 1e-6, cos, sin), [x, weight])
     plain = with_gradients(lambda a, w: plain_turn(a, cos, sin, w), [x, weight])
     for mine, theirs in zip(ours, plain, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-11)
@@ -174,9 +174,9 @@ def test_the_widest_heads_are_turned():
 def test_a_head_that_the_loops_have_no_room_for_is_refused_by_them(width):
     x, cos = torch.zeros(2, width), torch.zeros(2, width)
     with pytest.raises(AssertionError, match="no room"):
-        calls.turn(x, None, 0.0, cos, cos)
+        calls.rope(x, None, 0.0, cos, cos)
     with pytest.raises(AssertionError, match="no room"):
-        calls.turn_backward(x, x, None, cos, cos, None)
+        calls.rope_backward(x, x, None, cos, cos, None)
 
 
 @pytest.mark.parametrize("width", [512, 520])

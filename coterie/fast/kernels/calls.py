@@ -28,7 +28,7 @@ def served(*tensors: Tensor | None) -> bool:
     return alike and library(first.dtype) is not None
 
 
-def turns(width: int) -> bool:
+def rope_fits(width: int) -> bool:
     """Whether heads of this width can be turned: an even number, up to what the kernels have arrays for."""
     return width <= MOST_WIDTH and width % 2 == 0
 
@@ -42,45 +42,45 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of x and the weight."""
-    of_x, of_weight, room = torch.empty_like(x), torch.empty_like(weight), _rooms(x, len(weight))
-    _call("norm_backward", grad, x, weight, scale, of_x, of_weight, room, *x.shape)
-    return of_x, of_weight
+    grad_x, grad_weight, room = torch.empty_like(x), torch.empty_like(weight), _rooms(x, len(weight))
+    _call("norm_backward", grad, x, weight, scale, grad_x, grad_weight, room, *x.shape)
+    return grad_x, grad_weight
 
 
-def turn(x: Tensor, weight: Tensor | None, epsilon: float, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor | None]:
+def rope(x: Tensor, weight: Tensor | None, epsilon: float, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor | None]:
     """Heads normalised, where there is a weight [E], and turned by their positions: x [T, H * E], cos and sin [T, E], sin
     negative in the first half -> [T, H * E], and what each head was multiplied with, [T, H]."""
     tokens, width = len(x), cos.shape[1]
     heads = x.shape[1] // width
     out, scale = torch.empty_like(x), x.new_empty(tokens, heads) if weight is not None else None
-    _call("turn_forward", x, weight, _double(epsilon), cos, sin, out, scale, tokens, heads, width)
+    _call("rope_forward", x, weight, _double(epsilon), cos, sin, out, scale, tokens, heads, width)
     return out, scale
 
 
-def turn_backward(
+def rope_backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, scale: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of x and the weight."""
     tokens, width = len(x), cos.shape[1]
-    heads, of_x = x.shape[1] // width, torch.empty_like(x)
-    of_weight = torch.empty_like(weight) if weight is not None else None
+    heads, grad_x = x.shape[1] // width, torch.empty_like(x)
+    grad_weight = torch.empty_like(weight) if weight is not None else None
     room = _rooms(x, width)
-    _call("turn_backward", grad, x, weight, cos, sin, scale, of_x, of_weight, room, tokens, heads, width)
-    return of_x, of_weight
+    _call("rope_backward", grad, x, weight, cos, sin, scale, grad_x, grad_weight, room, tokens, heads, width)
+    return grad_x, grad_weight
 
 
-def gated(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
     out = torch.empty_like(gate)
-    _call("gated_forward", gate, up, out, gate.numel())
+    _call("swiglu_forward", gate, up, out, gate.numel())
     return out
 
 
-def gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up."""
-    of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
-    _call("gated_backward", grad, gate, up, of_gate, of_up, gate.numel())
-    return of_gate, of_up
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    _call("swiglu_backward", grad, gate, up, grad_gate, grad_up, gate.numel())
+    return grad_gate, grad_up
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ static inline real sigmoid(real x) { return 1 / (1 + exp_(-x)); }
 long max_threads(void) { return omp_get_max_threads(); }
 
 /* Whether a head of this width can be turned: its halves are swapped, in arrays of a fixed size. */
-static inline int turns(long width) { return width >= 0 && width <= MOST_WIDTH && width % 2 == 0; }
+static inline int rope_fits(long width) { return width >= 0 && width <= MOST_WIDTH && width % 2 == 0; }
 
 /* A thread's share of n things: from *first to what is returned. */
 static inline long share(long n, long *first) {
@@ -146,8 +146,8 @@ int norm_forward(const real *x, const real *weight, double epsilon, real *out, r
     return DONE;
 }
 
-/* grad, x, of_x [T, D]; of_weight [D]; room [threads, D]. */
-int norm_backward(const real *grad, const real *x, const real *weight, const real *scale, real *of_x, real *of_weight,
+/* grad, x, grad_x [T, D]; grad_weight [D]; room [threads, D]. */
+int norm_backward(const real *grad, const real *x, const real *weight, const real *scale, real *grad_x, real *grad_weight,
                    real *room, long rows, long width) {
     long threads = 1;
 #pragma omp parallel if (rows * width > WORTH_THREADS)
@@ -159,7 +159,7 @@ int norm_backward(const real *grad, const real *x, const real *weight, const rea
         threads = omp_get_num_threads();
         for (long t = first; t < last; t++) {
             const real *g = grad + t * width, *in = x + t * width, s = scale[t];
-            real *to = of_x + t * width, dot = 0;
+            real *to = grad_x + t * width, dot = 0;
 #pragma omp simd reduction(+ : dot)
             for (long i = 0; i < width; i++) dot += g[i] * weight[i] * in[i];
             dot *= s * s / width;
@@ -169,7 +169,7 @@ int norm_backward(const real *grad, const real *x, const real *weight, const rea
             }
         }
     }
-    add_up(room, threads, width, of_weight);
+    add_up(room, threads, width, grad_weight);
     return DONE;
 }
 
@@ -180,7 +180,7 @@ static inline void swap_halves(const real *restrict in, real *restrict out, long
     memcpy(out + width / 2, in, width / 2 * sizeof(real));
 }
 
-static inline void turn(const real *restrict in, const real *restrict weight, real s, const real *restrict cosine,
+static inline void rope(const real *restrict in, const real *restrict weight, real s, const real *restrict cosine,
                         const real *restrict sine, real *restrict to, long width) {
     real normal[MOST_WIDTH], swapped[MOST_WIDTH];
     if (weight)
@@ -191,35 +191,35 @@ static inline void turn(const real *restrict in, const real *restrict weight, re
     for (long e = 0; e < width; e++) to[e] = normal[e] * cosine[e] + swapped[e] * sine[e];
 }
 
-static inline void turn_tokens(const real *x, const real *weight, double epsilon, const real *cosine, const real *sine, real *out, real *scale,
+static inline void rope_tokens(const real *x, const real *weight, double epsilon, const real *cosine, const real *sine, real *out, real *scale,
                         long first, long last, long heads, long width) {
     for (long t = first; t < last; t++)
         for (long h = 0; h < heads; h++) {
             const real *in = x + (t * heads + h) * width;
             real s = weight ? inverse_root(in, width, epsilon) : 1;
             if (weight) scale[t * heads + h] = s;
-            turn(in, weight, s, cosine + t * width, sine + t * width, out + (t * heads + h) * width, width);
+            rope(in, weight, s, cosine + t * width, sine + t * width, out + (t * heads + h) * width, width);
         }
 }
 
-int turn_forward(const real *x, const real *weight, double epsilon, const real *cosine, const real *sine, real *out,
+int rope_forward(const real *x, const real *weight, double epsilon, const real *cosine, const real *sine, real *out,
                  real *scale, long tokens, long heads, long width) {
-    if (!turns(width)) return NO_ROOM;
+    if (!rope_fits(width)) return NO_ROOM;
 #pragma omp parallel if (tokens * heads * width > WORTH_THREADS)
     {
         long first, last = share(tokens, &first);
-        turn_tokens(x, weight, epsilon, cosine, sine, out, scale, first, last, heads, width);
+        rope_tokens(x, weight, epsilon, cosine, sine, out, scale, first, last, heads, width);
     }
     return DONE;
 }
 
-static inline void turn_tokens_back(const real *grad, const real *x, const real *restrict weight, const real *cosine, const real *sine, const real *scale,
-                             real *of_x, real *restrict sums, long first, long last, long heads, long width) {
+static inline void rope_tokens_back(const real *grad, const real *x, const real *restrict weight, const real *cosine, const real *sine, const real *scale,
+                             real *grad_x, real *restrict sums, long first, long last, long heads, long width) {
     for (long t = first; t < last; t++) {
         const real *restrict c = cosine + t * width, *restrict n = sine + t * width;
         for (long h = 0; h < heads; h++) {
             const real *restrict g = grad + (t * heads + h) * width, *restrict in = x + (t * heads + h) * width;
-            real *restrict to = of_x + (t * heads + h) * width, back[MOST_WIDTH], turned[MOST_WIDTH], dot = 0;
+            real *restrict to = grad_x + (t * heads + h) * width, back[MOST_WIDTH], turned[MOST_WIDTH], dot = 0;
             for (long e = 0; e < width; e++) turned[e] = g[e] * n[e];
             swap_halves(turned, back, width);
             for (long e = 0; e < width; e++) back[e] += g[e] * c[e];
@@ -240,10 +240,10 @@ static inline void turn_tokens_back(const real *grad, const real *x, const real 
 }
 
 /* room [threads, E]. */
-int turn_backward(const real *grad, const real *x, const real *weight, const real *cosine, const real *sine,
-                  const real *scale, real *of_x, real *of_weight, real *room, long tokens, long heads, long width) {
+int rope_backward(const real *grad, const real *x, const real *weight, const real *cosine, const real *sine,
+                  const real *scale, real *grad_x, real *grad_weight, real *room, long tokens, long heads, long width) {
     long threads = 1;
-    if (!turns(width)) return NO_ROOM;
+    if (!rope_fits(width)) return NO_ROOM;
 #pragma omp parallel if (tokens * heads * width > WORTH_THREADS)
     {
         long first, last = share(tokens, &first);
@@ -251,25 +251,25 @@ int turn_backward(const real *grad, const real *x, const real *weight, const rea
         memset(sums, 0, width * sizeof(real));
 #pragma omp single
         threads = omp_get_num_threads();
-        turn_tokens_back(grad, x, weight, cosine, sine, scale, of_x, sums, first, last, heads, width);
+        rope_tokens_back(grad, x, weight, cosine, sine, scale, grad_x, sums, first, last, heads, width);
     }
-    if (weight) add_up(room, threads, width, of_weight);
+    if (weight) add_up(room, threads, width, grad_weight);
     return DONE;
 }
 
 /* silu(gate) * up, n elements, and its gradients. */
-int gated_forward(const real *gate, const real *up, real *out, long n) {
+int swiglu_forward(const real *gate, const real *up, real *out, long n) {
 #pragma omp parallel for simd schedule(static) if (n > WORTH_THREADS)
     for (long i = 0; i < n; i++) out[i] = gate[i] * sigmoid(gate[i]) * up[i];
     return DONE;
 }
 
-int gated_backward(const real *grad, const real *gate, const real *up, real *of_gate, real *of_up, long n) {
+int swiglu_backward(const real *grad, const real *gate, const real *up, real *grad_gate, real *grad_up, long n) {
 #pragma omp parallel for simd schedule(static) if (n > WORTH_THREADS)
     for (long i = 0; i < n; i++) {
         real s = sigmoid(gate[i]), scaled = grad[i] * s;
-        of_up[i] = scaled * gate[i];
-        of_gate[i] = scaled * up[i] * (1 + gate[i] * (1 - s));
+        grad_up[i] = scaled * gate[i];
+        grad_gate[i] = scaled * up[i] * (1 + gate[i] * (1 - s));
     }
     return DONE;
 }
@@ -291,8 +291,8 @@ typedef struct {
     long size, wide;                   /* places of keys, and E, both padded */
     real *keys, *values;               /* [places, E], the values' padded */
     real *across_keys, *across_values; /* [E, places] */
-    real *of_keys, *of_values;         /* [places, E]: their gradients */
-    real *weights, *of_scores;         /* [ROWS, places] */
+    real *grad_keys, *grad_values;         /* [places, E]: their gradients */
+    real *weights, *grad_scores;         /* [ROWS, places] */
     real *block;                       /* [3, ROWS, E]: queries, gradients, and what is made of them */
 } Room;
 
@@ -302,11 +302,11 @@ static Room make_room(const Stream *s) {
     long by_place = r.size * r.wide;
     real *all = calloc(6 * by_place + 2 * ROWS * r.size + 3 * ROWS * r.wide, sizeof(real));
     if (!all) return r;
-    real **parts[] = {&r.keys, &r.values, &r.across_keys, &r.across_values, &r.of_keys, &r.of_values};
+    real **parts[] = {&r.keys, &r.values, &r.across_keys, &r.across_values, &r.grad_keys, &r.grad_values};
     for (int i = 0; i < 6; i++) *parts[i] = all + i * by_place;
     r.weights = all + 6 * by_place;
-    r.of_scores = r.weights + ROWS * r.size;
-    r.block = r.of_scores + ROWS * r.size;
+    r.grad_scores = r.weights + ROWS * r.size;
+    r.block = r.grad_scores + ROWS * r.size;
     return r;
 }
 
@@ -323,8 +323,8 @@ static inline void put(const Stream *s, const Room *r, const real *k, const real
         for (long e = 0; e < width; e++) r->across_values[e * r->size + place + i] = value[e];
     }
     if (backward) {
-        memset(r->of_keys + place * r->wide, 0, n * r->wide * sizeof(real));
-        memset(r->of_values + place * r->wide, 0, n * r->wide * sizeof(real));
+        memset(r->grad_keys + place * r->wide, 0, n * r->wide * sizeof(real));
+        memset(r->grad_values + place * r->wide, 0, n * r->wide * sizeof(real));
     }
 }
 
@@ -376,7 +376,7 @@ static inline void hide(real *scores, long from, long first, long last, long to)
 
 /* Scores to weights that are still to be divided by *total, in place, over [from, to), both multiples of LANES. Returns the
    largest score, scaled. */
-static inline real soften(real *scores, real scaling, long from, long to, real *total) {
+static inline real softmax(real *scores, real scaling, long from, long to, real *total) {
     vec most = all(UNREAD), sum = {0};
     for (long j = from; j < to; j += LANES) {
         vec x = load(scores + j);
@@ -407,7 +407,7 @@ static inline void read_forward(const Stream *s, const Room *r, const real *q, r
             long end = place + i + row + 1, begin = s->window ? max_(0, end - s->window) : 0;
             real *scores = r->weights + row * r->size;
             hide(scores, from, begin, end, to);
-            real largest = soften(scores, s->scaling, from, to, totals + row);
+            real largest = softmax(scores, s->scaling, from, to, totals + row);
             normaliser[(token + i + row) * s->heads + head] = largest + LOG(totals[row]);
         }
         weigh(r->weights, r->size, r->values, wide, wide, first, last, found);
@@ -450,7 +450,7 @@ int attend_forward(const Stream *s, const real *q, const real *k, const real *v,
 }
 
 static inline void read_backward(const Stream *s, const Room *r, const real *q, const real *out, const real *normaliser, const real *grad,
-                          real *of_q, long head, long token, long place, long n, long width) {
+                          real *grad_q, long head, long token, long place, long n, long width) {
     long stride = s->heads * width, wide = padded(width);
     real *queries = r->block, *grads = r->block + ROWS * wide, *found = r->block + 2 * ROWS * wide, scaling = s->scaling;
     for (long i = 0; i < n; i += ROWS) {
@@ -462,9 +462,9 @@ static inline void read_backward(const Stream *s, const Room *r, const real *q, 
             memcpy(grads + row * wide, grad + at, width * sizeof(real));
         }
         score(queries, wide, r->across_keys, r->size, width, from, to, r->weights, r->size);
-        score(grads, wide, r->across_values, r->size, width, from, to, r->of_scores, r->size);
+        score(grads, wide, r->across_values, r->size, width, from, to, r->grad_scores, r->size);
         for (long row = 0; row < ROWS; row++) {
-            real *weights = r->weights + row * r->size, *of_scores = r->of_scores + row * r->size;
+            real *weights = r->weights + row * r->size, *grad_scores = r->grad_scores + row * r->size;
             long end = place + i + row + 1, begin = s->window ? max_(0, end - s->window) : 0;
             if (row >= rows) begin = end = from;
             const real *mine = out + (token + i + row) * stride + head * width;
@@ -475,18 +475,18 @@ static inline void read_backward(const Stream *s, const Room *r, const real *q, 
             for (long j = from; j < to; j += LANES) {
                 vec weight = exp_of(load(weights + j) * scaling - log_total);
                 store(weights + j, weight);
-                store(of_scores + j, weight * (load(of_scores + j) - held) * scaling);
+                store(grad_scores + j, weight * (load(grad_scores + j) - held) * scaling);
             }
         }
-        weigh(r->of_scores, r->size, r->keys, wide, wide, first, last, found);
+        weigh(r->grad_scores, r->size, r->keys, wide, wide, first, last, found);
         for (long row = 0; row < rows; row++)
-            memcpy(of_q + (token + i + row) * stride + head * width, found + row * wide, width * sizeof(real));
+            memcpy(grad_q + (token + i + row) * stride + head * width, found + row * wide, width * sizeof(real));
         for (long e = 0; e < wide; e += LANES) {
             vec a = load(queries + e), b = load(queries + wide + e), c = load(queries + 2 * wide + e), d = load(queries + 3 * wide + e);
             vec ga = load(grads + e), gb = load(grads + wide + e), gc = load(grads + 2 * wide + e), gd = load(grads + 3 * wide + e);
             for (long j = first; j < last; j++) {
-                const real *of = r->of_scores + j, *weight = r->weights + j;
-                real *key = r->of_keys + j * wide + e, *value = r->of_values + j * wide + e;
+                const real *of = r->grad_scores + j, *weight = r->weights + j;
+                real *key = r->grad_keys + j * wide + e, *value = r->grad_values + j * wide + e;
                 store(key, load(key) + (of[0] * a + of[r->size] * b) + (of[2 * r->size] * c + of[3 * r->size] * d));
                 store(value, load(value) + (weight[0] * ga + weight[r->size] * gb) + (weight[2 * r->size] * gc + weight[3 * r->size] * gd));
             }
@@ -494,31 +494,31 @@ static inline void read_backward(const Stream *s, const Room *r, const real *q, 
     }
 }
 
-static void take(const Stream *s, const Room *r, real *of_k, real *of_v, long head, long token, long place, long n) {
+static void take(const Stream *s, const Room *r, real *grad_k, real *grad_v, long head, long token, long place, long n) {
     long stride = s->kv_heads * s->width, bytes = s->width * sizeof(real);
     for (long i = 0; i < n; i++) {
-        memcpy(of_k + (token + i) * stride + head * s->width, r->of_keys + (place + i) * r->wide, bytes);
-        memcpy(of_v + (token + i) * stride + head * s->width, r->of_values + (place + i) * r->wide, bytes);
+        memcpy(grad_k + (token + i) * stride + head * s->width, r->grad_keys + (place + i) * r->wide, bytes);
+        memcpy(grad_v + (token + i) * stride + head * s->width, r->grad_values + (place + i) * r->wide, bytes);
     }
 }
 
 static inline void group_backward(const Stream *s, const Room *r, const real *q, const real *k, const real *v, const real *out, const real *normaliser,
-                           const real *grad, real *of_q, real *of_k, real *of_v, long group, long head, long width) {
+                           const real *grad, real *grad_q, real *grad_k, real *grad_v, long group, long head, long width) {
     long repeats = s->heads / s->kv_heads, prompt = s->prompts[group], start = s->starts[group], token = start + prompt;
     put(s, r, k, v, head, start, 0, prompt, 1, width);
     for (long h = head * repeats; h < (head + 1) * repeats; h++)
-        read_backward(s, r, q, out, normaliser, grad, of_q, h, start, 0, prompt, width);
+        read_backward(s, r, q, out, normaliser, grad, grad_q, h, start, 0, prompt, width);
     for (long row = s->rows[group]; row < s->rows[group + 1]; token += s->lengths[row++]) {
         put(s, r, k, v, head, token, prompt, s->lengths[row], 1, width);
         for (long h = head * repeats; h < (head + 1) * repeats; h++)
-            read_backward(s, r, q, out, normaliser, grad, of_q, h, token, prompt, s->lengths[row], width);
-        take(s, r, of_k, of_v, head, token, prompt, s->lengths[row]);
+            read_backward(s, r, q, out, normaliser, grad, grad_q, h, token, prompt, s->lengths[row], width);
+        take(s, r, grad_k, grad_v, head, token, prompt, s->lengths[row]);
     }
-    take(s, r, of_k, of_v, head, start, 0, prompt);
+    take(s, r, grad_k, grad_v, head, start, 0, prompt);
 }
 
 int attend_backward(const Stream *s, const real *q, const real *k, const real *v, const real *out, const real *normaliser,
-                     const real *grad, real *of_q, real *of_k, real *of_v) {
+                     const real *grad, real *grad_q, real *grad_k, real *grad_v) {
     int state = DONE;
 #pragma omp parallel if (s->tokens * s->heads * s->width > WORTH_THREADS)
     {
@@ -529,7 +529,7 @@ int attend_backward(const Stream *s, const real *q, const real *k, const real *v
         }
 #pragma omp for schedule(dynamic, 1)
         for (long item = 0; item < s->num_groups * s->kv_heads; item++) {
-            if (r.keys) group_backward(s, &r, q, k, v, out, normaliser, grad, of_q, of_k, of_v, item / s->kv_heads, item % s->kv_heads, s->width);
+            if (r.keys) group_backward(s, &r, q, k, v, out, normaliser, grad, grad_q, grad_k, grad_v, item / s->kv_heads, item % s->kv_heads, s->width);
         }
         free(r.keys);
     }
@@ -551,7 +551,7 @@ typedef struct {
 } Cache;
 
 typedef struct {
-    long num_layers, rows, width, heads, kv_heads, head_width, gated, vocabulary, positions;
+    long num_layers, rows, width, heads, kv_heads, head_width, mlp_width, vocabulary, positions;
     long columns, now, slots, longest_prompt, num_steps, max_tokens, num_ends, draws, greedy;
     double epsilon, temperature;
     const real *embeddings, *final_norm, *head, *head_bias; /* [V, D], [D], [V, D], [V] or none */
@@ -640,7 +640,7 @@ static void attend_rows(const Step *s, const Layer *layer, const Cache *cache, c
             score_one(queries + i * wide, keys, s->columns, width, begin / LANES * LANES, used, own);
             hide(mine, 0, from, prompt, prompt_size);
             hide(own, 0, begin, now + 1, used);
-            soften(mine, layer->scaling, 0, size, totals + i);
+            softmax(mine, layer->scaling, 0, size, totals + i);
             real *out = attended + number / repeats * stride + (head * repeats + number % repeats) * width;
             memset(out, 0, width * sizeof(real));
             if (width % LANES == 0)
@@ -719,15 +719,15 @@ static int64_t draw(const Step *s, real *logits, long row, long number, long at)
 
 /* The slots first .. last, which are one thread's, through all steps. */
 static int decode_rows(const Step *s, const Layer *layers, const Cache *caches, long first, long last) {
-    long n = last - first, width = s->head_width, of_q = s->heads * width, of_k = s->kv_heads * width, live = 0;
+    long n = last - first, width = s->head_width, size_q = s->heads * width, size_k = s->kv_heads * width, live = 0;
     long prompt_size = padded(s->longest_prompt), wide = padded(width);
     long attention_room = ROWS * (prompt_size + padded(s->now + s->num_steps)) + (width + wide) * prompt_size + 2 * ROWS * wide;
-    long size = n * (2 * s->width + 2 * of_q + 2 * of_k + 2 * s->gated + s->vocabulary) + attention_room + width;
+    long size = n * (2 * s->width + 2 * size_q + 2 * size_k + 2 * s->mlp_width + s->vocabulary) + attention_room + width;
     real *all = malloc((size + 1) * sizeof(real) + n * sizeof(int64_t)), *x = all;
     if (!all) return NO_MEMORY;
     real *inner = x + n * s->width, *q = inner + n * s->width;
-    real *k = q + n * of_q, *v = k + n * of_k, *attended = v + n * of_k, *gate = attended + n * of_q, *up = gate + n * s->gated;
-    real *logits = up + n * s->gated, *room = logits + n * s->vocabulary, *turned = room + attention_room;
+    real *k = q + n * size_q, *v = k + n * size_k, *attended = v + n * size_k, *gate = attended + n * size_q, *up = gate + n * s->mlp_width;
+    real *logits = up + n * s->mlp_width, *room = logits + n * s->vocabulary, *turned = room + attention_room;
     int64_t *slots = (int64_t *)(all + size + size % 2);
     for (long row = first; row < last; row++)
         if (s->live[row]) slots[live++] = row;
@@ -749,37 +749,37 @@ static int decode_rows(const Step *s, const Layer *layers, const Cache *caches, 
             const Layer *layer = layers + l;
             const Cache *cache = caches + l;
             normalise(x, layer->before_attention, layer->epsilon_attention, inner, live, s->width);
-            product(s, inner, live, s->width, layer->q, layer->q_bias, of_q, q, 0);
-            product(s, inner, live, s->width, layer->k, layer->k_bias, of_k, k, 0);
-            product(s, inner, live, s->width, layer->v, layer->v_bias, of_k, v, 0);
+            product(s, inner, live, s->width, layer->q, layer->q_bias, size_q, q, 0);
+            product(s, inner, live, s->width, layer->k, layer->k_bias, size_k, k, 0);
+            product(s, inner, live, s->width, layer->v, layer->v_bias, size_k, v, 0);
             for (long i = 0; i < live; i++) {
                 long row = slots[i], position = s->prompts[row] + now - s->starts[row];
                 const real *cosine = s->cosine + position * width, *sine = s->sine + position * width;
                 for (long h = 0; h < s->heads; h++) {
-                    real *head = q + i * of_q + h * width, scale = layer->q_norm ? inverse_root(head, width, layer->epsilon_q) : 1;
-                    turn(head, layer->q_norm, scale, cosine, sine, turned, width);
+                    real *head = q + i * size_q + h * width, scale = layer->q_norm ? inverse_root(head, width, layer->epsilon_q) : 1;
+                    rope(head, layer->q_norm, scale, cosine, sine, turned, width);
                     memcpy(head, turned, width * sizeof(real));
                 }
                 for (long h = 0; h < s->kv_heads; h++) {
-                    real *head = k + i * of_k + h * width, scale = layer->k_norm ? inverse_root(head, width, layer->epsilon_k) : 1;
+                    real *head = k + i * size_k + h * width, scale = layer->k_norm ? inverse_root(head, width, layer->epsilon_k) : 1;
                     long place = (row * s->kv_heads + h) * s->columns * width;
-                    turn(head, layer->k_norm, scale, cosine, sine, turned, width);
+                    rope(head, layer->k_norm, scale, cosine, sine, turned, width);
                     for (long e = 0; e < width; e++) cache->keys[place + e * s->columns + now] = turned[e];
-                    memcpy(cache->values + place + now * width, v + i * of_k + h * width, width * sizeof(real));
+                    memcpy(cache->values + place + now * width, v + i * size_k + h * width, width * sizeof(real));
                 }
             }
             for (long begin = 0, end; begin < live; begin = end) { /* rows of one prompt together */
                 for (end = begin + 1; end < live && s->longest_prompt && slots[end] / s->slots == slots[begin] / s->slots;) end++;
                 for (long h = 0; h < s->kv_heads; h++)
-                    attend_rows(s, layer, cache, q + begin * of_q, attended + begin * of_q, slots + begin, end - begin, h, now, room);
+                    attend_rows(s, layer, cache, q + begin * size_q, attended + begin * size_q, slots + begin, end - begin, h, now, room);
             }
-            product(s, attended, live, of_q, layer->o, layer->o_bias, s->width, x, 1);
+            product(s, attended, live, size_q, layer->o, layer->o_bias, s->width, x, 1);
             normalise(x, layer->before_mlp, layer->epsilon_mlp, inner, live, s->width);
-            product(s, inner, live, s->width, layer->gate, layer->gate_bias, s->gated, gate, 0);
-            product(s, inner, live, s->width, layer->up, layer->up_bias, s->gated, up, 0);
+            product(s, inner, live, s->width, layer->gate, layer->gate_bias, s->mlp_width, gate, 0);
+            product(s, inner, live, s->width, layer->up, layer->up_bias, s->mlp_width, up, 0);
 #pragma omp simd
-            for (long i = 0; i < live * s->gated; i++) gate[i] = gate[i] * sigmoid(gate[i]) * up[i];
-            product(s, gate, live, s->gated, layer->down, layer->down_bias, s->width, x, 1);
+            for (long i = 0; i < live * s->mlp_width; i++) gate[i] = gate[i] * sigmoid(gate[i]) * up[i];
+            product(s, gate, live, s->mlp_width, layer->down, layer->down_bias, s->width, x, 1);
         }
         normalise(x, s->final_norm, s->epsilon, inner, live, s->width);
         product(s, inner, live, s->width, s->head, s->head_bias, s->vocabulary, logits, 0);
@@ -794,7 +794,7 @@ static int decode_rows(const Step *s, const Layer *layers, const Cache *caches, 
 int decode(const Step *s, const Layer *layers, const Cache *caches) {
     long threads = min_(omp_get_max_threads(), (s->rows + 3) / 4);
     int state = DONE;
-    if (!turns(s->head_width) || s->now + s->num_steps > s->columns) return NO_ROOM;
+    if (!rope_fits(s->head_width) || s->now + s->num_steps > s->columns) return NO_ROOM;
     for (long row = 0; row < s->rows; row++) {
         long written = s->now - s->starts[row], more = s->draws ? min_(s->num_steps, s->max_tokens - 1 - written) : s->num_steps;
         if (s->live[row] && s->prompts[row] + written + more > s->positions) return NO_ROOM;
@@ -829,7 +829,7 @@ static const Field FIELDS[] = {
     FIELD(Layer, epsilon_q), FIELD(Layer, epsilon_k), FIELD(Layer, scaling), FIELD(Layer, window),
     WHOLE(Cache), FIELD(Cache, keys), FIELD(Cache, values), FIELD(Cache, prompt_keys), FIELD(Cache, prompt_values),
     WHOLE(Step), FIELD(Step, num_layers), FIELD(Step, rows), FIELD(Step, width), FIELD(Step, heads), FIELD(Step, kv_heads),
-    FIELD(Step, head_width), FIELD(Step, gated), FIELD(Step, vocabulary), FIELD(Step, positions), FIELD(Step, columns),
+    FIELD(Step, head_width), FIELD(Step, mlp_width), FIELD(Step, vocabulary), FIELD(Step, positions), FIELD(Step, columns),
     FIELD(Step, now), FIELD(Step, slots), FIELD(Step, longest_prompt), FIELD(Step, num_steps), FIELD(Step, max_tokens),
     FIELD(Step, num_ends), FIELD(Step, draws), FIELD(Step, greedy), FIELD(Step, epsilon), FIELD(Step, temperature),
     FIELD(Step, embeddings), FIELD(Step, final_norm), FIELD(Step, head), FIELD(Step, head_bias), FIELD(Step, cosine),

@@ -37,7 +37,7 @@ class Cache(ctypes.Structure):
 
 class Step(ctypes.Structure):
     _fields_ = [
-        *((name, _long) for name in ("num_layers", "rows", "width", "heads", "kv_heads", "head_width", "gated")),
+        *((name, _long) for name in ("num_layers", "rows", "width", "heads", "kv_heads", "head_width", "mlp_width")),
         *((name, _long) for name in ("vocabulary", "positions", "columns", "now", "slots", "longest_prompt")),
         *((name, _long) for name in ("num_steps", "max_tokens", "num_ends", "draws", "greedy")),
         *((name, _double) for name in ("epsilon", "temperature")),
@@ -83,7 +83,7 @@ def _try_out(path: str, num_bytes: int) -> None:
     x, out, scale = array([2.0] * rows * width), array([0.0] * rows * width), array([0.0] * rows)
     library.norm_forward(x, array([3.0] * width), _double(0.0), out, scale, _long(rows), _long(width))
     assert close(out, [3.0] * rows * width), "norm"
-    library.gated_forward(array([0.0] * rows * width), x, out, _long(rows * width))
+    library.swiglu_forward(array([0.0] * rows * width), x, out, _long(rows * width))
     assert close(out, [0.0] * rows * width), "gate"
     prompt, length = 30, 10
     counts = [(ctypes.c_int64 * len(values))(*values) for values in ([0], [prompt], [0, 1], [length])]
