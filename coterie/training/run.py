@@ -6,7 +6,6 @@ import signal
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from coterie.runs.checkpoint import (
     Saver,
     Snapshot,
     TrainState,
-    find_checkpoint,
     load_checkpoint,
     prune_checkpoints,
 )
@@ -43,27 +41,16 @@ from coterie.runs.folder import (
     writing,
 )
 from coterie.runs.recorder import Recorder
-from coterie.runs.resume_check import at_home, check_inputs, inputs_of, portable
+from coterie.runs.resume import Beginning, find_beginning, take_over
+from coterie.runs.resume_check import inputs_of, portable
 from coterie.runs.store import Store
-from coterie.runs.surroundings import surroundings, what_differs
+from coterie.runs.surroundings import surroundings
 from coterie.sections import section
 from coterie.training.profile import Profiler
 from coterie.trust import check_links
 from coterie.types import Scored
 
 _HELD_AT_STOP = 10.0  # seconds for which a run that was told to stop waits for run.db, if another program holds it
-
-
-@dataclass(frozen=True)
-class Beginning:
-    """What a resume begins with: inputs and surroundings by name; which files lie elsewhere than before, and what of the
-    surroundings differs, in words; whether a setting was overridden."""
-
-    inputs: Mapping[str, str]
-    surroundings: Mapping[str, str]
-    moved: list[str]
-    differs: list[str]
-    overridden: bool
 
 
 class Run:
@@ -78,7 +65,6 @@ class Run:
         self._recorder = Recorder(folder, self.store, recipe, console)
         self._saver = Saver(folder / "checkpoints")
         self._begins_with: Beginning | None = None  # of a resume
-        self._changes: list[str] = []  # of a resume, that were allowed
         self._due = False  # a checkpoint
         self._undeleted: list[str] = []  # old checkpoints that could not be deleted, to be told of
         self.profiler: Profiler | None = None  # watches some of the steps, if one is put here
@@ -137,63 +123,17 @@ class Run:
 
     def _go_on(self, overrides: list[str], allow: Sequence[str]) -> None:
         """Find where the run stands, and that it is still the same run. Nothing of it is changed yet."""
-        before, surroundings_before = self.store.inputs_before()
-        chosen = [override.partition("=")[0].strip() for override in overrides]
-        self.recipe, moved = at_home(self.recipe, self.folder, before, chosen)
-        self._recorder.recipe = self.recipe
-        now = inputs_of(self.recipe)
-        checkpoints = self.folder / "checkpoints"
-        try:
-            self.position = find_checkpoint(checkpoints, self.console.warn)
-        except UserError as error:
-            if checkpoints.is_dir() and any(path.name[0] != "." for path in checkpoints.iterdir()):
-                raise
-            self.console.say(f"nothing was saved yet ({error}); starting from the beginning")
-        lost = self._lost_record(bool(before))
-        was, found = ({"run.db": words} for words in lost) if lost else ({}, {})
-        self._changes = check_inputs({**(before or now), **was}, {**now, **found}, allow)
-        if self.position and self.position.stage == STAGES[-1] and self.position.step > self.recipe.steps:
-            raise UserError(f"steps: {self.position.step} steps are done already, and {self.recipe.steps} are fewer")
-        self._seconds_before = self.position.seconds if self.position else 0.0
-        here = surroundings(self.recipe, versions())
-        made_with = {name: str(value) for name, value in (self.recipe.made_with or {}).items()}
-        differs = what_differs(surroundings_before or made_with, here)
-        self._begins_with = Beginning(now, here, moved, differs, bool(overrides))
-
-    def _lost_record(self, has_inputs: bool) -> tuple[str, str] | None:
-        """What run.db should be and what it is, where it was deleted or an older copy put in its place."""
-        if not has_inputs:
-            return "the run's", "empty"
-        if self.position is None:
-            return None
-        missing = self.position.step - self.store.num_steps(self.position.stage, self.position.step)
-        return (f"whole to step {self.position.step}", f"without {missing} of its steps") if missing else None
+        self._begins_with = found = find_beginning(self.folder, self.recipe, self.store, self.console, overrides, allow)
+        self.recipe = self._recorder.recipe = found.recipe
+        self.position = found.position
+        self._seconds_before = found.position.seconds if found.position else 0.0
 
     def begin(self) -> None:
         """Take a reopened run over: what was recorded after its checkpoint is removed. Before, a resume can still be refused."""
         if self._begins_with is None:
             return
         with writing(self.folder):
-            self._take_over(self._begins_with)
-
-    def _take_over(self, beginning: Beginning) -> None:
-        position = self.position or Position(STAGES[0], -1)
-        self.store.truncate(position.stage, position.step, STAGES[STAGES.index(position.stage) + 1 :])
-        if beginning.overridden or beginning.moved:
-            write_whole(self.folder / "recipe.yaml", portable(self.recipe, self.folder))
-        if beginning.overridden:
-            for name in ("report.html", "summary.json"):  # of the run as it was; both are there again once it has ended
-                (self.folder / name).unlink(missing_ok=True)
-        self.store.inputs(beginning.inputs, beginning.surroundings)
-        for line in beginning.moved:
-            self.console.warn(f"goes on with {line}")
-        for line in beginning.differs:
-            self.console.warn(f"goes on in other surroundings, and the bits may differ from here: {line}")
-        lines = [("changed", line) for line in self._changes] + [("moved", line) for line in beginning.moved]
-        for kind, line in (*lines, *(("surroundings", line) for line in beginning.differs)):
-            self.store.event(position.stage, max(position.step, 0), kind, line)
-        for change in self._changes:
-            self.console.warn(f"goes on with a change: {change}")
+            take_over(self.folder, self.store, self.console, self._begins_with)
 
     @property
     def seconds(self) -> float:
