@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 import coterie
 from coterie.errors import UserError
 from coterie.redact import hidden_in
+from coterie.runs.find import RUNS, is_run
 from coterie.types import Scored
 
 Row = tuple[list[int], ...]  # the tokens of a prompt, and of the answers that are learned from
@@ -103,6 +104,18 @@ def write_whole(file: Path, text: str) -> None:
     aside = file.with_name(f".{file.name}.writing")
     aside.write_text(text, encoding="utf-8")
     aside.replace(file)
+
+
+def folder_for(name: str, out: str | None) -> Path:
+    """`out`, or a new folder for a run of this name. UserError where it is in use."""
+    try:
+        folder = Path(out) if out else new_folder(RUNS, name)
+    except OSError as error:
+        raise UserError(f"{RUNS}: can't be written: {error}") from None
+    if folder.exists() and (not folder.is_dir() or any(map(is_of_a_run, folder.iterdir()))):
+        go_on = f", or go on with what is there: coterie train --resume {folder}" if is_run(folder) else ""
+        raise UserError(f"--out {folder}: is in use; give another folder{go_on}")
+    return folder
 
 
 def new_folder(home: Path, name: str) -> Path:

@@ -15,26 +15,20 @@ from coterie import stopping
 from coterie.deadline import hard_deadline, running
 from coterie.errors import UserError
 from coterie.evals.evaluate import Evaluation, Example
-from coterie.faults import at_step, strikes
+from coterie.faults import at_step
 from coterie.recipe import Recipe, load_recipe
 from coterie.runs.checkpoint import (
     STAGES,
     Position,
-    Saver,
-    Snapshot,
     TrainState,
     load_checkpoint,
-    prune_checkpoints,
 )
 from coterie.runs.console import Console
-from coterie.runs.find import RUNS, is_run, run_at
+from coterie.runs.find import run_at
 from coterie.runs.folder import (
     Row,
-    RunFailedError,
-    how_to_go_on,
-    is_of_a_run,
+    folder_for,
     locked,
-    new_folder,
     told_of,
     versions,
     write_whole,
@@ -43,6 +37,7 @@ from coterie.runs.folder import (
 from coterie.runs.recorder import Recorder
 from coterie.runs.resume import Beginning, find_beginning, take_over
 from coterie.runs.resume_check import inputs_of, portable
+from coterie.runs.saving import Checkpoints
 from coterie.runs.store import Store
 from coterie.runs.surroundings import surroundings
 from coterie.sections import section
@@ -63,10 +58,9 @@ class Run:
         self.store = Store(folder / "run.db")
         self.store.tell = console.warn
         self._recorder = Recorder(folder, self.store, recipe, console)
-        self._saver = Saver(folder / "checkpoints")
+        self._checkpoints = Checkpoints(folder, self.store, console)
         self._begins_with: Beginning | None = None  # of a resume
         self._due = False  # a checkpoint
-        self._undeleted: list[str] = []  # old checkpoints that could not be deleted, to be told of
         self.profiler: Profiler | None = None  # watches some of the steps, if one is put here
         self.position: Position | None = None  # of the checkpoint that was resumed from
         self._stop = stopping.Stop()
@@ -78,18 +72,11 @@ class Run:
         self._started = running()
         self._state: TrainState | None = None  # of the stage under way
         self._under_way: str | None = None  # the stage of the step under way
-        self._saved: Position | None = None  # what was saved last
 
     @classmethod
     def create(cls, recipe: Recipe, name: str, out: str | None, console: Console, *, stop_after: int | None) -> Run:
         """A new folder: `out`, or the first free one of runs/NAME, runs/NAME-2, ..."""
-        try:
-            folder = Path(out) if out else new_folder(RUNS, name)
-        except OSError as error:
-            raise UserError(f"{RUNS}: can't be written: {error}") from None
-        if folder.exists() and (not folder.is_dir() or any(map(is_of_a_run, folder.iterdir()))):
-            go_on = f", or go on with what is there: coterie train --resume {folder}" if is_run(folder) else ""
-            raise UserError(f"--out {folder}: is in use; give another folder{go_on}")
+        folder = folder_for(name, out)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             stored = recipe.model_copy(update={"made_with": {**(recipe.made_with or {}), **versions()}})
@@ -126,7 +113,8 @@ class Run:
         self._begins_with = found = find_beginning(self.folder, self.recipe, self.store, self.console, overrides, allow)
         self.recipe = self._recorder.recipe = found.recipe
         self.position = found.position
-        self._seconds_before = found.position.seconds if found.position else 0.0
+        if found.position is not None:
+            self._seconds_before, self._checkpoints.resumed_at = found.position.seconds, found.position.step
 
     def begin(self) -> None:
         """Take a reopened run over: what was recorded after its checkpoint is removed. Before, a resume can still be refused."""
@@ -208,39 +196,13 @@ class Run:
             with section("checkpoint"):
                 self._save(Position(stage, step, self.seconds), state)
                 if last or self._stops:
-                    self._wait_for_save()
-        elif self._saver.failed:  # told of now, not at the next save
-            self._wait_for_save()
+                    self._checkpoints.wait()
+        elif self._checkpoints.failed:  # told of now, not at the next save
+            self._checkpoints.wait()
 
     def _save(self, position: Position, state: TrainState) -> None:
-        """Copy the state, and write the copy while training goes on."""
-        self._wait_for_save()
-        best = self.store.best_steps(self.recipe.checkpoint.keep_best)
-        with writing(self.folder):
-            self.store.settle(*([_HELD_AT_STOP] if self.stop_signal is not None else []))
-            self.store.sync()
-
-        def prune() -> None:
-            strikes("after_save", step=position.step)
-            self._undeleted += prune_checkpoints(
-                self.folder / "checkpoints", self.recipe.checkpoint.keep_last, {*best, position.step}
-            )
-
-        self._saver.save(Snapshot.of(position, state), prune)
-        self._saved = position
-
-    def _wait_for_save(self) -> None:
-        """RunFailedError where the save under way failed. What could not be deleted is told of."""
-        try:
-            self._saver.wait()
-        except OSError as error:
-            raise RunFailedError(
-                f"{self.folder / 'checkpoints'}: the checkpoint can't be written: {error}. {how_to_go_on(self.folder)}"
-            ) from error
-        for line in self._undeleted:
-            self.console.warn(f"an old checkpoint can't be deleted: {line}")
-            self.store.event(STAGES[-1], self.position.step if self.position else 0, "not_deleted", line)
-        self._undeleted.clear()
+        patience = _HELD_AT_STOP if self.stop_signal is not None else None
+        self._checkpoints.save(position, state, self.recipe.checkpoint, patience=patience)
 
     def _last_step(self, stage: str, first: int, num_steps: int) -> int:
         """The last step that this session takes of a stage, unless a signal stops it."""
@@ -268,13 +230,12 @@ class Run:
     def _save_before_step(self) -> None:
         """Save where the step that was left began, unless that is saved."""
         self._stop_requested = True
-        if (
-            self._under_way is not None and self._state is not None and self.step > 1
-        ):  # of step 0 what has to be is saved
+        # of step 0 what has to be is saved
+        if self._under_way is not None and self._state is not None and self.step > 1:
             begun = Position(self._under_way, self.step - 1, self.seconds)
-            if begun.name not in [position.name for position in (self._saved, self.position) if position]:
+            if begun.name not in [position.name for position in (self._checkpoints.saved, self.position) if position]:
                 self._save(begun, self._state)
-        self._wait_for_save()
+        self._checkpoints.wait()
         self.say_how_to_resume()
 
     def say_how_to_resume(self) -> None:
@@ -283,7 +244,7 @@ class Run:
     def close(self) -> None:
         """Let go of the folder, once what is being saved is saved."""
         try:
-            self._wait_for_save()
+            self._checkpoints.wait()
         finally:
             self.store.close()
             self._lock.close()

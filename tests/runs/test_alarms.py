@@ -9,7 +9,8 @@ from coterie.recipe import load_recipe
 from coterie.recipe.settings import Limits
 from coterie.runs.alarms import alarms, usual_norm
 from coterie.runs.console import Console
-from coterie.training.run import Run, RunFailedError
+from coterie.runs.folder import RunFailedError
+from coterie.training.run import Run
 
 GOOD = {"optimiser/grad_norm": 1.0, "policy/ratio_max": 1.1, "policy/sampler_gap_max": 1e-6, "policy/kl": 0.1, "policy/entropy": 1.0}  # fmt: skip
 

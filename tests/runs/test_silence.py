@@ -9,7 +9,7 @@ import pytest
 import coterie
 from coterie.commands.models import check_recipe
 from coterie.errors import UserError
-from coterie.training.run import RunFailedError
+from coterie.runs.folder import RunFailedError
 
 REWARDS = """
 calls = []

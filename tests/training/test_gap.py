@@ -12,8 +12,8 @@ from coterie.models.logprobs import logprobs_of
 from coterie.noise import key, mix
 from coterie.recipe.settings import Lora, Sampling
 from coterie.rollouts.pack import Row, make_stream
+from coterie.runs.folder import RunFailedError
 from coterie.training.gap import rounding_at_the_gap
-from coterie.training.run import RunFailedError
 
 
 def samples_of(policy, **sampling):

@@ -18,8 +18,8 @@ from coterie.errors import UserError
 from coterie.rewards.base import Reward
 from coterie.runs import checkpoint
 from coterie.runs.checkpoint import find_checkpoint
+from coterie.runs.folder import RunFailedError
 from coterie.runs.store import Store
-from coterie.training.run import RunFailedError
 
 
 def trained(tiny_recipe, folder, *more, **options):
