@@ -238,11 +238,12 @@ def metrics_page() -> str:
 
 
 def metrics_in_code() -> set[str]:
-    """Every text in coterie/training that is called as a metric is."""
+    """Every text in coterie/training and coterie/runs that is called as a metric is."""
     kinds = {name.partition("/")[0] for name in METRICS}
     pattern = re.compile(rf"(?:{'|'.join(kinds)})/[a-z_]+")
     found = set()
-    for file in (Path(coterie.__file__).parent / "training").glob("**/*.py"):
+    package = Path(coterie.__file__).parent
+    for file in (*(package / "training").glob("**/*.py"), package / "runs" / "recorder.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and pattern.fullmatch(node.value):
                 found.add(node.value)
