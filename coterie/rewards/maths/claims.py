@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 
-from coterie.rewards.maths.expressions import NUMBER, Node, is_plain, num_operations, read
+from coterie.rewards.maths.expressions import NUMBER, SIGNS, Node, is_plain, num_operations, read
 
 _MAX_SENTENCE = 1000  # characters; an equals sign in a longer one is a claim that can't be read
 _MAX_UNIT = 4  # words between a number and the sign that follows: `3 apples in each box * 4`
@@ -74,7 +74,7 @@ _LATEX = (
     (re.compile(r"\\text\{([^{}]{0,60})\}"), r" \1 "), (re.compile(r"\\(?:left|right|[()\[\],;!])|\\?[$€£¥￥]"), ""),
     (re.compile(r"[<>!=]=|=[<>]|=="), "?"), (re.compile(r"(?<!\S)\*\*(?=\S)|(?<=\S)\*\*(?![\w(-])"), " "),
 )  # fmt: skip
-_SIGNS = str.maketrans(dict(zip("０１２３４５６７８９", "0123456789", strict=True)) | {"×": "*", "·": "*", "⋅": "*", "∙": "*", "÷": "/", "−": "-", "–": "-", "＝": "=", "％": "%", "（": "(", "）": ")", "＋": "+"})  # fmt: skip
+_SIGNS = str.maketrans(dict(zip("０１２３４５６７８９＝＋", "0123456789=+", strict=True)) | SIGNS)
 
 
 def _plain(line: str) -> str:

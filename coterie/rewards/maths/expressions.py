@@ -17,7 +17,8 @@ _MAX_POWER, _MAX_BITS = 12, 1024
 
 NUMBER = r"(?:\d{1,3}(?:,\d{3})++(?!\d)(?:\.\d++)?|\d++(?:\.\d++)?|\.\d++)"
 _TOKEN = re.compile(rf"\s*+(?:(?P<number>{NUMBER})|(?P<sign>\*\*|[-+*/^()%]))", re.ASCII)
-_SIGNS = str.maketrans({"×": "*", "·": "*", "⋅": "*", "∙": "*", "÷": "/", "−": "-", "–": "-", "％": "%", "（": "(", "）": ")"})  # fmt: skip
+SIGNS = {"×": "*", "·": "*", "⋅": "*", "∙": "*", "÷": "/", "−": "-", "–": "-", "％": "%", "（": "(", "）": ")"}
+_PLAIN = str.maketrans(SIGNS)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def read(text: str) -> Node | None:
     """The expression that makes up the whole of a text, or None."""
     tokens: list[str] = []
     at = 0
-    text = text.strip().translate(_SIGNS)
+    text = text.strip().translate(_PLAIN)
     while at < len(text):
         found = _TOKEN.match(text, at)
         if found is None or len(tokens) == _MAX_TOKENS:

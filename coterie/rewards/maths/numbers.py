@@ -36,7 +36,7 @@ _SCALES = {
 _PARTS = {part: size for size, part in enumerate(_ORDINALS, start=3)} | {
     "half": 2, "halve": 2, "quarter": 4, "hundredth": 10**2, "thousandth": 10**3, "millionth": 10**6, "billionth": 10**9,
 }  # fmt: skip
-_VALUES = dict(zip(_ONES, range(20), strict=True)) | dict(zip(_TENS, range(20, 100, 10), strict=True))
+WORDS_BELOW_100 = dict(zip(_ONES, range(20), strict=True)) | dict(zip(_TENS, range(20, 100, 10), strict=True))
 NUMBER_WORDS = frozenset((*_ONES, *_TENS, *_SCALES, *_PARTS))
 
 _BELOW_100 = rf"(?:(?:{'|'.join(_TENS)})(?:[ -](?:{'|'.join(_ONES[1:10])}))?|{'|'.join(reversed(_ONES))})(?![a-z])"
@@ -96,7 +96,7 @@ def _cardinal(text: str) -> Fraction:
         elif scale:  # `two million million`
             total, group = (total + (group or one) * scale if group or not total else total * scale), Fraction(0)
         elif word not in ("and", "a", "an"):
-            group += _VALUES[word] if word in _VALUES else _digital(word) or 0
+            group += WORDS_BELOW_100[word] if word in WORDS_BELOW_100 else _digital(word) or 0
             one = Fraction(0)  # `0 million`
     return total + group if total or group or not one else one
 

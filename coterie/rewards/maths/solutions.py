@@ -30,6 +30,7 @@ from coterie.rewards.maths.expressions import (
     one_step,
 )
 from coterie.rewards.maths.linear import Report, check, parse_equation
+from coterie.rewards.maths.numbers import WORDS_BELOW_100
 from coterie.rewards.maths.origins import Origins
 from coterie.rewards.text_of import completion_text, prompt_text
 
@@ -208,12 +209,9 @@ def _numbers_of(node: Node) -> set[Fraction]:
     return {abs(number.value) for number in numbers(node)} | ({abs(node.value)} if is_plain(node) else set())
 
 
-_WORDS = {
-    "zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
-    "ten": 10, "eleven": 11, "twelve": 12, "thirteen": 13, "fourteen": 14, "fifteen": 15, "sixteen": 16, "seventeen": 17,
-    "eighteen": 18, "nineteen": 19, "twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70,
-    "eighty": 80, "ninety": 90, "hundred": 100, "half": 2, "twice": 2, "double": 2, "pair": 2, "thrice": 3, "triple": 3,
-    "third": 3, "thirds": 3, "quarter": 4, "quarters": 4, "fifth": 5, "dozen": 12,
+_WORDS = WORDS_BELOW_100 | {
+    "hundred": 100, "half": 2, "twice": 2, "double": 2, "pair": 2, "thrice": 3, "triple": 3, "third": 3, "thirds": 3,
+    "quarter": 4, "quarters": 4, "fifth": 5, "dozen": 12,
     "一": 1, "二": 2, "两": 2, "三": 3, "四": 4, "五": 5, "六": 6, "七": 7, "八": 8, "九": 9, "十": 10, "百": 100, "半": 2,
 }  # fmt: skip
 _GIVEN = re.compile(rf"(?P<number>{NUMBER})|(?P<word>[A-Za-z]+|[一二两三四五六七八九十百半])", re.ASCII)
