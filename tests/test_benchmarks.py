@@ -61,7 +61,7 @@ def test_the_tables_of_the_measured_page_are_the_results_files():
         assert f"benchmarks/results/{name}.svg" in page
 
 
-def test_a_moving_and_a_frozen_anchor_were_compared_on_the_same_work():
+def test_moving_and_frozen_anchors_were_compared_on_equal_work():
     methods = json.loads((ROOT / "benchmarks" / "results" / "objectives.json").read_text())["methods"]
     moving, frozen = methods["anchored"], methods["anchored, frozen"]
     assert [row["seed"] for row in moving] == [row["seed"] for row in frozen]
@@ -124,7 +124,7 @@ def test_generation_writes_the_same_tokens_on_every_side(run_quickly):
         assert case["held"] == (case[f"{case['faster_cache']} / native"]["seconds"]["median"] >= 1.5)
 
 
-def test_the_tables_of_the_performance_page_are_the_results_files():
+def test_the_performance_page_s_tables_are_the_results_files():
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     results = ROOT / "benchmarks" / "results"
     for name in ("versus_trl", "scaling", "roofline", "generation"):
@@ -224,14 +224,14 @@ def test_sides_that_compute_different_things_are_not_compared(load):
         scaling._must_agree(sides, measure.Place())
 
 
-def test_the_net_cost_of_a_doubled_group_leaves_its_completions_out(load):
+def test_a_doubled_group_s_net_cost_leaves_its_completions_out(load):
     found = load("scaling").of_doubling([{"t4": 10.0, "t8": 13.0, "s4": 2.0, "s8": 4.0}])
     assert found["plain"]["median"] == pytest.approx(1.3)
     assert found["net"]["median"] == pytest.approx(1.1)
     assert found["increase"]["median"] == pytest.approx(1.5)
 
 
-def test_end_tokens_leave_half_and_tokens_are_compared_place_by_place(load):
+def test_end_tokens_leave_half_and_tokens_are_compared_by_place(load):
     generation = load("generation")
     tokens = [[1, 2, 3, 4], [5, 2, 6, 7]]
     assert generation.ends_for_half(tokens) == (2,)
@@ -279,7 +279,7 @@ def test_rewards_measures_answers(load):
     assert len(rewards.table_of_answers(found)) == 5
 
 
-def test_what_rewards_have_to_withstand_is_measured_held_and_shown():
+def test_what_rewards_withstand_is_measured_held_and_shown():
     pages = "".join((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("rewards", "sandbox"))
     results = ROOT / "benchmarks" / "results"
     parts = json.loads((results / "rewards.json").read_text())["parts"]

@@ -55,7 +55,7 @@ def test_the_functions_of_a_user_that_are_shown_train(tmp_path):
     assert summary["after"]["reward_interval"][0] > summary["before"]["reward_interval"][1]
 
 
-def test_the_adapters_of_a_loop_of_one_s_own_learn_and_leave_a_plain_model(make_model):
+def test_adapters_in_one_s_own_loop_learn_and_merge_away(make_model):
     """The lines of docs/lora.md, with an update where they leave it out."""
     (code,) = blocks(ROOT / "docs" / "lora.md", "python")
     before, ellipsis, after = code.partition("...")

@@ -68,7 +68,7 @@ def test_the_page_is_what_was_measured():
 
 
 @pytest.mark.slow
-def test_a_run_that_is_told_to_stop_while_its_record_is_held_ends_with_the_checkpoint_before(faults, lab):
+def test_a_stop_while_the_record_is_held_ends_at_a_checkpoint(faults, lab):
     """It waits for the file as long as what sent the signal may wait for it."""
     home = lab.home()
     running = faults.train(home, PACE="0.3")

@@ -121,7 +121,7 @@ def test_which_variables_hold_keys(monkeypatch, name, value, kept):
     assert (value in hidden(f"it is {value}, or so")) == kept
 
 
-def test_the_variable_whose_value_is_sent_is_hidden_however_it_is_called(monkeypatch):
+def test_a_variable_whose_value_is_sent_is_hidden_by_any_name(monkeypatch):
     monkeypatch.setattr(redact, "_used", set())
     monkeypatch.setenv("MY_JUDGE", "sesame")
     assert hidden("open sesame") == "open sesame"
@@ -177,7 +177,7 @@ VALUES = {"model": {"type": "gpt2"}, "tokenizer": "bytes", "task": {"data": "dat
         {"urls": ["https://example.org/v1?api_key=hunter2"]},
     ],
 )
-def test_a_recipe_that_holds_a_key_is_refused_without_repeating_it(options):
+def test_a_recipe_that_holds_a_key_is_refused_without_showing_it(options):
     with pytest.raises(UserError, match=r"rewards\.0\.options.*environment variable") as error:
         make_recipe({**VALUES, "rewards": [{"function": "mine:f", "options": options}]})
     assert not [value for value in ("my own", "hunter2", "sk-abc") if value in str(error.value)]

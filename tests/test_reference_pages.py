@@ -109,7 +109,7 @@ def test_the_recipe_for_a_pretrained_model_is_whole(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_site_builds_strictly_and_asks_the_network_for_nothing(tmp_path):
+def test_the_site_builds_strictly_without_the_network(tmp_path):
     pytest.importorskip("material")
     site = build(ROOT, tmp_path / "site")
     pages = sorted(site.glob("**/*.html"))

@@ -54,7 +54,7 @@ with stopping.signals(lambda number: os.write(2, b"told")):
     process.stderr.close()
 
 
-def test_a_terminal_that_goes_sends_two_signals_and_that_is_one_event():
+def test_the_two_signals_of_a_terminal_that_goes_are_one_event():
     """A shell hands SIGHUP on that the kernel has sent already, and a service manager sends it right after SIGTERM."""
     done = run("""
 for first in (signal.SIGHUP, signal.SIGTERM):
@@ -101,7 +101,7 @@ os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
 """
 
 
-def test_a_signal_to_a_process_that_has_only_just_been_forked_is_none_to_its_parent():
+def test_a_signal_to_a_fresh_fork_is_none_to_its_parent():
     """As a pool sends it, which is closed before all of its processes have come up."""
     code = """
 with stopping.signals(told.append) as stop:
@@ -116,7 +116,7 @@ with stopping.signals(told.append) as stop:
     assert done.stdout == "-15 -15 -15 None [] set()\n", done.stderr
 
 
-def test_a_process_forked_behind_pythons_back_ends_by_a_signal_too():
+def test_a_process_forked_behind_python_s_back_ends_by_a_signal():
     done = run(f"""
 import ctypes
 with stopping.signals(told.append) as stop:
@@ -151,7 +151,7 @@ def work(multiprocess):
     assert done.stdout == "[2, 4]\n", done.stderr
 
 
-def test_a_pool_whose_processes_were_ended_does_not_hold_the_process_up():
+def test_a_pool_whose_processes_were_ended_holds_nobody_up():
     """They die with the lock of the pool's queue in their hands, and at the exit the pool waits for it for ever."""
     done = run("""
 import multiprocessing

@@ -80,14 +80,14 @@ def saved_model(tmp_path):
     tokenizer.save_pretrained(tmp_path / "model")
 
 
-def test_an_objective_and_advantages_from_elsewhere_are_refused_too(folders, tmp_path):
+def test_an_objective_or_advantage_from_elsewhere_is_refused(folders, tmp_path):
     for more in ({"loss": {"objective": "../code.py:f", "kl_weight": 0}}, {"advantage": {"function": "../code.py:f"}}):
         recipe(folders, **more)
         assert "--trust" in str(run("train", "theirs/recipe.yaml", "--out", "run"))
     assert not (tmp_path / "was_run").exists()
 
 
-def test_code_in_the_recipes_folder_runs_and_the_run_goes_on_unasked(folders):
+def test_code_in_the_recipe_s_folder_runs_and_resumes_unasked(folders):
     recipe(folders, steps=2)
     assert run("train", "theirs/recipe.yaml", "--out", "run", "--stop-after", "1") is None
     assert (folders / "was_run").exists()
@@ -246,7 +246,7 @@ def test_nothing_is_sent_unasked(folders, saved_model, monkeypatch, listener, co
     assert heard == []
 
 
-def test_what_was_agreed_to_be_sent_is_remembered_with_its_address_and_key(folders, monkeypatch):
+def test_consent_to_send_is_remembered_with_its_address_and_key(folders, monkeypatch):
     monkeypatch.setenv("MY_JUDGE", "a-secret-of-mine")
     for url, variable, more, refused in (
         ("http://192.0.2.1/v1", "", ("--trust",), False),

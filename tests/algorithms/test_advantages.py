@@ -57,7 +57,7 @@ def test_default_scale_is_the_sample_std():
     assert torch.equal(group_advantages(rewards), group_advantages(rewards, scale="sample"))
 
 
-def test_batch_scale_divides_by_the_std_of_all_rewards_but_subtracts_each_group_mean():
+def test_batch_scale_takes_each_group_s_mean_and_the_batch_s_std():
     """0, 2, 4, 10: mean 4, squares 16 + 4 + 0 + 36 = 56, sample variance 56 / 3. Group means 1 and 7."""
     std = math.sqrt(56 / 3)
     expected = [[-1 / std, 1 / std], [-3 / std, 3 / std]]
@@ -138,7 +138,7 @@ def test_nothing_but_finite_numbers_comes_out(rewards, scale):
 
 @given(rewards=groups, scale=st.sampled_from(SCALES))
 @settings(max_examples=150, deadline=None)
-def test_advantages_sum_to_zero_and_keep_the_order_of_the_rewards(rewards, scale):
+def test_advantages_sum_to_zero_and_keep_the_rewards_order(rewards, scale):
     got = advantages_of(rewards, scale=scale)[0]
     assert sum(got) == pytest.approx(0, abs=1e-9)
     for (r, a), (s, b) in itertools.combinations(zip(rewards, got, strict=True), 2):
@@ -155,7 +155,7 @@ def test_adding_a_constant_changes_nothing(rewards, constant, scale):
 
 @given(rewards=groups, factor=st.sampled_from([0.5, 4.0, 1024.0]), scale=st.sampled_from(NORMALISING))
 @settings(max_examples=100, deadline=None)
-def test_a_normalised_advantage_does_not_depend_on_the_unit_of_the_reward(rewards, factor, scale):
+def test_a_normalised_advantage_is_free_of_the_reward_s_unit(rewards, factor, scale):
     scaled = [reward * factor for reward in rewards]
     assert advantages_of(scaled, scale=scale)[0] == pytest.approx(advantages_of(rewards, scale=scale)[0], rel=1e-5)
 
@@ -170,7 +170,7 @@ def test_very_large_rewards_are_normalised_like_small_ones(unit, scale):
 
 
 @pytest.mark.parametrize("scale", NORMALISING)
-def test_rewards_as_far_apart_as_the_type_allows_do_not_become_nan(scale):
+def test_rewards_at_both_ends_of_the_type_do_not_become_nan(scale):
     """The difference from the mean, -4e38, is more than float32 holds, though no reward is."""
     got = group_advantages(torch.tensor([[3e38, 3e38, -3e38]]), scale=scale)
     assert not got.isnan().any()
@@ -187,7 +187,7 @@ def test_the_order_of_a_group_does_not_matter(data, rewards, scale):
 
 @given(rewards=groups)
 @settings(max_examples=50, deadline=None)
-def test_the_two_stds_differ_by_the_square_root_of_g_over_g_minus_one(rewards):
+def test_the_two_stds_differ_by_the_root_of_g_over_g_minus_one(rewards):
     size = len(rewards)
     sample, population = (advantages_of(rewards, scale=scale)[0] for scale in ("sample", "population"))
     assert population == pytest.approx([a * math.sqrt(size / (size - 1)) for a in sample], rel=1e-5)
@@ -227,7 +227,7 @@ def test_what_cannot_be_used_is_refused_with_what_was_given(rewards, scale, mess
         group_advantages(rewards, scale=scale)
 
 
-def test_has_signal_counts_groups_that_tell_their_completions_apart():
+def test_has_signal_counts_groups_whose_rewards_differ():
     rewards = torch.tensor([[0.0, 0.0], [0.0, 1.0], [NAN, 1.0], [NAN, NAN]])
     assert has_signal(rewards).tolist() == [False, True, False, False]
     assert has_signal(torch.tensor([[NAN, 1.0, 2.0]])).tolist() == [True]
@@ -267,7 +267,7 @@ def test_the_group_mean_stands_in_for_the_state_value(size):
     torch.testing.assert_close(got, exact * (size - 1) / size, atol=1e-12, rtol=0)
 
 
-def test_the_std_of_a_group_leaves_out_who_abstains_and_is_exactly_0_where_all_are_equal():
+def test_the_std_leaves_out_abstentions_and_is_0_for_equal_ones():
     """The sample std of 1, 2, 4 is sqrt(7 / 3). Huge rewards do not overflow, and one reward alone has no std."""
     nan = math.nan
     rewards = torch.tensor(

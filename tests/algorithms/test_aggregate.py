@@ -61,7 +61,7 @@ def test_sequence_mean_and_token_mean_agree_for_equal_lengths():
     assert by_sequence.item() == pytest.approx(by_token.item(), rel=1e-14)
 
 
-def test_fixed_length_does_not_reward_a_longer_completion_with_a_smaller_step():
+def test_fixed_length_gives_long_completions_no_smaller_step():
     """Per token the weight is the same in a long completion and in a short one; with sequence_mean it is not."""
     values = torch.ones(5, dtype=torch.float64, requires_grad=True)
     row, lengths = torch.tensor([0, 0, 0, 0, 1]), torch.tensor([4, 1])

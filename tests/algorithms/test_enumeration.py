@@ -182,13 +182,13 @@ def test_the_completions_are_all_there_is(logits):
 
 
 @pytest.mark.parametrize(("ratio", "aggregation"), [("token", "sequence_sum"), ("sequence", "sequence_mean")])
-def test_the_policy_gradient_with_raw_rewards_is_that_of_the_expected_reward(logits, ratio, aggregation):
+def test_with_raw_rewards_the_gradient_is_the_expected_reward_s(logits, ratio, aggregation):
     """A ratio of the whole completion stands at each of its tokens, so that their mean is taken and not their sum."""
     loss = loss_of(logits, objective="policy_gradient", settings={"ratio": ratio}, aggregation=aggregation)
     assert_same(expected_gradient(loss, logits, POLICY), -gradient_of_expected(reward))
 
 
-def test_off_the_policy_the_ratio_of_the_whole_completion_is_exact(logits):
+def test_off_policy_the_whole_completion_s_ratio_is_exact(logits):
     """Sampled from another policy, the expected gradient is still that of the expected reward under the policy."""
     loss = loss_of(
         logits,
@@ -200,7 +200,7 @@ def test_off_the_policy_the_ratio_of_the_whole_completion_is_exact(logits):
     assert_same(expected_gradient(loss, logits, SAMPLER), -gradient_of_expected(reward))
 
 
-def test_the_sum_of_sequence_ratios_optimises_the_reward_times_the_length(logits):
+def test_summed_sequence_ratios_optimise_reward_times_length(logits):
     """The sum over tokens counts the one ratio of a completion as often as it has tokens."""
     loss = loss_of(logits, objective="policy_gradient", settings={"ratio": "sequence"}, sampler=SAMPLER)
     assert_same(
@@ -238,7 +238,7 @@ GROUPS = [(2, 3), (3, 2)]  # pairs of completions of up to three tokens, and tri
 
 
 @pytest.mark.parametrize(("size", "limit"), GROUPS)
-def test_the_mean_of_the_others_as_baseline_leaves_the_gradient_exact(logits, size, limit):
+def test_the_others_mean_as_baseline_leaves_the_gradient_exact(logits, size, limit):
     """The mean of the others does not depend on the completion, so that it takes nothing away in expectation."""
     advantages = within_group(baseline="leave_one_out", scale="none")
     loss = loss_of(logits, objective="policy_gradient", settings={"ratio": "token"}, advantages=advantages)
@@ -272,7 +272,7 @@ def test_on_the_policy_the_objective_has_the_policy_gradient(logits, name):
 
 @pytest.mark.parametrize("name", ["clip", "dual_clip", "cispo", "sapo"])
 @pytest.mark.parametrize("ratio", ["sequence_mean", "sequence_mean_token"])
-def test_on_the_policy_a_length_normalised_ratio_divides_by_the_length_once(logits, name, ratio):
+def test_on_policy_a_normalised_ratio_divides_by_the_length_once(logits, name, ratio):
     """Each token of a completion holds the mean of its log-ratios; summed over its tokens, the division is undone.
 
     cispo takes the ratio as a weight only, so that there its kind does not matter.
@@ -281,14 +281,14 @@ def test_on_the_policy_a_length_normalised_ratio_divides_by_the_length_once(logi
     assert_same(expected_gradient(loss, logits, POLICY), -gradient_of_expected(reward))
 
 
-def test_off_the_policy_cispo_with_the_ratio_of_the_whole_completion_is_exact_where_nothing_is_clipped(logits):
+def test_unclipped_off_policy_cispo_is_exact_by_sequence(logits):
     """Its weight has no gradient and log pi of each token has: with the full ratio that is the policy gradient."""
     settings = {"ratio": "sequence", "clip_low": 1.0, "clip_high": 1e6}
     loss = loss_of(logits, objective="cispo", settings=settings, sampler=SAMPLER)
     assert_same(expected_gradient(loss, logits, SAMPLER), -gradient_of_expected(reward))
 
 
-def test_off_the_policy_cispo_is_the_token_ratio_s_policy_gradient_where_nothing_is_clipped(logits):
+def test_unclipped_off_policy_cispo_is_the_token_ratio_s(logits):
     plain = loss_of(logits, objective="policy_gradient", settings={"ratio": "token"}, sampler=SAMPLER)
     settings = {"ratio": "token", "clip_low": 1.0, "clip_high": 1e6}
     cispo = loss_of(logits, objective="cispo", settings=settings, sampler=SAMPLER)
@@ -345,7 +345,7 @@ def visits(policy: Tensor) -> Tensor:
     return torch.stack([logprobs(policy, prefix).sum().exp() for prefix in PREFIXES])
 
 
-def test_the_kl_over_completions_is_the_kl_at_each_prefix_times_its_visits(logits):
+def test_the_kl_of_completions_sums_that_of_prefixes_by_visits(logits):
     at_prefixes = (visits(logits) * exact_kl(logits, REFERENCE)).sum()
     assert at_prefixes.item() == pytest.approx(sequence_kl(logits).item(), abs=1e-12)
     assert_same(gradient(at_prefixes, logits), gradient(sequence_kl(logits), logits))
@@ -402,7 +402,7 @@ SAMPLERS = {"on the policy": POLICY, "off the policy": SAMPLER}
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_in_the_loss_the_gradient_is_that_of_the_exact_kl_at_each_prefix(logits, estimator, sampler):
+def test_in_the_loss_the_gradient_is_the_kl_s_at_each_prefix(logits, estimator, sampler):
     """A prefix weighs as much as the sampler visits it.
 
     k2's weight has no gradient, and so it is right off the policy too.
@@ -425,7 +425,7 @@ def test_at_a_single_prefix_the_gradient_is_that_of_the_exact_kl(prefix, estimat
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_in_expectation_k1_and_k3_have_the_value_of_the_kl_and_k2_has_not(logits, estimator):
+def test_in_expectation_k1_and_k3_are_the_kl_and_k2_is_not(logits, estimator):
     got = expectation(
         logits,
         lambda c: kl_penalty(logprobs(POLICY, c), logprobs(REFERENCE, c), estimator=estimator).sum(),
@@ -437,7 +437,7 @@ def test_in_expectation_k1_and_k3_have_the_value_of_the_kl_and_k2_has_not(logits
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_without_the_sampler_s_probabilities_the_gradient_is_another_one(logits, estimator):
+def test_without_sampler_probabilities_the_gradient_differs(logits, estimator):
     """On the policy k1 has none; k3 has that of KL(ref || pi) at each prefix; k2 alone has that of KL(pi || ref)."""
     got = kl_gradients(logits, POLICY, estimator=estimator, corrected=False)
     right = gradient((visits(POLICY) * exact_kl(logits, REFERENCE)).sum(), logits)
@@ -451,13 +451,13 @@ def test_without_the_sampler_s_probabilities_the_gradient_is_another_one(logits,
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2"])
-def test_off_the_policy_and_without_the_weight_the_gradient_is_not_the_kl_s(logits, estimator):
+def test_off_policy_without_weights_the_gradient_is_not_the_kl_s(logits, estimator):
     got = kl_gradients(logits, SAMPLER, estimator=estimator, corrected=False)
     right = gradient((visits(SAMPLER) * exact_kl(logits, REFERENCE)).sum(), logits)
     assert angle_between(got, right) > 0.1
 
 
-def test_in_the_loss_the_kl_at_each_prefix_is_not_the_kl_over_completions(logits):
+def test_in_the_loss_prefix_kl_is_not_the_kl_over_completions(logits):
     """It does not feel that a token leads to prefixes that are far from the reference; in the reward it does."""
     got = kl_gradients(logits, POLICY, estimator="k1", corrected=True)
     whole = gradient(sequence_kl(logits), logits)
@@ -496,7 +496,7 @@ def differences(group: Group) -> list[float]:
 
 @pytest.mark.parametrize(("size", "limit"), GROUPS)
 @pytest.mark.parametrize(("scale", "std"), [("sample", statistics.stdev), ("population", statistics.pstdev)])
-def test_the_std_divides_each_group_s_gradient_and_turns_the_expected_one(logits, scale, std, size, limit):
+def test_the_std_divides_each_group_and_turns_the_whole_gradient(logits, scale, std, size, limit):
     """A group counts as much as it agrees: the expected gradient is E[group's gradient / (std + epsilon)].
 
     It is no longer along the gradient of the expected reward.
@@ -534,7 +534,7 @@ def test_in_a_pair_the_std_leaves_only_who_won(logits):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_the_mean_over_each_completion_optimises_the_reward_per_token(logits, size):
+def test_the_mean_of_each_completion_optimises_reward_per_token(logits, size):
     """Each term is divided by its length, as though it had earned r / length: a long wrong completion costs less."""
     loss = loss_of(logits, objective="policy_gradient", settings={"ratio": "token"}, aggregation="sequence_mean")
     got = expected_gradient(loss, logits, POLICY, size=size)
@@ -639,7 +639,7 @@ def test_the_weight_is_the_reward_or_the_advantage(logits):
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("alpha", [0.0, 0.4])
-def test_where_the_reference_was_just_replaced_the_gradient_is_the_policy_gradient(logits, level, alpha):
+def test_at_a_fresh_reference_it_is_the_policy_gradient(logits, level, alpha):
     """There z is 0, and what is left is beta / 2 * (1 - alpha) times the gradient of the expected reward."""
     beta = 1.7
 
@@ -704,7 +704,7 @@ def test_the_log_ratio_never_exceeds_minus_log_alpha(policy, reference, alpha, d
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 0.9])
-def test_the_bound_on_the_log_ratio_is_reached_where_the_reference_excludes_the_token(alpha):
+def test_a_token_the_reference_excludes_reaches_the_bound(alpha):
     policy, reference = torch.tensor([-1.0]).double(), torch.tensor([-1e4]).double()
     log_ratio = policy - anchor_logprobs(policy, reference, alpha=alpha)
     assert log_ratio.item() == pytest.approx(-math.log(alpha), abs=1e-12)

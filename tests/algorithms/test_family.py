@@ -325,7 +325,7 @@ def test_equal_bounds_are_ppo_s_clip_for_every_ratio_and_sign():
     ceiling=st.floats(1.5, 5),
 )
 @settings(max_examples=60, deadline=None)
-def test_the_dual_clip_acts_only_on_bad_tokens_that_became_likely(ratio, advantage, ceiling):
+def test_dual_clip_acts_only_on_bad_tokens_that_became_likely(ratio, advantage, ceiling):
     """For A >= 0 it is the clip; for A < 0 the loss is at most ceiling * |A|, and the clip's wherever that is less."""
     ratio = tensor(*ratio)
     for value in (advantage, 0.0, -advantage):
@@ -373,7 +373,7 @@ def test_rarer_tokens_have_wider_dynamic_bounds():
     assert high[6:].tolist() == pytest.approx([9.0, 9.0])
 
 
-def test_the_dynamic_bounds_follow_the_sampler_and_not_the_policy():
+def test_dynamic_bounds_follow_the_sampler_and_not_the_policy():
     """No gradient flows through them, and a token rarer under the policy alone has no more room."""
     terms = batch_of(2)
     moved = with_policy(terms, terms.policy_logprobs - 3)
@@ -481,7 +481,7 @@ NOTHING, LIKELY, ROW = tensor(0.0), tensor(math.inf), torch.tensor([0])
     ],
     ids=["clip", "dual clip", "cispo", "sapo", "gmpo", "policy gradient", "anchored"],
 )
-def test_no_advantage_is_exactly_no_loss_though_the_ratio_is_infinite(loss):
+def test_no_advantage_is_no_loss_even_at_an_infinite_ratio(loss):
     """0 * inf is no number, and 0 is meant."""
     assert loss(LIKELY).tolist() == [0.0]
 
@@ -518,7 +518,7 @@ def test_a_flat_group_has_no_gradient_at_all(
     assert (policy.grad == 0).all()
 
 
-def test_the_advantage_of_a_flat_group_leaves_the_anchored_loss_without_gradient():
+def test_a_flat_group_leaves_the_anchored_loss_without_gradient():
     terms = batch_of(1)
     policy = terms.policy_logprobs.clone().requires_grad_()
     for level in ("token", "sequence"):
@@ -538,7 +538,7 @@ def test_the_mixture_is_made_in_logarithms():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_anchored_loss_where_policy_and_reference_disagree_fully(dtype):
+def test_the_anchored_loss_where_the_reference_disagrees_fully(dtype):
     """z = -log(alpha) where only the policy likes it, hence no gradient; z = -1e4 where only the reference does."""
     policy, reference = torch.tensor([-1.0, -1e4], dtype=dtype), torch.tensor([-1e4, 0.0], dtype=dtype)
     policy.requires_grad_()
@@ -568,7 +568,7 @@ def test_one_token_completions_make_every_kind_the_token_ratio():
     rows=st.lists(st.lists(st.floats(-4, 4).map(lambda x: round(x, 3)), min_size=1, max_size=5), min_size=1, max_size=4)
 )
 @settings(max_examples=60, deadline=None)
-def test_gspo_token_has_the_value_of_gspo_and_the_gradient_of_each_token(rows):
+def test_gspo_token_has_gspo_s_value_and_each_token_s_gradient(rows):
     """Its derivative by a token's own log-ratio is the completion's ratio; by every other one's it is zero."""
     row = torch.tensor([number for number, values in enumerate(rows) for _ in values])
     log_ratio = tensor(*[value for values in rows for value in values]).requires_grad_()
@@ -579,7 +579,7 @@ def test_gspo_token_has_the_value_of_gspo_and_the_gradient_of_each_token(rows):
     torch.testing.assert_close(jacobian, torch.diag(tensor(*mean)), rtol=1e-13, atol=0)
 
 
-def test_gspo_token_is_gspo_where_advantages_are_equal_inside_a_completion():
+def test_gspo_token_is_gspo_where_a_completion_has_one_advantage():
     """Summed over a completion, the two losses have the same gradient; with an advantage per token they have not."""
     terms = batch_of(8, lengths=(3, 4))
 
@@ -599,7 +599,7 @@ def test_gspo_token_is_gspo_where_advantages_are_equal_inside_a_completion():
 
 
 @pytest.mark.parametrize("kind", RATIOS)
-def test_a_ratio_beyond_what_can_be_represented_is_held_without_gradient(kind):
+def test_a_ratio_too_large_to_represent_is_held_without_gradient(kind):
     log_ratio = torch.full((2,), 2 * MAX_LOG_RATIO, requires_grad=True)
     ratio = RATIOS[kind](log_ratio, torch.tensor([0, 0]), 1)
     assert ratio.tolist() == pytest.approx([math.exp(MAX_LOG_RATIO)] * 2, rel=1e-5)
@@ -636,7 +636,7 @@ def test_importance_weights_are_truncated_or_masked(level, limit):
 
 
 @pytest.mark.parametrize("kind", ["truncate", "mask"])
-def test_importance_weights_have_no_gradient_and_are_one_for_equal_policies(kind):
+def test_importance_weights_are_constant_and_1_on_the_policy(kind):
     logprobs = tensor(-1.0, -2.0, -0.1).requires_grad_()
     row = torch.tensor([0, 0, 1])
     for level in ("token", "sequence", "sequence_mean"):
@@ -645,7 +645,7 @@ def test_importance_weights_have_no_gradient_and_are_one_for_equal_policies(kind
         assert not weights.requires_grad
 
 
-def test_with_importance_weights_the_expected_loss_is_that_of_the_old_policy():
+def test_importance_weights_give_the_old_policy_s_expected_loss():
     """Enumerated over four tokens: samples of another engine, weighted, are as good as the old policy's own."""
     old, sampler, policy = (batch_of(seed, lengths=(4,)).old_logprobs.log_softmax(0) for seed in (1, 2, 3))
     row = torch.arange(4)
@@ -774,7 +774,7 @@ def test_permuting_a_group_permutes_its_advantages(baseline, scale, data, reward
 
 
 @pytest.mark.parametrize(("baseline", "scale"), PAIRS)
-def test_abstaining_completions_leave_the_others_as_if_they_were_absent(baseline, scale):
+def test_completions_that_abstain_change_nothing_for_the_others(baseline, scale):
     """Two of five abstain in each group, at different places; without them the group has three."""
     with_them = tensor([1.0, NAN, 4.0, NAN, 6.0], [NAN, -3.0, NAN, 2.0, 2.5])
     without = tensor([1.0, 4.0, 6.0], [-3.0, 2.0, 2.5])
@@ -820,7 +820,7 @@ def test_a_group_with_nothing_to_compare_gets_exactly_zero(baseline, scale, rewa
 
 
 @pytest.mark.parametrize("scale", ["none", "batch", "batch_differences"])
-def test_a_batch_of_one_value_gets_exactly_zero_from_its_own_mean(scale):
+def test_a_batch_of_one_value_gets_exactly_0_from_its_own_mean(scale):
     """However its mean is rounded: that of ten times 0.95 is not 0.95. And one alone, and none."""
     for size in range(1, 17):
         for value in (0.95, 0.1, 1 / 3, -2.7, 1e-7, 60000.0):
@@ -830,7 +830,7 @@ def test_a_batch_of_one_value_gets_exactly_zero_from_its_own_mean(scale):
         assert (group_advantages(rewards, baseline="batch", scale=scale) == 0).all()
 
 
-def test_without_a_baseline_the_advantage_is_the_reward_in_groups_of_one_too():
+def test_without_a_baseline_the_reward_is_the_advantage():
     assert group_advantages(tensor([2.0, 2.0], [NAN, -1.0]), baseline="none", scale="none").tolist() == [
         [2, 2],
         [0, -1],
@@ -863,7 +863,7 @@ def test_normalised_then_summed_is_its_formula(baseline, scale):
         assert row == pytest.approx([x / (std + epsilon) for x in expected], rel=1e-10)
 
 
-def test_equal_sums_of_different_parts_keep_their_signal_where_spreads_differ():
+def test_equal_sums_keep_their_signal_where_spreads_differ():
     """0 + 10 and 10 + 0 are equal sums; a third completion gives the two rewards different spreads."""
     first, second = tensor([0.0, 10.0, 0.0]), tensor([10.0, 0.0, 5.0])
     got = normalised_then_summed([first, second], [1.0, 1.0], baseline="group", scale="sample")[0].tolist()
@@ -888,7 +888,7 @@ def test_the_unit_of_a_reward_does_not_matter():
     torch.testing.assert_close(scaled, plain, rtol=1e-5, atol=0)
 
 
-def test_a_completion_for_which_no_reward_spoke_gets_zero_and_leaves_the_std():
+def test_a_completion_without_rewards_gets_0_and_leaves_the_std():
     with_it = [tensor([0.0, 1.0, 5.0, NAN]), tensor([2.0, 0.0, NAN, NAN])]
     got = normalised_then_summed(with_it, [1.0, 1.0], baseline="group", scale="sample")
     without = normalised_then_summed([x[:, :3] for x in with_it], [1.0, 1.0], baseline="group", scale="sample")
@@ -963,7 +963,7 @@ def test_generalised_advantages_by_hand():
     assert returns.tolist() == [advantages[0].item() + 0.5, advantages[1].item() + 0.25, 1.0]
 
 
-def test_with_a_trace_of_one_the_advantage_is_the_return_less_the_value():
+def test_a_trace_of_1_gives_the_return_less_the_value():
     """And the return, undiscounted, is the sum of what is still to come."""
     rewards, values, lengths = row_data(0, [4, 1, 3])
     advantages, returns = generalised_advantages(rewards, values, lengths, discount=1.0, trace=1.0)
@@ -972,7 +972,7 @@ def test_with_a_trace_of_one_the_advantage_is_the_return_less_the_value():
     assert advantages.tolist() == pytest.approx([r - v for r, v in zip(to_come, values.tolist(), strict=True)])
 
 
-def test_with_a_trace_of_zero_the_advantage_is_the_surprise_of_one_step():
+def test_a_trace_of_0_gives_the_surprise_of_one_step():
     rewards, values, lengths = row_data(1, [2, 3])
     advantages, _ = generalised_advantages(rewards, values, lengths, discount=0.9, trace=0.0)
     r, v = rewards.tolist(), values.tolist()
@@ -1082,7 +1082,7 @@ def test_gspo_token_has_the_value_of_gspo_in_float32():
 
 
 @pytest.mark.parametrize("policy", [-60.0, -91.0, -120.0])
-def test_the_weighted_k3_is_finite_where_the_policy_gave_a_token_up(policy):
+def test_the_weighted_k3_is_finite_at_a_token_that_was_given_up(policy):
     """Weight times exp(d) is pi_ref / pi_old, e here, however unlikely the policy makes the token."""
     logprobs = torch.tensor([policy], requires_grad=True)
     penalty = kl_penalty(logprobs, torch.tensor([-1.0]), estimator="k3", sampler_logprobs=torch.tensor([-2.0]))

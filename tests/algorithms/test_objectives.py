@@ -111,7 +111,7 @@ def test_the_gradient_is_zero_exactly_where_a_bound_acts(ratio, advantage, low, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
-def test_a_ratio_at_the_bound_learns_and_the_next_number_outside_does_not(advantage, dtype):
+def test_a_ratio_at_the_bound_learns_and_one_just_outside_not(advantage, dtype):
     """With the bounds 0.75 and 1.5, which no type rounds."""
     bounds = torch.tensor([0.75, 1.5], dtype=dtype)
     outside = bounds.nextafter(torch.tensor([0.0, 9.0], dtype=dtype))
@@ -139,7 +139,7 @@ def test_the_gradient_is_the_finite_difference(ratio, advantage, low, high):
 
 
 @pytest.mark.parametrize("name", ["token", "sequence"])
-def test_a_clipped_token_has_no_gradient_though_its_ratio_overflows(name):
+def test_a_clipped_token_whose_ratio_overflows_has_no_gradient(name):
     """exp(100) is infinite in float32; with A > 0 the upper bound acts, so the loss is -1.3 A and the gradient 0."""
     log_ratio = torch.full((1,), 100.0, requires_grad=True)
     ratio = RATIOS[name](log_ratio, torch.tensor([0]), 1)

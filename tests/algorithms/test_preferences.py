@@ -70,7 +70,7 @@ def test_the_gradient_of_dpo_is_its_closed_form(chosen, rejected, beta, smoothin
 
 @given(chosen=pairs["chosen"], rejected=pairs["rejected"], smoothing=pairs["smoothing"])
 @settings(max_examples=50, deadline=None)
-def test_smoothing_is_the_expectation_over_labels_that_may_be_wrong(chosen, rejected, smoothing):
+def test_smoothing_is_the_expectation_over_uncertain_labels(chosen, rejected, smoothing):
     """The share `smoothing` of pairs the wrong way round, and the rest the right way."""
     one, other = tensor(chosen), tensor(rejected)
     right, wrong = dpo_loss(one, other, beta=0.7), dpo_loss(other, one, beta=0.7)
@@ -131,7 +131,7 @@ def test_bradley_terry_by_hand(chosen, rejected, expected):
 
 @given(chosen=pairs["chosen"], rejected=pairs["rejected"])
 @settings(max_examples=60, deadline=None)
-def test_the_gradient_of_bradley_terry_is_the_chance_of_the_other_answer(chosen, rejected):
+def test_bradley_terry_s_gradient_is_the_other_answer_s_chance(chosen, rejected):
     ends = [tensor(x).requires_grad_() for x in (chosen, rejected)]
     got = [slope.item() for slope in torch.autograd.grad(bradley_terry_loss(*ends).sum(), ends)]
     wrong = sigmoid(rejected - chosen)
@@ -162,7 +162,7 @@ def test_bradley_terry_is_linear_at_extreme_margins(dtype):
     assert torch.autograd.grad(loss.sum(), chosen)[0].tolist() == [0.0, -1.0]
 
 
-def test_scores_trained_on_pairs_find_the_odds_they_were_preferred_with():
+def test_scores_trained_on_pairs_find_the_odds_of_preference():
     """One answer is preferred 3 times in 4, so that the scores end log 3 apart: the maximum of the likelihood."""
     scores = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     winner, loser = torch.tensor([0, 0, 0, 1]), torch.tensor([1, 1, 1, 0])

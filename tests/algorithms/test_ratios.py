@@ -54,7 +54,7 @@ def test_completions_of_one_token_make_all_three_equal(values):
 
 @given(rows=completions)
 @settings(max_examples=50, deadline=None)
-def test_the_product_is_the_length_th_power_of_the_length_normalised_ratio(rows):
+def test_the_product_is_the_normalised_ratio_to_the_length(rows):
     log_ratio = torch.tensor([value for row in rows for value in row], dtype=torch.float64)
     row = torch.tensor([number for number, values in enumerate(rows) for _ in values])
     length = torch.tensor([len(values) for values in rows])[row]
@@ -92,7 +92,7 @@ def test_gradients_worked_by_hand(name, expected):
     assert torch.autograd.gradcheck(lambda values: ratios(name, values), log_ratio)
 
 
-def test_the_length_normalised_ratio_stays_finite_where_the_product_overflows():
+def test_the_normalised_ratio_is_finite_where_the_product_is_not():
     log_ratio, row = torch.full((2000,), 0.1), torch.zeros(2000, dtype=torch.long)
     assert torch.allclose(
         ratios("sequence", log_ratio, row, 1), torch.full((2000,), math.exp(60))

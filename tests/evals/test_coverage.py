@@ -42,7 +42,7 @@ def grid(prompts, num_samples, means):
 
 
 @pytest.mark.parametrize(("num_prompts", "num_samples", "mean", "between"), grid((10, 20), (1, 2, 8), (0.3, 0.5)))
-def test_an_accuracy_is_held_however_alike_the_samples_of_a_prompt_are(num_prompts, num_samples, mean, between):
+def test_accuracy_intervals_hold_however_alike_the_samples_are(num_prompts, num_samples, mean, between):
     """A count is discrete: of one sample of 10 prompts no interval holds exactly 95 of 100, and Wilson's holds 92 or 98."""
     drawn = samples(mean, between, num_prompts, num_samples)
     least, most = (0.93, 0.975) if num_samples > 1 else (0.91, 0.985)
@@ -51,7 +51,7 @@ def test_an_accuracy_is_held_however_alike_the_samples_of_a_prompt_are(num_promp
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_prompts", "num_samples", "mean", "between"), grid((30, 100), (2, 8), (0.3, 0.5, 0.8)))
-def test_an_accuracy_of_more_prompts_is_held_nearly_as_often_as_is_said(num_prompts, num_samples, mean, between):
+def test_with_more_prompts_accuracy_intervals_hold_as_is_said(num_prompts, num_samples, mean, between):
     drawn = samples(mean, between, num_prompts, num_samples)
     assert 0.93 <= held(map(share_interval, drawn.tolist()), mean) <= 0.97
 

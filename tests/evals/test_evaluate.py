@@ -38,7 +38,7 @@ def test_a_reward_of_right_and_wrong_has_the_accuracy_s_interval():
         assert found["reward"].high - found["reward"].low > 0.3
 
 
-def test_weights_stretch_the_interval_and_not_past_what_the_sum_can_be():
+def test_weights_stretch_the_interval_within_what_the_sum_can_be():
     groups = groups_of("00", "00", "01")
     plain, weighted = figures(groups, Reward("a", value)), figures(groups, Reward("a", value, 2.0), Reward("b", value))
     assert weighted["reward"].low == pytest.approx(3 * plain["reward"].low)

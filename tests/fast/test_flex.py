@@ -61,7 +61,7 @@ def test_equals_dense_blocks_with_every_gradient(monkeypatch, heads, window, sof
 
 
 @pytest.mark.parametrize("window", [None, 40])
-def test_tiles_that_are_skipped_hold_nothing_and_whole_ones_everything(window):
+def test_skipped_tiles_hold_nothing_and_whole_ones_everything(window):
     """The lists of tiles are what a GPU trusts: a CPU's whole matrices would hide a tile that is missing."""
     layout = FlexLayout([(300, (200, 10)), (2, (1, 1)), (400, (300,))], "cpu")
     mask = layout._mask(window)
@@ -100,7 +100,7 @@ def test_it_is_tried_on_the_device_before_it_is_used(monkeypatch):
     flex._tried.cache_clear()
 
 
-def test_another_device_than_a_cpu_is_served_by_it_and_by_dense_blocks_where_it_fails(monkeypatch):
+def test_other_devices_use_flex_and_dense_blocks_where_it_fails(monkeypatch):
     q, k, v = inputs(dtype=torch.float32)
     settings = AttentionSettings(0.4, None, None)
     called = []

@@ -105,7 +105,7 @@ def test_attention_stays_exact_where_scores_are_far_apart():
         torch.testing.assert_close(mine.double(), theirs, rtol=2e-3, atol=2e-3)
 
 
-def test_equal_inputs_give_equal_bits_and_another_number_of_threads_the_same_numbers():
+def test_equal_inputs_give_equal_bits_with_any_number_of_threads():
     x, weight, grad = (z.detach().float() for z in randoms((900, 64), (64,), (900, 64)))
     _, scale = calls.rms_norm(x, weight, 1e-6)
     first, again = (calls.rms_norm_backward(grad, x, weight, scale) for _ in range(2))
@@ -122,7 +122,7 @@ def test_equal_inputs_give_equal_bits_and_another_number_of_threads_the_same_num
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
 @pytest.mark.parametrize("architecture", ["qwen3", "qwen2", "mistral"])
-def test_drawing_step_by_step_in_one_call_is_drawing_from_the_models_logits(make_model, architecture, temperature):
+def test_drawing_in_one_call_is_drawing_from_the_model_s_logits(make_model, architecture, temperature):
     """Tokens, log-probabilities and entropies of a decoder in float64 beside `sample_tokens` on the plain model's logits."""
     model = make_model(architecture).double()
     policy = Policy.of(model)
@@ -171,7 +171,7 @@ def test_the_widest_heads_are_turned():
 
 
 @pytest.mark.parametrize("width", [514, 7])
-def test_a_head_that_the_loops_have_no_room_for_is_refused_by_them(width):
+def test_the_loops_refuse_a_head_that_they_have_no_room_for(width):
     x, cos = torch.zeros(2, width), torch.zeros(2, width)
     with pytest.raises(AssertionError, match="no room"):
         calls.rope(x, None, 0.0, cos, cos)
@@ -283,7 +283,7 @@ def test_each_reason_to_do_without_is_said(fresh_cache, monkeypatch, tmp_path):
     assert reason() == "no C compiler (cc) was found"
 
 
-def test_where_the_compiler_fails_or_the_folder_is_not_the_users_own_nothing_breaks(monkeypatch, tmp_path):
+def test_without_a_compiler_or_an_own_folder_nothing_breaks(monkeypatch, tmp_path):
     build.library.cache_clear()
     try:
         with monkeypatch.context() as patched:

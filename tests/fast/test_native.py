@@ -199,7 +199,7 @@ def test_keys_and_values_stay_within_their_budget(make_model, monkeypatch, copie
 
 @pytest.mark.parametrize("copied", [0, 1000])
 @pytest.mark.parametrize("look_every", [5, 16])
-def test_looking_now_and_then_at_which_rows_have_ended_changes_no_token(make_model, monkeypatch, copied, look_every):
+def test_looking_now_and_then_for_ended_rows_changes_no_token(make_model, monkeypatch, copied, look_every):
     """As on a GPU: between two looks all rows may end, and ended ones are carried along."""
     monkeypatch.setattr(native, "_COPIED_PROMPT", copied)
     engine, prompts, keys = NativeEngine(Policy.of(make_model("qwen3"))), some_prompts(9), some_keys(9, 3)
@@ -214,7 +214,7 @@ def test_looking_now_and_then_at_which_rows_have_ended_changes_no_token(make_mod
 @pytest.mark.parametrize("architecture", ["qwen3", "gpt_oss"])
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 @pytest.mark.filterwarnings("ignore:.*share prompts")
-def test_groups_are_handed_over_as_soon_as_they_have_ended_and_are_the_same(make_model, architecture, sampling):
+def test_groups_are_handed_over_as_they_end_and_are_the_same(make_model, architecture, sampling):
     engine, prompts, keys = make_engine(Policy.of(make_model(architecture))), some_prompts(9), some_keys(9, 3)
     expected = engine.generate(prompts, keys, sampling, ENDS)
     order, early = [], {}
@@ -267,7 +267,7 @@ def decode(tokens):
 
 @pytest.mark.parametrize("architecture", ["qwen3", "gpt_oss"])
 @pytest.mark.filterwarnings("ignore:.*share prompts")
-def test_a_stop_string_ends_a_completion_at_the_token_that_completes_it(make_model, architecture):
+def test_a_stop_string_ends_a_completion_at_its_last_token(make_model, architecture):
     engine, prompts, keys = make_engine(Policy.of(make_model(architecture))), some_prompts(3), some_keys(3, 4)
     free = engine.generate(prompts, keys, Sampling(max_new_tokens=30), ENDS)
     strings = ("ab", "edc")
@@ -303,7 +303,7 @@ def test_the_text_of_a_completion_leaves_out_what_ended_it(make_model):
     assert ends["string"] > 3
 
 
-def test_the_text_ends_at_the_first_of_the_stop_strings_that_one_token_completed(make_model):
+def test_of_stop_strings_that_a_token_completes_the_first_counts(make_model):
     """A token may write two of them at once, in either order of the list."""
     pieces = ["<b><a>.", *(f"{i} " for i in range(60))]
     words = Tokenizer(WordLevel({piece: token for token, piece in enumerate(pieces)}))
@@ -334,7 +334,7 @@ def test_a_stop_string_is_found_though_every_byte_is_a_token(string):
     assert found == [False] * (len(text) - 1) + [True]
 
 
-def test_the_rows_under_way_and_their_prompts_stay_within_the_cache_s_limit():
+def test_live_rows_and_prompts_stay_within_the_cache_s_limit():
     """A live row may be the last of its prompt: it is counted with a prompt of its own, and what waits waits on."""
     prompts, token_bytes = [[1] * 90] * 10, 1000
     sampling = Sampling(max_new_tokens=10, max_cache_megabytes=0.5)
@@ -349,7 +349,7 @@ def test_the_rows_under_way_and_their_prompts_stay_within_the_cache_s_limit():
         queue.waiting = type(queue.waiting)(waiting)
 
 
-def test_a_model_that_decoding_changes_is_sampled_through_its_own_cache():
+def test_a_model_that_decoding_changes_keeps_its_own_cache():
     """Its convolutions read the token before, which stands elsewhere in the stream."""
     model = tiny_model("lfm2", grown=True)
     with pytest.warns(UserWarning, match="Lfm2ForCausalLM can't be decoded natively"):

@@ -89,7 +89,7 @@ def test_only_the_matrices_have_gradients_and_they_are_right(make_model, archite
         torch.testing.assert_close(of_a, b.T @ of_weight * 2, rtol=1e-3, atol=1e-4)
 
 
-def test_policy_reference_and_scorer_share_one_copy_of_the_weights(make_model):
+def test_policy_reference_and_scorer_share_one_set_of_weights(make_model):
     model = make_model("qwen3")
     weights = {parameter.data_ptr() for parameter in model.parameters()}
     num_weights = sum(parameter.numel() for parameter in model.parameters())
@@ -202,7 +202,7 @@ def test_targets_are_names_of_layers(make_model, architecture, targets, count):
 
 
 @pytest.mark.parametrize("target", ["q_prj", "proj", "lm_head", "embed_tokens", "norm", "self_attn"])
-def test_a_target_that_matches_nothing_is_answered_with_what_there_is(make_model, target):
+def test_a_target_that_matches_nothing_is_told_what_there_is(make_model, target):
     model = make_model("qwen3")
     for check in (lambda s: target_layers(model, s), lambda s: check_lora(model.config, s)):
         with pytest.raises(UserError, match=f"lora.targets: '{target}' .* q_proj, k_proj, v_proj, o_proj"):
@@ -274,7 +274,7 @@ def logits_of(model):
 
 
 @pytest.mark.parametrize("architecture", [*EXPERTS, *ODD])
-def test_experts_routers_and_shared_layers_merged_are_what_was_trained(architecture, tmp_path):
+def test_merged_experts_routers_and_shared_layers_are_as_trained(architecture, tmp_path):
     """Every matrix that is trained acts, a weight in two layers gets its own sum once, and what is saved is the same again."""
     model = make_odd(architecture)
     start, names = logits_of(model), dict(model.named_parameters()).keys()

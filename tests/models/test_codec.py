@@ -65,7 +65,7 @@ def test_a_chat_that_ends_with_the_assistant_is_continued(chat_family):
         assert codec.tokenizer.decode(tokens).endswith("It is")
 
 
-def test_a_turn_ends_with_what_template_tokenizer_and_files_end_it_with(family):
+def test_a_turn_s_end_is_that_of_template_tokenizer_and_files(family):
     codec = codec_for(family)
     assert set(codec.end_tokens) == ids(codec.tokenizer, family.eos, family.end, *family.stated)
     assert ids(codec.tokenizer, family.end) == {codec.turn_end}
@@ -121,7 +121,7 @@ def test_an_answer_continues_a_chat_that_ends_with_the_assistant(chat_family):
     assert_row(codec, chat_family, [QUESTION], "It is 7.", prompt, learned)
 
 
-def test_an_empty_think_block_that_the_template_writes_is_learned():
+def test_an_empty_think_block_of_the_template_is_learned():
     codec = codec_for(FAMILIES["qwen3"])
     _, learned = codec.encode_demonstration([QUESTION], "It is 7.")
     assert codec.tokenizer.decode(learned) == "<think>\n\n</think>\n\nIt is 7.<|im_end|>"
@@ -220,7 +220,7 @@ def folder_of(tmp_path, family, *, config=None, generation=None, name="model"):
     return str(tmp_path / name)
 
 
-def test_end_tokens_are_those_of_config_generation_config_and_tokenizer(tmp_path):
+def test_end_tokens_are_those_of_both_configs_and_the_tokenizer(tmp_path):
     plain = Family(None, ("<a>", "<b>", "<c>"))
     a, b, c, eos = (plain.tokenizer().convert_tokens_to_ids(token) for token in ("<a>", "<b>", "<c>", "<eos>"))
     assert codec_of(folder_of(tmp_path, plain, config=a, name="1")).end_tokens == tuple(sorted((eos, a)))
@@ -232,7 +232,7 @@ def test_end_tokens_are_those_of_config_generation_config_and_tokenizer(tmp_path
     assert codec_of(elsewhere, both).end_tokens == tuple(sorted((eos, a, b, c)))
 
 
-def test_rows_are_counted_of_whose_answer_the_template_leaves_something_out(tmp_path):
+def test_answers_that_the_template_cuts_are_counted(tmp_path):
     rows = [{"prompt": [QUESTION], "answer": answer} for answer in ANSWERS]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, expected in (("deepseek_r1", [f"{tmp_path}/rows.jsonl:2"]), ("qwen3", []), ("gemma", [])):
@@ -244,7 +244,7 @@ def test_rows_are_counted_of_whose_answer_the_template_leaves_something_out(tmp_
 
 
 @pytest.mark.parametrize("kind", ["special", "added", "word"])
-def test_a_template_alone_says_where_a_turn_ends_whatever_kind_of_token_that_is(kind):
+def test_the_template_says_which_token_ends_a_turn(kind):
     tokenizer = make_word_tokenizer(map(chr, range(32, 127)), ("<|end|>",) if kind == "word" else ())
     if kind != "word":
         tokenizer.add_tokens(["<|end|>"], special_tokens=kind == "special")
@@ -257,7 +257,7 @@ def test_a_template_alone_says_where_a_turn_ends_whatever_kind_of_token_that_is(
     assert codec_of(tokenizer).end_tokens == (end,)
 
 
-def test_where_a_template_ends_an_answer_with_no_token_the_tokenizers_own_ends_it():
+def test_where_a_template_has_no_end_the_tokenizer_s_is_taken():
     tokenizer = make_byte_tokenizer()
     for tail in ("", "\n", "\n\n"):
         tokenizer.chat_template = (
@@ -273,7 +273,7 @@ def test_where_a_template_ends_an_answer_with_no_token_the_tokenizers_own_ends_i
     assert tokenizer.decode(learned) == "It is 7.\n<end>"
 
 
-def test_settings_of_a_chat_reach_the_template_and_the_day_stands_still():
+def test_chat_settings_reach_the_template_on_a_fixed_day():
     codec = codec_for(FAMILIES["llama3"], chat=Chat(system="Be brief.", day="2024-07-26"))
     text = codec.tokenizer.decode(codec.encode_prompt([QUESTION]))
     assert "Today is 26 Jul 2024. Be brief." in text
@@ -316,7 +316,7 @@ def test_a_template_that_never_ends_is_refused(monkeypatch):
     assert time.process_time() - started < 5
 
 
-def test_a_tokenizer_whose_expression_explodes_is_named_in_a_paragraph():
+def test_a_tokenizer_whose_expression_explodes_is_named():
     tokenizer = make_byte_tokenizer()
     split = pre_tokenizers.Split(Regex(r"(z+)+y"), "isolated")
     tokenizer._tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(use_regex=False)])
@@ -350,14 +350,14 @@ def test_a_saved_model_generates_as_far_as_a_completion_goes(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../../elsewhere", "/tmp/elsewhere", "a/b", "..", "", "x\0"])
-def test_a_template_whose_name_leads_elsewhere_is_refused_before_training(name):
+def test_a_template_s_name_that_leads_elsewhere_is_refused(name):
     tokenizer = FAMILIES["chatml"].tokenizer()
     tokenizer.chat_template = {"default": tokenizer.chat_template, name: "{{ messages }}"}
     with pytest.raises(UserError, match="is no name of a template"):
         Codec.of(tokenizer)
 
 
-def test_a_template_that_makes_millions_of_characters_is_refused_at_once():
+def test_a_template_that_makes_millions_of_characters_is_refused():
     tokenizer = FAMILIES["chatml"].tokenizer()
     tokenizer.chat_template += "{{ 'ab' * 3000000 }}"
     start = time.perf_counter()

@@ -39,7 +39,7 @@ def difference(policy):
         ("llama4_text", {}, "padded"),  # attention in chunks
     ],
 )
-def test_a_fresh_model_is_served_by_what_stays_right_when_it_has_learned(architecture, settings, served):
+def test_a_fresh_model_is_served_by_what_stays_right_later(architecture, settings, served):
     policy = Policy.of(tiny_model(architecture, **settings))
     assert policy.served == served
     grow(policy.model)

@@ -109,7 +109,7 @@ def test_the_model_forgets_the_longest_sequence_that_it_met(architecture):
 
 
 @KINDS
-def test_prompts_on_both_sides_of_the_limit_are_sampled_with_their_own_positions(architecture):
+def test_on_both_sides_of_the_limit_prompts_keep_their_positions(architecture):
     lengths = [5, 40, 20, 33] if architecture != "qwen3" else [5, 20]
     prompts = [prompt for prompt, _ in groups_of([(n, ()) for n in lengths])]
     keys, sampling = torch.arange(2 * len(prompts)).view(-1, 2), Sampling(max_new_tokens=12)
@@ -123,7 +123,7 @@ def test_prompts_on_both_sides_of_the_limit_are_sampled_with_their_own_positions
 
 @KINDS
 @pytest.mark.parametrize("engine", [NativeEngine, PaddedEngine])
-def test_a_sequence_that_could_cross_the_limit_while_it_is_sampled_is_refused(architecture, engine):
+def test_a_sequence_that_could_cross_the_limit_is_refused(architecture, engine):
     policy = policies(make(architecture))[engine is PaddedEngine]
     with pytest.raises(UserError, match="prompt of 20 tokens and max_new_tokens=13 make 33, and above 32"):
         engine(policy).generate([[1] * 20], torch.zeros(1, 1, dtype=torch.long), Sampling(max_new_tokens=13), [])
@@ -136,7 +136,7 @@ def test_ordinary_positions_keep_all_rows_together(make_model):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
-def test_compiled_loops_leave_angles_alone_that_depend_on_the_length(architecture):
+def test_compiled_loops_refuse_angles_that_depend_on_the_length(architecture):
     """They turn every row by the angles of the longest sequence that there is room for."""
     served, _ = policies(make(architecture))
     assert served.body is not None

@@ -107,7 +107,7 @@ def test_a_model_without_such_layers_is_refused(make_model, monkeypatch):
         Policy.of(make_model("qwen3")).recomputing()
 
 
-def test_an_update_of_one_s_own_loop_recomputes_where_it_is_told_to(make_model, monkeypatch):
+def test_an_update_of_one_s_own_loop_recomputes_if_told_to(make_model, monkeypatch):
     entered = []
 
     def counted(*arguments):

@@ -119,7 +119,7 @@ def test_chunked_logprobs_and_gradients_equal_whole_ones(make_model, temperature
 @pytest.mark.parametrize(
     "tile", [(70, 14), (1 << 20, 2048)]
 )  # five tokens by fourteen of the vocabulary, and all in one
-def test_a_plain_heads_gradients_in_tiles_are_those_of_whole_logits(
+def test_a_plain_head_s_gradients_in_tiles_are_whole_logits_ones(
     make_model, monkeypatch, architecture, temperature, tile
 ):
     monkeypatch.setitem(logprobs.TILE_LOGITS, "cpu", tile)
@@ -144,7 +144,7 @@ def test_a_head_with_something_after_it_is_not_plain(make_model, architecture):
     assert Policy.of(make_model(architecture)).plain_head is None
 
 
-def test_truncated_logprobs_are_those_of_the_tokens_that_were_kept(make_model):
+def test_truncated_logprobs_are_those_of_the_kept_tokens(make_model):
     policy = Policy.of(make_model("qwen3"))
     hidden, targets = torch.randn(3, 32), torch.tensor([4, 9, 60])
     support = [torch.tensor([4]), torch.tensor([1, 9]), torch.arange(61)]

@@ -61,7 +61,7 @@ def test_there_are_bundled_recipes():
 
 
 @pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.stem)
-def test_every_bundled_recipe_loads_by_path_and_by_name_and_its_rewards_exist(path, monkeypatch, tmp_path):
+def test_every_bundled_recipe_loads_and_its_rewards_exist(path, monkeypatch, tmp_path):
     by_path = load_recipe(str(path))
     assert by_path.rewards or not by_path.needs_rewards
     of_another_run = path.stem == "dialogue"  # its reward model is what another recipe trains
@@ -136,7 +136,7 @@ def with_preset(preset, **more):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_gives_its_values_and_the_recipe_has_the_last_word(preset):
+def test_a_preset_gives_values_and_the_recipe_has_the_last_word(preset):
     recipe = with_preset(preset)
     for section, settings in PRESETS[preset].items():
         if not isinstance(settings, dict):
@@ -195,7 +195,7 @@ def test_another_objective_may_be_chosen_over_any_preset(objective):
         ({"loss": {"objective": "anchored", "anchor_alpha": 1.0}}, "loss.anchor_alpha", "1"),
     ],
 )
-def test_contradictions_and_settings_without_effect_are_refused_with_the_reason(values, named, why):
+def test_what_contradicts_or_does_nothing_is_refused_with_reason(values, named, why):
     with pytest.raises(UserError) as error:
         made(**values)
     assert f"{named}:" in str(error.value)
@@ -327,7 +327,7 @@ def test_what_is_needed_is_asked_for(missing):
         make_recipe({key: value for key, value in LEAST.items() if key != missing})
 
 
-def test_lora_is_trained_where_the_section_stands_and_one_target_needs_no_brackets():
+def test_a_section_of_lora_trains_it_and_one_target_is_enough():
     assert made().lora is None
     assert made(lora={}).lora == made(lora={"rank": 16, "alpha": 32, "targets": "all-linear"}).lora
     assert made(lora={"targets": "q_proj"}).lora.targets == ("q_proj",)
@@ -362,7 +362,7 @@ def test_every_mistake_is_told_at_once():
         ({"checkpoint": {"keep_best": 1}}, "checkpoint.keep_best", "no effect"),
     ],
 )
-def test_a_contradiction_and_a_setting_without_effect_are_refused(settings, key, word):
+def test_a_contradiction_or_a_setting_without_effect_is_refused(settings, key, word):
     message = refusal(**settings)
     assert key in message
     assert word in message
@@ -392,7 +392,7 @@ def test_a_key_that_stands_twice_is_named_with_its_line(text, line, key, write):
      "steps: 1e999\n", "[" * 5000],
     ids=["empty", "list", "text", "open", "list key", "number key", "python", "nul", "loop", "infinite", "deep"],
 )  # fmt: skip
-def test_hostile_yaml_is_refused_in_one_paragraph_that_names_the_file(text, write):
+def test_hostile_yaml_is_refused_in_a_paragraph_with_its_file(text, write):
     path = write(text, least=False)
     assert path in refused_file(path)
 
@@ -418,7 +418,7 @@ def test_set_changes_what_the_file_says(write):
     assert (recipe.optimiser.learning_rate, recipe.kl.estimator) == (1e-5, "k1")
 
 
-def test_set_later_wins_and_may_hold_a_whole_section_or_an_equals_sign(write):
+def test_a_later_set_wins_and_may_hold_a_section_or_an_equals(write):
     recipe = load_recipe(write(""), ["seed=1", "seed=2", "loss={clip_low: 0.3, clip_high: 0.4}", "tokenizer=a=b"])
     assert (recipe.seed, recipe.loss.clip_low, recipe.loss.clip_high, recipe.tokenizer) == (2, 0.3, 0.4, "a=b")
 
@@ -480,7 +480,7 @@ def test_set_of_an_unknown_reward_names_the_nearest(write):
         },
     ],
 )
-def test_a_resolved_recipe_says_everything_and_comes_back_the_same(settings):
+def test_a_resolved_recipe_says_all_and_comes_back_the_same(settings):
     recipe = made(**settings)
     again = make_recipe(yaml.safe_load(recipe.to_yaml()))
     assert again == recipe
@@ -555,7 +555,7 @@ def test_a_recipe_cannot_be_changed_once_made():
         made().steps = 3
 
 
-def test_files_that_a_reward_s_options_name_are_found_beside_the_recipe(tmp_path):
+def test_files_of_a_reward_s_options_are_found_beside_the_recipe(tmp_path):
     """Of a function of the user's what is written as a path; of a built-in reward the options that are paths."""
     for name in ("model", "lists", "judge"):
         (tmp_path / name).mkdir()
@@ -617,7 +617,7 @@ HUGE = {
 
 @pytest.mark.parametrize("name", HUGE)
 @pytest.mark.parametrize("where", ["file", "set"])
-def test_a_recipe_of_any_size_is_refused_at_once_in_a_short_paragraph(tmp_path, name, where):
+def test_a_recipe_of_any_size_is_refused_at_once_and_briefly(tmp_path, name, where):
     start = time.perf_counter()
     path, overrides = tmp_path / "recipe.yaml", []
     path.write_text(HUGE[name] if where == "file" else "model: {type: gpt2}\ntask: equations\n", encoding="utf-8")

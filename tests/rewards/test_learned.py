@@ -86,7 +86,7 @@ def transformers_score(folder, text):
     return model.score(hidden).item()
 
 
-def test_it_gives_held_out_pairs_the_scores_that_its_training_gave_them(trained):
+def test_held_out_pairs_get_the_scores_that_training_gave_them(trained):
     recipe = load_recipe(str(trained / "recipe.yaml"))
     _, _, task = prepare(recipe)
     reward = RewardModel(str(trained))
@@ -108,7 +108,7 @@ def test_it_gives_held_out_pairs_the_scores_that_its_training_gave_them(trained)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
-def test_it_gives_what_transformers_gives_whatever_stands_beside_it(make_folder, kind):
+def test_it_gives_what_transformers_gives_in_any_batch(make_folder, kind):
     folder = make_folder(kind)
     prompts = ["one", "one", "one", "another", "one"]
     texts = ["a", "bb and more", "", "a", "a"]
@@ -140,7 +140,7 @@ def test_a_chat_that_the_template_refuses_fails_alone(make_folder):
     assert isinstance(taken, float)
 
 
-def test_what_does_not_fit_its_context_is_a_failure_and_never_a_zero(make_folder):
+def test_what_does_not_fit_its_context_is_a_failure_and_not_0(make_folder):
     folder = make_folder(context=20)
     fits, long, also = RewardModel(str(folder), "cpu")(["1234567890"] * 3, ["123456789", "1234567890", "1"])
     assert fits == pytest.approx(transformers_score(folder, "1234567890123456789"), abs=1e-5)
@@ -168,7 +168,7 @@ def test_scores_that_are_no_numbers_are_failures(make_folder):
     assert not scored.valid.any()
 
 
-def test_it_is_loaded_once_when_it_is_first_asked_frozen_and_in_float32(make_folder):
+def test_it_is_loaded_once_at_first_use_frozen_and_in_float32(make_folder):
     folder = make_folder()
     AutoModelForSequenceClassification.from_pretrained(folder).bfloat16().save_pretrained(folder)
     reward = RewardModel(str(folder), "cpu")
@@ -183,7 +183,7 @@ def test_it_is_loaded_once_when_it_is_first_asked_frozen_and_in_float32(make_fol
     assert "_loaded" not in vars(reward)
 
 
-def test_what_is_no_reward_model_is_refused_when_the_recipe_is_loaded(make_folder, tmp_path, make_model):
+def test_what_is_no_reward_model_is_refused_as_the_recipe_loads(make_folder, tmp_path, make_model):
     writes = make_model("llama")
     writes.save_pretrained(tmp_path / "writes")
     three = make_folder(labels=3)
@@ -222,7 +222,7 @@ def test_options_are_checked(trained, options, said):
         RewardModel(**{"model": str(trained), **options})
 
 
-def test_grpo_learns_what_the_reward_model_prefers_from_a_recipe_beside_it(trained, tmp_path, monkeypatch):
+def test_grpo_learns_what_the_reward_model_prefers(trained, tmp_path, monkeypatch):
     """The model is named relative to the recipe, and the run's own copy of the recipe finds it from anywhere."""
     shutil.copytree(trained, tmp_path / "judge")
     rows = [{"prompt": f"{n} ok? "} for n in range(20)]

@@ -90,7 +90,7 @@ def raises_for_bb(completions):
     return [1.0] * len(completions)
 
 
-def test_a_reward_that_raises_for_one_completion_fails_for_that_one_only():
+def test_a_reward_that_raises_for_one_completion_fails_for_one():
     result = scored(raises_for_bb)
     same(result.rewards, [[1, NAN], [1, 1]])
     (reason,) = reasons(result).values()
@@ -160,7 +160,7 @@ def test_where_a_library_raises_the_functions_own_line_is_named():
     assert "JSONDecodeError" in reason
 
 
-def test_what_ends_the_run_holds_the_traceback_of_what_was_raised():
+def test_what_ends_the_run_holds_the_traceback_of_its_cause():
     with pytest.raises(UserError, match="no bb please") as error:
         scored(raises_for_bb, max_failed_share=0.1)
     shown = "".join(traceback.format_exception(error.value))
@@ -190,7 +190,7 @@ def test_what_ends_the_run_holds_the_traceback_of_what_was_raised():
         "set",
     ],
 )
-def test_an_answer_that_cannot_be_matched_to_the_completions_stops_with_its_name(answers, given):
+def test_values_that_match_no_completions_stop_with_their_reward(answers, given):
     """A dict or a set has the right length and no order that could be meant."""
     with pytest.raises(UserError) as error:
         scored(lambda completions: answers)
@@ -199,7 +199,7 @@ def test_an_answer_that_cannot_be_matched_to_the_completions_stops_with_its_name
 
 
 @pytest.mark.parametrize(("given", "values"), [([], 0), ([5.0, 5.0], 2)], ids=["too few", "too many"])
-def test_a_wrong_number_of_values_for_one_completion_of_64_costs_that_one(given, values):
+def test_a_wrong_number_of_values_for_one_of_64_costs_that_one(given, values):
     texts = [str(number) for number in range(64)]
 
     def leaves_out(completions):
@@ -213,7 +213,7 @@ def test_a_wrong_number_of_values_for_one_completion_of_64_costs_that_one(given,
 
 
 @pytest.mark.parametrize("answers", [[1.0, 2.0, 3.0], [1.0] * 5, []])
-def test_a_function_that_never_gives_the_right_number_fails_for_all(answers):
+def test_a_function_that_never_gives_enough_values_fails_for_all(answers):
     result = scored(lambda completions: answers)
     assert not result.valid.any()
     assert set(reasons(result).values()) == {f"returned {len(answers)} values for 1 completion"}
@@ -230,7 +230,7 @@ def test_any_sequence_of_numbers_is_an_answer(kind):
     same(scored(lambda completions: kind([1.0, 2.0, 3.0, 0.5])).rewards, [[1, 2], [3, 0.5]])
 
 
-def test_the_threshold_counts_completions_and_names_the_first_failure():
+def test_the_threshold_counts_completions_and_names_a_failure():
     """One failed of four: 25 %, however many of its parts failed."""
     rewards = [Reward("one", raises_for_bb), Reward("two", raises_for_bb)]
     assert score(GROUPS, rewards, max_failed_share=0.25).valid.sum() == 3
@@ -239,7 +239,7 @@ def test_the_threshold_counts_completions_and_names_the_first_failure():
     assert "one: raised ValueError: no bb please" in str(error.value)
 
 
-def test_no_failure_is_no_error_at_a_threshold_of_zero_and_abstaining_is_no_failure():
+def test_at_a_threshold_of_0_abstaining_is_no_failure():
     result = scored(lambda completions: [None] * 4, max_failed_share=0.0)
     assert result.rewards.isnan().all()
 
@@ -267,7 +267,7 @@ def test_a_function_that_takes_everything_gets_what_trl_gives():
     }
 
 
-def test_a_row_that_lacks_what_a_function_needs_fails_by_name_and_the_others_do_not():
+def test_a_row_that_lacks_a_needed_column_fails_alone_by_name():
     groups = [group("p", "a", "b", answer=7), group("q", "c", "d")]
     seen = []
 
@@ -283,7 +283,7 @@ def test_a_row_that_lacks_what_a_function_needs_fails_by_name_and_the_others_do_
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_a_column_that_a_function_can_do_without_is_none_where_a_row_lacks_it(named):
+def test_an_optional_column_is_none_where_a_row_lacks_it(named):
     groups = [group("p", "a", "b", answer=7), group("q", "c", "d")]
     seen = []
 
@@ -306,7 +306,7 @@ def needs_answer(completions, answer, **columns):
     return [1.0] * len(completions)
 
 
-def test_data_that_lack_a_column_are_refused_by_row_before_anything_is_scored():
+def test_data_without_a_column_are_refused_by_row_before_scoring():
     with pytest.raises(UserError, match=r"data\.jsonl:2: has no column 'answer'.*reward mine.*1 of 2 rows"):
         check_fits([Reward("mine", needs_answer)], ROWS)
     check_fits([Reward("mine", needs_answer, where={"answer": 7})], ROWS)
@@ -314,7 +314,7 @@ def test_data_that_lack_a_column_are_refused_by_row_before_anything_is_scored():
     check_fits([Reward("mine", needs_answer, options={"answer": 1})], ROWS[1:])
 
 
-def test_a_misspelt_parameter_is_refused_by_its_name_also_beside_all_columns():
+def test_a_misspelt_parameter_is_refused_beside_all_columns_too():
     def misspelt(completions, anwser, **columns):
         return [1.0] * len(completions)
 
@@ -340,7 +340,7 @@ def test_what_looks_like_a_mistake_is_said():
         check_fits([Reward("mine", needs_answer)], empty)
 
 
-def test_a_column_that_some_rows_lack_is_said_where_a_function_takes_it_out_of_all_columns(recwarn):
+def test_a_missing_column_is_said_where_all_columns_are_taken(recwarn):
     def looks_up(completions, **columns):
         return [float(text == right) for text, right in zip(completions, columns["answer"], strict=True)]
 
@@ -371,7 +371,7 @@ def test_a_default_stands_in_for_a_column_that_the_data_lacks():
     same(scored(lambda completions, weight=(2.0,) * 4: list(weight)).rewards, [[2, 2], [2, 2]])
 
 
-def test_a_column_that_the_data_lacks_is_named_with_those_there_are():
+def test_a_column_that_is_missing_is_named_with_those_there_are():
     with pytest.raises(UserError, match=r"mine.*answer") as error:
         scored(lambda completions, answer: [0.0] * 4)
     assert "letter" in str(error.value)
@@ -429,7 +429,7 @@ def spoils(prompts, completions, completion_ids, tests, tags, pair, array, **col
     return seen
 
 
-def test_a_reward_that_changes_what_it_is_given_changes_it_for_nobody_else():
+def test_a_reward_that_changes_its_arguments_changes_no_other_s():
     """Not for later completions of the prompt, other rewards, a later step, or a call that is repeated one by one."""
     before = copy.deepcopy(NESTED)
     groups = [group([{"role": "user", "content": "ab"}], "x", "y", "z", **NESTED)]
@@ -447,7 +447,7 @@ def test_a_reward_that_changes_what_it_is_given_changes_it_for_nobody_else():
     assert groups[0].completions[0].tokens == [1, 0]
 
 
-def test_a_reward_that_changes_its_options_or_begins_by_changing_what_it_is_given_changes_nothing():
+def test_a_reward_that_changes_its_options_changes_nothing():
     class Pops:
         def begin(self, tests, words):
             tests[0].pop()
@@ -483,7 +483,7 @@ def test_the_same_groups_are_scored_the_same_twice():
     assert first.groups == GROUPS
 
 
-def test_a_reward_that_sleeps_is_stopped_and_only_that_completion_abstains():
+def test_a_reward_that_sleeps_is_stopped_for_one_completion_only():
     def sleeps_for_bb(completions):
         for text in completions:
             try:
@@ -577,7 +577,7 @@ def test_a_reward_speaks_only_of_the_rows_it_is_for():
     assert nobody.failures == []
 
 
-def test_an_exception_in_the_list_is_a_failure_of_that_completion():
+def test_an_exception_in_the_list_is_that_completion_s_failure():
     def partly(completions):
         return [RewardError("the service is away") if text == "bb" else 1.0 for text in completions]
 
@@ -586,7 +586,7 @@ def test_an_exception_in_the_list_is_a_failure_of_that_completion():
     assert reasons(result) == {(0, 1): "the service is away"}
 
 
-def test_a_reward_that_changes_the_working_folder_is_brought_back(tmp_path):
+def test_a_reward_that_changes_the_folder_is_brought_back(tmp_path):
     def wanders(completions):
         os.chdir(tmp_path)
         return [1.0] * len(completions)
@@ -638,7 +638,7 @@ def test_what_goes_wrong_at_the_beginning_goes_wrong_in_the_call():
         score([group("p", "x")], [reward])
 
 
-def test_only_what_leaves_the_cores_alone_begins_where_none_are_to_spare():
+def test_without_spare_cores_only_what_needs_none_begins():
     assert not Reward("r", length).can_begin(True)
     assert Reward("r", Ahead()).can_begin(True)
     assert not Reward("r", Ahead()).can_begin(False)

@@ -44,7 +44,7 @@ def test_a_gradient_is_compared_with_the_median_of_enough_steps():
     )  # nothing usual to compare with
 
 
-def test_where_most_is_learned_a_gradient_is_compared_with_what_was_usual_at_the_start():
+def test_at_most_learning_a_gradient_is_held_against_the_start():
     start, solved = [0.5] * 50, [1e-5, 0.006, 0.2, 1e-5, 0.05] * 10
     assert alarms({"optimiser/grad_norm": 0.7}, usual_norm(start, solved), Limits()) == []
     (alarm,) = alarms({"optimiser/grad_norm": 12.0}, usual_norm(start, solved), Limits())
@@ -53,7 +53,7 @@ def test_where_most_is_learned_a_gradient_is_compared_with_what_was_usual_at_the
     assert "24 times the usual 0.5" in alarm.message
 
 
-def test_a_policy_that_always_says_what_is_right_has_not_collapsed():
+def test_a_policy_that_is_always_right_has_not_collapsed():
     settled = {**GOOD, "policy/entropy": 0.0}
     assert alarms(settled, 1.0, Limits(), solved=True) == []
     assert [alarm.limit for alarm in alarms(settled, 1.0, Limits())] == ["entropy"]
@@ -65,7 +65,7 @@ def test_a_policy_that_always_says_what_is_right_has_not_collapsed():
     ("rewards", "expected"),
     [([1.0, 1.0, 1.0, 0.98], {"sign/saturation"}), ([1.0, 1.0, 0.0, 0.0], {"limit", "sign/no_signal"})],
 )
-def test_a_run_tells_a_task_that_is_solved_from_a_policy_that_has_collapsed(rewards, expected, tmp_path, tiny_recipe):
+def test_a_solved_task_is_told_from_a_collapsed_policy(rewards, expected, tmp_path, tiny_recipe):
     """A quarter of a run in which completions differ, then one in which each prompt always gets the same reward."""
     mean = sum(rewards) / len(rewards)
     std = (sum((reward - mean) ** 2 for reward in rewards) / (len(rewards) - 1)) ** 0.5
@@ -94,7 +94,7 @@ def events(folder):
         return db.execute("SELECT step, message FROM events WHERE kind = 'limit' ORDER BY step").fetchall()
 
 
-def test_a_limit_is_an_event_once_and_ends_the_run_where_it_is_named(tiny_recipe, tmp_path):
+def test_a_limit_is_one_event_and_ends_the_run_if_named(tiny_recipe, tmp_path):
     given = [*tiny_recipe, "cold_start=null", "evaluation={prompts: 2, samples: 1}", "limits.entropy=100"]
     run = coterie.train("equations", overrides=given, out=str(tmp_path / "goes_on"))
     ((step, message),) = events(run.folder)

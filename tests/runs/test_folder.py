@@ -16,7 +16,7 @@ def test_runs_that_start_at_once_get_a_folder_each(tmp_path):
     assert all(folder.is_dir() for folder in found)
 
 
-def test_a_database_that_nobody_else_may_even_read_is_said_to_be_held(tmp_path, monkeypatch):
+def test_a_database_that_is_locked_whole_is_said_to_be_held(tmp_path, monkeypatch):
     """As a shell of SQLite holds it with PRAGMA locking_mode=EXCLUSIVE."""
     monkeypatch.setattr(module, "_PATIENCE", 0.1)
     module.Store(tmp_path / "run.db").close()

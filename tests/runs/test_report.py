@@ -84,7 +84,7 @@ def record_group(store, step, rewards, texts):
             )
 
 
-def test_the_last_groups_shown_tell_completions_apart_and_equal_ones_are_one_card(tmp_path):
+def test_shown_groups_differ_and_equal_completions_are_one_card(tmp_path):
     write_run(tmp_path, num_steps=0)
     for step in range(1, 41):
         told_apart = step in (1, 15, 33)
@@ -97,7 +97,7 @@ def test_the_last_groups_shown_tell_completions_apart_and_equal_ones_are_one_car
     assert page.count("· 2 times") == 3
 
 
-def test_curves_have_plain_numbers_and_a_panel_each_for_the_sum_and_its_parts(tmp_path):
+def test_curves_have_plain_numbers_and_a_panel_for_each_part(tmp_path):
     write_run(tmp_path)
     store = Store(tmp_path / "run.db")
     for step in (1, 2, 3):
@@ -139,7 +139,7 @@ def test_a_resume_removes_what_came_after(tmp_path):
     store.close()
 
 
-def test_signs_of_reward_hacking_stand_above_the_curves_and_not_among_the_events(tmp_path):
+def test_signs_of_hacking_stand_above_curves_and_in_no_events(tmp_path):
     write_run(tmp_path)
     assert "No signs of reward hacking were seen" in write_report(tmp_path).read_text()
     store = Store(tmp_path / "run.db")
@@ -286,7 +286,7 @@ def test_nothing_in_a_sent_runs_database_is_a_part_of_the_page(tmp_path, quick_p
     ],
 )
 @pytest.mark.parametrize("read_only", [True, False])
-def test_a_database_that_does_something_when_it_is_used_is_refused(tmp_path, statement, read_only):
+def test_a_database_that_acts_when_it_is_used_is_refused(tmp_path, statement, read_only):
     write_run(tmp_path)
     with contextlib.closing(sqlite3.connect(tmp_path / "run.db")) as db:
         db.executescript(statement)

@@ -92,7 +92,7 @@ def test_a_file_that_is_called_otherwise_is_no_change(inputs, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["runs/old/run", "linked"])
-def test_a_run_that_lies_elsewhere_finds_the_files_of_its_project(tmp_path, place):
+def test_a_run_that_lies_elsewhere_finds_its_project_s_files(tmp_path, place):
     """Deeper in its project, or on another disk with a link to it."""
     project = tmp_path / "project"
     project.mkdir()
@@ -225,7 +225,7 @@ USED = {
 
 
 @pytest.mark.parametrize("kind", USED)
-def test_a_module_that_a_reward_imports_is_named_when_it_has_changed(inputs, own_package, kind):
+def test_a_changed_module_that_a_reward_imports_is_named(inputs, own_package, kind):
     function, used = USED[kind]
     function = f"{own_package}/{function}" if ".py" in function else function
     rewards = [{"function": function, "name": "own"}]
@@ -244,7 +244,7 @@ def test_a_module_that_a_reward_imports_is_named_when_it_has_changed(inputs, own
     assert check_inputs(before, inputs(rewards=rewards), []) == []
 
 
-def test_what_is_installed_and_what_is_ours_is_told_of_by_versions(inputs, own_package):
+def test_what_is_installed_or_ours_is_told_of_by_versions(inputs, own_package):
     for function in (f"{own_package}/mine.py:f", "coterie.tasks.equation_rewards:right_answer"):
         names = inputs(rewards=[{"function": function, "name": "own"}])
         assert not [name for name in names if any(part in name for part in ("numpy", "json", "coterie"))]

@@ -43,7 +43,7 @@ def test_a_part_that_brings_the_variance_while_another_falls():
     assert "correct goes from 0.8" in sign.text
 
 
-def test_a_part_that_brings_the_variance_while_others_hold_or_rise_is_no_sign():
+def test_a_part_with_the_variance_is_no_sign_while_others_hold():
     assert signs_of(TWO, dominated([0.8] * 80)) == []
     assert signs_of(TWO, dominated(line(0.2, 0.8, 200))) == []
 
@@ -89,7 +89,7 @@ def test_parts_that_rise_together_or_slowly_are_no_sign():
     )
 
 
-def test_a_part_that_rises_less_than_its_completions_differ_has_not_jumped():
+def test_a_rise_within_the_completions_spread_is_no_jump():
     """A steady trend has passed half of its range in its first 30 steps, whatever its size."""
     series = {"reward/format": line(0.1, 0.3, 60), "reward/correct": [0.3] * 60}
     assert names(signs_of(TWO, {**series, "reward/format_group_std": [0.05] * 60})) == ["one_part_jumps"]
@@ -146,7 +146,7 @@ def test_reward_that_rises_while_held_out_accuracy_falls():
     assert [sign.step for sign in signs_of({}, reward, falling)] == [25]  # said once
 
 
-def test_accuracy_within_its_interval_or_with_the_reward_is_no_sign():
+def test_accuracy_in_its_interval_or_with_the_reward_is_no_sign():
     reward = {"reward/mean": noisy(line(0.2, 0.8, 100), 0.05, 4)}
     assert signs_of({}, reward, {0: accuracy(0.5), 100: accuracy(0.45)}) == []
     assert signs_of({}, reward, {0: accuracy(0.5), 100: accuracy(0.9)}) == []
@@ -202,7 +202,7 @@ def test_the_limits_are_in_one_place():
     assert names(signs_of({}, series, limits=Limits(silent=0.4))) == ["no_signal"]
 
 
-def test_a_watch_that_reads_what_is_recorded_goes_on_like_one_that_saw_it(tmp_path):
+def test_a_watch_that_reads_the_record_goes_on_as_if_it_saw_it(tmp_path):
     """Cut at every tenth step: what begins afterwards is the same, and what had begun is not said again."""
     series = dominated(noisy([0.8] * 40 + line(0.8, 0.2, 40), 0.02, 5)) | {
         "group/no_signal_share": [0.9] * 30 + [0.2] * 30 + [0.9] * 20,
@@ -235,7 +235,7 @@ def signs_recorded(folder):
         ).fetchall()
 
 
-def test_a_run_whose_reward_is_hacked_says_so_once_and_in_the_report(tiny_recipe, tmp_path, capsys):
+def test_a_run_says_once_and_in_the_report_that_it_is_hacked(tiny_recipe, tmp_path, capsys):
     """Letters are easy to write more of, and solve no equation. Stopped and resumed it says the same."""
     (tmp_path / "rewards.py").write_text(
         "def letters(completions):\n    return [sum(c.isalpha() for c in t[0]['content']) / 12 for t in completions]\n"

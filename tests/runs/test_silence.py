@@ -54,7 +54,7 @@ def events(folder):
 
 
 @pytest.mark.parametrize(("steps", "last"), [(8, 5), (2, 2)])
-def test_a_run_whose_rewards_abstain_from_everything_ends_and_says_why(write, tmp_path, capsys, steps, last):
+def test_a_run_whose_rewards_all_abstain_ends_and_says_why(write, tmp_path, capsys, steps, last):
     with pytest.raises(
         RunFailedError, match=rf"step {last}: the rewards abstained from every completion of {last} steps"
     ):
@@ -70,7 +70,7 @@ def test_one_reward_of_two_that_never_speaks_is_said_once(write, tmp_path):
     assert events(tmp_path / "run") == [(5, "reward nothing has said nothing of any completion for 5 steps")]
 
 
-def test_steps_without_a_reward_among_others_with_one_are_said_and_no_end(write, tmp_path):
+def test_some_steps_without_a_reward_are_told_and_end_nothing(write, tmp_path):
     recipe = write("of_two", steps=4, limits={"skipped_steps": 3})
     coterie.train(recipe, out=str(tmp_path / "run"))
     assert [step for step, _ in events(tmp_path / "run")] == [2]
@@ -84,7 +84,7 @@ def test_a_cold_start_has_no_rewards_that_could_be_silent(write, tmp_path):
     assert events(tmp_path / "run") == []
 
 
-def test_an_outage_that_is_allowed_does_not_end_a_run_and_is_said_with_its_line(write, tmp_path, capsys):
+def test_an_allowed_outage_ends_no_run_and_is_told_with_its_line(write, tmp_path, capsys):
     coterie.train(write("fails", steps=6), out=str(tmp_path / "run"))
     assert events(tmp_path / "run") == [(5, "reward fails has said nothing of any completion for 5 steps")]
     said = " ".join(capsys.readouterr().out.split())
@@ -92,7 +92,7 @@ def test_an_outage_that_is_allowed_does_not_end_a_run_and_is_said_with_its_line(
     assert "rewards.py, line 8, in fails" in said
 
 
-def test_check_says_that_rewards_abstained_or_failed_and_not_that_they_are_equal(write, capsys):
+def test_check_tells_rewards_that_abstained_from_equal_ones(write, capsys):
     check_recipe(write("nothing"), [])
     said = " ".join(capsys.readouterr().out.split())
     assert "nothing abstains" in said

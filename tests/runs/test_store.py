@@ -71,7 +71,7 @@ def test_it_may_be_held_again_and_again(held):
     assert len(said) == 4
 
 
-def test_a_transaction_that_fails_leaves_nothing_in_memory_either(held):
+def test_a_failed_transaction_leaves_nothing_in_memory_either(held):
     store, _, _ = held
 
     def fail():
@@ -141,7 +141,7 @@ def test_what_a_database_lacks_is_added_and_what_it_has_is_left(tmp_path, harm):
     store.close()
 
 
-def test_one_that_lacks_nothing_is_not_written_to_when_it_is_opened(tmp_path):
+def test_a_store_that_lacks_nothing_is_opened_without_a_write(tmp_path):
     """A resume that is refused changes nothing, and one waits for nobody who only holds the file."""
     Store(tmp_path / "run.db").close()
     other = sqlite3.connect(tmp_path / "run.db", isolation_level=None)

@@ -91,7 +91,7 @@ if __name__ == "__main__":
     assert len(outputs[6].text.split()) >= 200_001
 
 
-def test_what_a_program_says_of_itself_is_no_failure_of_the_sandbox(box):
+def test_what_a_program_says_of_itself_is_no_sandbox_failure(box):
     """A program that could make the sandbox look broken would abstain where it should score 0."""
     ways = [
         "import os\nos._exit(0)", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "raise SystemExit(3)",
@@ -136,7 +136,7 @@ def test_limits_are_those_of_the_program(box):
 
 
 @pytest.mark.slow
-def test_a_program_that_sleeps_holds_its_worker_for_its_limit_and_no_longer(box):
+def test_a_program_that_sleeps_holds_its_worker_to_its_limit(box):
     sleeps = "import time\ndef f():\n    time.sleep(60)"
     stops = "import os, signal\ndef f():\n    os.kill(os.getpid(), signal.SIGSTOP)"
     both = "import time\ndef f():\n    end = time.process_time() + 0.6\n    while time.process_time() < end: pass\n    time.sleep(60)"
@@ -149,7 +149,7 @@ def test_a_program_that_sleeps_holds_its_worker_for_its_limit_and_no_longer(box)
 
 
 @pytest.mark.slow
-def test_a_program_that_a_busy_machine_keeps_waiting_has_its_time(box):
+def test_a_program_that_a_busy_machine_holds_up_has_its_time(box):
     """Six that spin share what cores there are with it, and what it computes is all that counts."""
     spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(6 * os.cpu_count())]
     try:

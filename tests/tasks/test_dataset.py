@@ -82,7 +82,7 @@ def test_chat_messages_go_through_the_template(jsonl):
     assert CODEC.decode(prompt.tokens) == "system>Be brief.\nuser>你好\nassistant>"
 
 
-def test_chat_messages_without_a_template_are_refused_as_the_user_s_mistake(jsonl):
+def test_chat_messages_without_a_template_are_refused(jsonl):
     assert "template" in refused(jsonl({"prompt": [{"role": "user", "content": "hi"}]}))
 
 
@@ -111,7 +111,7 @@ def test_parquet_and_jsonl_of_the_same_rows_give_the_same_task(tmp_path, jsonl):
     assert [(p.content, p.columns) for p in one.heldout] == [(p.content, p.columns) for p in other.heldout]
 
 
-def test_blank_lines_a_byte_order_mark_and_windows_ends_are_no_matter(jsonl):
+def test_blank_lines_a_bom_and_windows_line_ends_are_no_matter(jsonl):
     path = jsonl(b'\xef\xbb\xbf{"prompt": "a"}\r\n', b"\r\n", b"   \n", b'{"prompt": "b"}')
     assert [(p.content, p.origin) for p in dataset(path).train] == [("a", f"{path}:1"), ("b", f"{path}:4")]
 
@@ -206,7 +206,7 @@ def test_a_row_that_is_there_already_is_refused_by_both_places(jsonl):
     assert refused(path) == f"{path}:4: is the same as {path}:3"
 
 
-def test_a_lenient_task_leaves_rows_out_and_counts_them_by_reason(jsonl):
+def test_a_lenient_task_counts_the_rows_it_leaves_out_by_reason(jsonl):
     path = jsonl(*ROWS, "{", "[1]", {"prompt": ""}, {"prompt": ""}, ROWS[0], b'{"prompt": "\xff"}\n')
     task = dataset(path, lenient=True, max_left_out=0.2)
     assert contents(task.train) == contents(dataset(jsonl(*ROWS, name="good.jsonl")).train)
@@ -237,7 +237,7 @@ ROWS = [{"prompt": f"prompt {number}", "n": number} for number in range(50)]
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.1, 5), (0.3, 15), (0.01, 1), (1.0, 49)])
-def test_the_share_that_was_asked_for_is_held_out_and_something_is_left_to_train_on(share, expected, jsonl):
+def test_the_asked_share_is_held_out_and_some_rows_are_left(share, expected, jsonl):
     task = dataset(jsonl(*ROWS), heldout=share)
     assert (len(task.heldout), len(task.train)) == (expected, 50 - expected)
     assert not contents(task.train) & contents(task.heldout)
@@ -266,7 +266,7 @@ def test_equal_prompts_are_on_the_same_side(jsonl):
     assert len(contents(task.heldout)) == 15
 
 
-def test_equal_chats_are_on_the_same_side_however_their_keys_are_ordered(jsonl):
+def test_equal_chats_are_on_one_side_in_any_order_of_keys(jsonl):
     rows = [{"prompt": [{"role": "user", "content": f"prompt {number}"}]} for number in range(30)]
     turned = [{"prompt": [{"content": f"prompt {number}", "role": "user"}], "n": 1} for number in range(30)]
     task = dataset(jsonl(*rows, *turned), chat_codec(), heldout=0.3)

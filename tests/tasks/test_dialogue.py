@@ -55,13 +55,13 @@ def content_of(prompt):
 # Questions
 
 
-def test_there_are_thousands_of_different_questions_in_both_languages():
+def test_both_languages_have_thousands_of_different_questions():
     texts = [prompt.text for prompt in (*TASK.train, *TASK.heldout)]
     assert len(texts) == len(set(texts)) == 2 * NUM_PHRASES * len(CONTENTS) == 2304
     assert Counter(prompt.columns["language"] for prompt in TASK.train)["zh"] == len(TASK.train) / 2
 
 
-def test_train_and_heldout_share_no_content_in_any_wording_or_language():
+def test_train_and_heldout_share_no_content_in_any_language():
     train, heldout = ({content_of(prompt) for prompt in prompts} for prompts in (TASK.train, TASK.heldout))
     assert not train & heldout
     assert len(train) + len(heldout) == len(CONTENTS)
@@ -83,7 +83,7 @@ def test_the_examples_are_held_out_and_in_both_languages():
     assert not {content_of(prompt) for prompt in TASK.examples} & {content_of(prompt) for prompt in TASK.train}
 
 
-def test_every_thing_and_detail_of_a_held_out_question_is_trained_on_in_other_company():
+def test_held_out_things_and_details_are_trained_on_apart():
     trained = {(subject, name) for prompt in TASK.train for subject, *names in [content_of(prompt)] for name in names}
     for prompt in TASK.heldout:
         subject, thing, detail = content_of(prompt)
@@ -94,7 +94,7 @@ def test_every_thing_and_detail_of_a_held_out_question_is_trained_on_in_other_co
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_every_phrase_names_its_own_thing_and_detail_and_is_neither_polite_nor_rude_by_itself(language):
+def test_a_phrase_names_its_thing_and_is_neither_polite_nor_rude(language):
     for content in CONTENTS:
         for which in range(NUM_PHRASES):
             for text in (content.question(language, which), content.sentence(language, which)):
@@ -107,7 +107,7 @@ def test_every_phrase_names_its_own_thing_and_detail_and_is_neither_polite_nor_r
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_courtesy_and_rudeness_are_known_by_the_rule_and_name_nothing(language):
+def test_courtesy_and_rudeness_are_known_and_name_nothing(language):
     polite, rude = (
         [phrase for phrase in (*before[language], *after[language]) if phrase]
         for before, after in ((OPENERS, CLOSERS), (RUDE_OPENERS, RUDE_CLOSERS))
@@ -137,7 +137,7 @@ def flaw_of(prompt, text):
     return broken[0] if len(broken) == 1 else "good" if not broken else tuple(broken)
 
 
-def test_demonstrations_mix_good_answers_and_each_flaw_in_the_named_shares():
+def test_demonstrations_mix_good_answers_and_flaws_as_named():
     pairs = TASK.demonstrations(2000, seed=0, step=1)
     counts = Counter(flaw_of(PROMPT_OF[tuple(prompt)], CODEC.decode(answer)) for prompt, answer in pairs)
     shares = {
@@ -163,7 +163,7 @@ def test_demonstrations_and_pairs_never_show_a_held_out_content():
 
 
 @pytest.mark.parametrize("heldout", [False, True])
-def test_each_pair_is_a_good_answer_and_one_that_breaks_exactly_one_rule(heldout):
+def test_a_pair_is_a_good_answer_and_one_that_breaks_one_rule(heldout):
     pairs = TASK.heldout_preferences(600, seed=1) if heldout else TASK.preferences(600, seed=1, step=1)
     side = {tuple(prompt.tokens) for prompt in (TASK.heldout if heldout else TASK.train)}
     broken = Counter()
@@ -185,7 +185,7 @@ def test_each_pair_is_a_good_answer_and_one_that_breaks_exactly_one_rule(heldout
         assert abs(broken[name] / 600 - share) < 4 * math.sqrt(share * (1 - share) / 600), name
 
 
-def test_what_is_off_topic_is_so_in_its_thing_its_detail_or_its_subject():
+def test_off_topic_answers_differ_in_thing_detail_or_subject():
     """Half-right answers are among the rejected, or a reward model would not look at the whole of them."""
     kinds = Counter()
     for prompt, chosen, rejected in TASK.preferences(800, seed=0, step=5):
@@ -281,11 +281,11 @@ def test_what_is_no_sentence_of_the_grammar_is_not_well_formed(answer, well_form
         ("", None),
     ],
 )
-def test_a_question_that_a_person_types_is_known_by_the_thing_that_it_names(text, columns):
+def test_a_typed_question_is_known_by_the_thing_that_it_names(text, columns):
     assert TASK.columns_of(text) == columns
 
 
-def test_every_question_of_the_task_is_known_when_a_person_types_it():
+def test_every_question_of_the_task_is_known_when_typed():
     assert all(TASK.columns_of(prompt.text) == prompt.columns for prompt in TASK.heldout)
 
 
@@ -305,7 +305,7 @@ def test_judging_goes_over_groups_and_completions_in_order():
 # The tokenizer
 
 
-def test_every_question_and_sentence_survives_the_tokenizer_in_few_tokens():
+def test_every_sentence_survives_the_tokenizer_in_few_tokens():
     unknown = CODEC.tokenizer.unk_token_id
     for prompt in (*TASK.train, *TASK.heldout):
         assert CODEC.decode(prompt.tokens) == prompt.text + "\n"

@@ -101,7 +101,7 @@ def test_a_demonstration_reads_as_documented():
     assert problem.solution_text("zh", "complete", 0) == "加 5：3x = 10 + 5\n3x = 15\n除以 3：x = 15 / 3\nx = 5"
 
 
-def test_demonstrations_mix_the_qualities_as_named_and_most_guesses_are_wrong():
+def test_demonstrations_mix_qualities_and_most_guesses_are_wrong():
     """2000 demonstrations come in the shares that are named; guesses are right by luck, one in nine."""
     equation_of = {tuple(prompt.tokens): prompt.columns["equation"] for prompt in TASK.train}
     counts = Counter()
@@ -129,7 +129,7 @@ def test_demonstrations_mix_the_qualities_as_named_and_most_guesses_are_wrong():
         assert abs(counts[mark] / 2000 - share) < 4 * math.sqrt(share * (1 - share) / 2000)
 
 
-def test_demonstrations_never_show_a_held_out_equation_and_answer_in_the_prompt_s_language():
+def test_demonstrations_show_no_held_out_equation():
     heldout = {tuple(prompt.tokens) for prompt in TASK.heldout}
     for tokens, answer in TASK.demonstrations(500, seed=3, step=2):
         assert tuple(tokens) not in heldout
@@ -220,7 +220,7 @@ def test_every_prompt_comes_once_an_epoch():
     assert texts[:size] != texts[size : 2 * size]
 
 
-def test_a_draw_depends_on_seed_and_step_and_not_on_what_was_drawn_before():
+def test_a_draw_depends_on_seed_and_step_and_no_earlier_draw():
     forwards = [draw(TASK, 5, seed=1, step=step) for step in (1, 2, 3)]
     backwards = [draw(AGAIN, 5, seed=1, step=step) for step in (3, 2, 1)]
     assert forwards == backwards[::-1]
@@ -235,7 +235,7 @@ def test_the_prompts_of_a_step_have_keys_of_their_own(count):
         assert len(set(keys)) == count
 
 
-def test_the_way_a_batch_is_cut_does_not_change_the_order_of_prompts():
+def test_however_a_batch_is_cut_the_order_of_prompts_is_the_same():
     whole = draw(TASK, 12, seed=0, step=1)
     assert [p for step in range(1, 5) for p in draw(TASK, 3, seed=0, step=step)] == whole
 

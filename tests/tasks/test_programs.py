@@ -141,7 +141,7 @@ def test_train_and_heldout_prompts_share_no_function():
 # Prompts and tests
 
 
-def test_a_prompt_shows_examples_and_its_tests_are_of_other_inputs():
+def test_a_prompt_s_examples_and_tests_have_different_inputs():
     for prompt in (*TASK.train, *TASK.heldout):
         shown, tests = parse_examples(prompt.text), prompt.columns["tests"]
         assert len(shown) == NUM_SHOWN
@@ -152,7 +152,7 @@ def test_a_prompt_shows_examples_and_its_tests_are_of_other_inputs():
 
 
 @pytest.mark.parametrize("kind", ["list", "text"])
-def test_a_shown_value_tells_its_place_and_what_is_tested_is_as_varied_as_can_be(kind):
+def test_shown_values_tell_their_place_and_tests_vary(kind):
     """In prompts each place has values of its own, which no function adds. Tests have other lengths, and orders."""
     found = grammar(kind)
     shown, hidden = found.inputs[: found.num_shown], found.inputs[found.num_shown :]
@@ -191,7 +191,7 @@ def test_every_function_has_prompts_that_differ():
     assert set(map(id, TASK.examples)) <= set(map(id, TASK.heldout))
 
 
-def test_right_programs_pass_examples_and_tests_and_hard_coded_ones_the_examples_alone():
+def test_hard_coded_programs_pass_the_examples_alone():
     for problem in problems():
         shown, tests = parse_examples(problem.text), problem.columns["tests"]
         assert passes(problem.function.source, [*shown, *tests])
@@ -210,7 +210,7 @@ def test_no_other_function_passes_the_tests_of_a_problem():
 # Demonstrations
 
 
-def test_demonstrations_mix_the_qualities_as_named_and_single_steps_are_always_right():
+def test_demonstrations_mix_qualities_and_single_steps_are_right():
     """1200 of them: run on their own examples, and asked whether they repeat those."""
     counts, kinds, num_basic = Counter(), Counter(), 0
     for prompt, answer in demonstrations(1200):
@@ -346,7 +346,7 @@ def judged(texts, parts):
     return TASK.judge(Scored(groups, torch.zeros(1, len(texts)), parts, []))
 
 
-def test_judging_counts_who_passes_all_tests_and_who_repeats_the_examples():
+def test_judging_counts_passed_tests_and_repeated_examples():
     """All tests, some, none, and a program that the sandbox failed on."""
     (given, result), *_ = [(t["args"][0], t["expected"]) for t in parse_examples(TASK.examples[0].text)]
     repeats = f"def f(x):\n    if x == {given}:\n        return {result}\n    return 0"
@@ -368,7 +368,7 @@ def test_the_recipe_s_task_is_this_one():
 
 
 @pytest.mark.slow
-def test_a_policy_that_repeats_the_examples_learns_to_write_the_function(tmp_path):
+def test_a_policy_that_repeats_examples_learns_the_function(tmp_path):
     """The recipe, shortened: programs run in the sandbox, on held-out functions, before and after."""
     run = coterie.train(
         "programs",

@@ -83,7 +83,7 @@ def forgetful(monkeypatch):
 
 
 @pytest.mark.parametrize("preset", ["grpo", "ppo"])
-def test_a_sampler_of_another_model_ends_the_run_and_says_what_to_do(tiny_recipe, tmp_path, forgetful, preset):
+def test_a_sampler_of_another_model_ends_the_run_with_advice(tiny_recipe, tmp_path, forgetful, preset):
     given = [*tiny_recipe, f"preset={preset}", "evaluation={prompts: 2, samples: 1}"]
     given += ["loss.kl_weight=0.04"]  # so that completions without an advantage are learned from too
     with pytest.raises(

@@ -54,7 +54,7 @@ def some_logprobs(policy):
 
 
 @pytest.mark.parametrize("method", some_quick(CHOSEN, "grpo"))
-def test_every_method_trains_the_matrices_and_resumes_to_the_same_bits(train, method):  # noqa: F811
+def test_every_method_trains_lora_and_resumes_to_the_same_bits(train, method):  # noqa: F811
     whole = train("whole", *METHODS[method], LORA)
     weights = saved(whole, 0)
     matrices = saved(whole, 4)
@@ -159,7 +159,7 @@ def pretrained(train):  # noqa: F811
     )
 
 
-def test_the_cold_start_of_a_model_that_was_loaded_trains_matrices_and_merges_them(train, pretrained, monkeypatch):  # noqa: F811
+def test_a_loaded_model_s_cold_start_trains_and_merges_matrices(train, pretrained, monkeypatch):  # noqa: F811
     """It dies in the cold start, loses the model that it came from, dies again in the stage after, and ends with the same bits."""
     from coterie.training import grpo, sft
 
@@ -239,7 +239,7 @@ def test_a_bfloat16_model_learns_through_float32_matrices(train, capsys):  # noq
     assert "keep 8 bits" in capsys.readouterr().out
 
 
-def test_a_start_says_which_weights_get_no_matrices_and_which_loss_is_not_added(tmp_path, monkeypatch, capsys):
+def test_a_start_says_which_weights_get_no_matrices(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shape = (
         "model={type: qwen3_moe, hidden_size: 32, intermediate_size: 48, moe_intermediate_size: 16, num_hidden_layers: 2, "

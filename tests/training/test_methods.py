@@ -123,7 +123,7 @@ def test_grpo_trains_about_half_of_what_ppo_trains(train):
     assert 0.45 < share < 0.55
 
 
-def test_a_moving_anchor_lets_the_policy_go_further_than_a_frozen_one(train):
+def test_a_moving_anchor_lets_the_policy_go_further(train):
     """The same samples and rewards; only what the anchor is made of differs, and with it the steps after the first."""
     runs = [train(kind, "preset=anchored", f"reference={{kind: {kind}}}", "steps=8") for kind in ("moving", "frozen")]
     first, last = ([metrics(run, step) for run in runs] for step in (1, 8))
@@ -339,7 +339,7 @@ def test_steps_in_which_every_completion_abstains_are_survived(train, tmp_path, 
     assert all(one["optimiser/skipped_share"] == 0 for one in found)
 
 
-def test_redraw_keeps_a_group_whose_parts_differ_though_their_sum_does_not(train, tmp_path):
+def test_redraw_keeps_a_group_that_differs_in_its_parts_alone(train, tmp_path):
     (tmp_path / "two.py").write_text(
         "def more(completions, **columns):\n    return [float(len(c[0]['content'])) for c in completions]\n"
         "def less(completions, **columns):\n    return [-float(len(c[0]['content'])) for c in completions]\n"
@@ -366,7 +366,7 @@ def test_a_reward_model_is_not_sampled_from(train):
         load_policy(str(folder / "model"), torch.device("cpu"))
 
 
-def test_a_completions_reward_stands_at_its_last_token_and_the_kl_at_each():
+def test_the_reward_stands_at_the_last_token_and_the_kl_at_each():
     """By hand, with a trace of 0: reward and next value, less the penalty and what was expected."""
     from coterie.recipe import make_recipe
     from coterie.rollouts.pack import Row, make_stream

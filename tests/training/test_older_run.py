@@ -56,7 +56,7 @@ def test_it_resumes_to_what_it_would_have_ended_with(project, capsys):
     )
 
 
-def test_it_goes_on_with_the_files_of_the_project_that_it_lies_in_now(project):
+def test_it_goes_on_with_the_files_of_the_project_it_lies_in_now(project):
     """Its recipe names /project/data.jsonl, and /project is somewhere else by now."""
     run = project / "runs" / "project"
     coterie.train(resume=str(run), stop_after=3)
@@ -121,7 +121,7 @@ def test_a_setting_that_is_new_is_no_change_at_its_default(project):
 OLD = {"made_with": {}, "steps": 3, "loss": {"clip": 0.3, "gone": 1, "kept": 2}, "gone": None, "only": {"setting": 5}}
 
 
-def test_settings_are_renamed_removed_and_given_what_was_done_without_them():
+def test_older_settings_become_what_was_done_with_them():
     tables = {
         "renamed": {"loss.clip": "loss.clip_high", "only.setting": "seed"},
         "removed": {"loss.gone": 1, "gone": None, "loss.kept": 3},
@@ -133,14 +133,14 @@ def test_settings_are_renamed_removed_and_given_what_was_done_without_them():
     assert of_older(OLD) == OLD
 
 
-def test_what_an_older_version_did_with_another_value_is_refused_by_name(project):
+def test_what_an_older_version_did_otherwise_is_refused_by_name(project):
     recipe = project / "runs" / "project" / "recipe.yaml"
     recipe.write_text(recipe.read_text() + "unheard_of: 3\n")
     with pytest.raises(UserError, match="unheard_of: there is no such setting"):
         load_recipe(str(recipe))
 
 
-def test_a_reward_function_that_has_moved_is_found_by_its_old_name(tmp_path):
+def test_a_reward_function_that_moved_is_found_by_its_old_name(tmp_path):
     """In a recipe, and in a run that began with it."""
     path = tmp_path / "recipe.yaml"
     path.write_text("model: {type: qwen3}\ntask: equations\nrewards: ['coterie.rewards.steps:right_answer']\n")

@@ -67,7 +67,7 @@ def test_an_answer_that_is_none_is_refused_with_its_line(tmp_path):
         prepare(recipe)
 
 
-def test_an_answer_longer_than_the_context_is_refused_with_its_line(tmp_path):
+def test_an_answer_beyond_the_context_is_refused_with_its_line(tmp_path):
     task = rows(tmp_path / "rows.jsonl", False)
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write(json.dumps({"prompt": "x", "good": "y" * 100, "bad": "no"}) + "\n")

@@ -128,7 +128,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_preset_and_variant_gives_the_same_step_however_cut_and_ordered(exact_batch, variant):
+def test_every_preset_steps_the_same_however_cut_and_ordered(exact_batch, variant):
     policy, reference, scored = exact_batch
     values = VARIANTS[variant]
     whole = gradient_of(policy, reference, shifted(scored), values)
@@ -175,7 +175,7 @@ def test_the_loss_is_the_formula_written_out(batch):
 
 @pytest.mark.parametrize("kind", ["truncate", "mask"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_a_correction_weighs_the_trainer_s_own_ratio_by_how_far_the_sampler_was(exact_batch, kind, level):
+def test_a_correction_weighs_the_ratio_by_the_sampler_s_distance(exact_batch, kind, level):
     """pi_old is the trainer's own, so the first ratio is 1 and no bound acts; each token's gradient is its advantage times
     min(pi_old / pi_sampler, limit), or nothing where that is above the limit or below 1 / limit."""
     policy, reference, scored = exact_batch
@@ -236,7 +236,7 @@ class Waits(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
-def test_the_host_waits_for_the_device_once_a_step_however_many_micro_batches(batch):
+def test_the_host_waits_for_the_device_once_a_step(batch):
     policy, reference, scored = batch
     counts = []
     for size in (40, 10**6):
@@ -275,7 +275,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(batch):
 
 
 @pytest.mark.parametrize("poisoned", [0, 1, 2])
-def test_an_infinite_loss_in_any_micro_batch_skips_the_step_though_its_gradient_is_finite(batch, poisoned):
+def test_an_infinite_loss_in_a_micro_batch_skips_the_step(batch, poisoned):
     policy, _, scored = batch
     streams, _ = pack(scored, group_advantages(scored.rewards), max_length=20, micro_batch_tokens=90, drop_silent=False)
     assert len(streams) > 2

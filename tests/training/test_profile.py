@@ -108,7 +108,7 @@ def test_a_profiled_run_is_the_same_run_and_its_sections_add_up(train, method, c
     assert all(f"  {name} " in printed for name in SECTIONS[method])
 
 
-def test_the_sections_hold_the_step_that_the_trainer_times_itself(train):
+def test_the_sections_hold_the_step_that_the_trainer_times(train):
     """time/step_seconds is read by another clock, from the draw to the new weights."""
     folder = train("run", "preset=grpo", "evaluation.every=0", "checkpoint.every=100", profile=True)
     with sqlite3.connect(folder / "run.db") as db:
@@ -151,7 +151,7 @@ def test_stopped_and_resumed_runs_profile_what_they_see(train, capsys):
     assert all(torch.equal(weights[name], same_weights[name]) for name in weights)
 
 
-def test_a_step_that_fails_while_it_is_traced_leaves_nothing_behind(train, monkeypatch):
+def test_a_traced_step_that_fails_leaves_nothing_behind(train, monkeypatch):
     from coterie.training import grpo
 
     class DiedError(Exception):
@@ -186,7 +186,7 @@ def test_the_command_profiles(tiny_recipe, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_on_a_gpu_timed_sections_wait_for_the_device_and_untouched_ones_do_not(tmp_path, monkeypatch, device):
+def test_on_a_gpu_only_timed_sections_wait_for_the_device(tmp_path, monkeypatch, device):
     waits = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(None))
     profiler = Profiler(tmp_path, torch.device(device))
@@ -264,7 +264,7 @@ def test_the_operators_are_those_of_torchs_own_table():
         assert operator["device_seconds"] is None
 
 
-def test_what_a_gpu_does_belongs_to_the_operator_that_launched_it():
+def test_what_a_gpu_does_belongs_to_what_launched_it():
     """Events as torch gives them of a GPU: a kernel and its launch carry the number of their operator."""
 
     @dataclass(frozen=True)

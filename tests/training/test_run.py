@@ -82,7 +82,7 @@ def test_the_run_folder_holds_what_it_promises(finished):
     assert sum(e["before"] != e["after"] for e in shown) == min(4, changed)  # those that have changed come first
 
 
-def test_every_step_has_its_metrics_and_every_completion_its_record(finished):
+def test_steps_have_their_metrics_and_completions_their_records(finished):
     with sqlite3.connect(finished / "run.db") as db:
         for step in range(1, 7):
             names = {
@@ -107,7 +107,7 @@ def test_every_step_has_its_metrics_and_every_completion_its_record(finished):
         assert isinstance(advantage, float)
 
 
-def test_the_model_loads_in_transformers_and_gives_the_same_logits(finished):
+def test_the_saved_model_gives_the_same_logits_in_transformers(finished):
     model = AutoModelForCausalLM.from_pretrained(finished / "model")
     tokenizer = AutoTokenizer.from_pretrained(finished / "model")
     trained_weights = load_file(finished / "checkpoints" / "step_000006" / "model.safetensors")
@@ -140,7 +140,7 @@ def test_stopped_and_resumed_ends_with_the_same_bits(finished, tiny_recipe, tmp_
     assert recorded(folder) == recorded(finished)
 
 
-def test_a_run_that_died_between_checkpoints_repeats_the_lost_steps(finished, tiny_recipe, tmp_path, monkeypatch):
+def test_a_run_that_died_between_checkpoints_repeats_lost_steps(finished, tiny_recipe, tmp_path, monkeypatch):
     """It dies in step 4 of the GRPO stage, after a save at step 2 and records of step 3; then in the cold start too."""
     from coterie.training import grpo, sft
 
@@ -171,7 +171,7 @@ def test_a_run_that_died_between_checkpoints_repeats_the_lost_steps(finished, ti
     assert recorded(folder) == recorded(finished)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(finished, tiny_recipe, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(finished, tiny_recipe, tmp_path, capsys):
     folder = trained(tiny_recipe, tmp_path / "run", stop_after=5)
     weights = folder / "checkpoints" / "step_000005" / "model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -214,7 +214,7 @@ def test_a_folder_in_use_is_refused(finished, tiny_recipe):
         trained(tiny_recipe, finished)
 
 
-def test_a_folder_that_holds_no_run_is_refused_without_the_advice_to_resume_it(tiny_recipe, tmp_path):
+def test_a_folder_without_a_run_is_no_run_to_go_on_with(tiny_recipe, tmp_path):
     (tmp_path / "recipe.yaml").write_text("steps: 3")
     with pytest.raises(UserError, match=r"is in use; give another folder$"):
         trained(tiny_recipe, tmp_path)
@@ -262,7 +262,7 @@ def test_fewer_steps_than_are_done_are_refused(finished):
 
 
 @pytest.mark.parametrize("lost", ["report.html", "summary.json"])
-def test_a_run_that_was_killed_at_its_very_end_is_not_taken_for_finished(finished, tmp_path, lost):
+def test_a_run_killed_at_its_very_end_is_not_taken_for_finished(finished, tmp_path, lost):
     folder = shutil.copytree(finished, tmp_path / "copy")
     (folder / lost).unlink()
     coterie.train(resume=str(folder))
@@ -356,7 +356,7 @@ def test_steps_that_are_skipped_are_counted_across_a_resume(tiny_recipe, tmp_pat
     assert {step for _, step, name, _ in recorded(folder)["metrics"] if name == "loss/total"} == {1, 2, 3, 4}
 
 
-def test_a_limit_that_is_passed_all_along_is_one_event_across_a_resume(tiny_recipe, tmp_path):
+def test_a_limit_passed_all_along_is_one_event_across_a_resume(tiny_recipe, tmp_path):
     folder = trained(tiny_recipe, tmp_path / "run", "cold_start=null", "limits.entropy=100", stop_after=3)
     coterie.train(resume=str(folder))
     with sqlite3.connect(folder / "run.db") as db:
@@ -392,7 +392,7 @@ def test_another_writer_is_waited_for(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_without_a_compiler_says_so_and_resumes_to_the_same_bits(
+def test_a_run_without_a_compiler_says_so_and_resumes_exactly(
     tiny_recipe, tmp_path, without_kernels, monkeypatch, capsys
 ):
     monkeypatch.setattr("coterie.training.train.why_missing", lambda dtype: "no C compiler (cc) was found")
@@ -404,7 +404,7 @@ def test_a_run_without_a_compiler_says_so_and_resumes_to_the_same_bits(
     assert recorded(tmp_path / "cut") == recorded(whole)
 
 
-def test_a_reward_begins_while_groups_are_sampled_and_changes_nothing(tiny_recipe, tmp_path, monkeypatch):
+def test_a_reward_that_begins_during_sampling_changes_nothing(tiny_recipe, tmp_path, monkeypatch):
     """One that asks elsewhere is given each group before it is called; the run is the same without."""
     events = []
 

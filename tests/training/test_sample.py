@@ -47,7 +47,7 @@ def test_normalised_rewards_are_summed_with_their_weights():
     assert swapped[0].argsort().tolist() == (2 * of_short - 0.25 * of_right)[0].argsort().tolist()
 
 
-def test_the_kl_that_is_watched_is_the_policy_s_from_its_own_samples():
+def test_the_watched_kl_is_the_policy_s_from_its_own_samples():
     """The sampler gave each token 1/e and the reference 1/e^2, or the other way round: e^d - 1 - d with d = -1, and with 1."""
     for sampler, reference, expected in ((-1.0, -2.0, math.exp(-1)), (-2.0, -1.0, math.e - 2)):
         stream = make_stream([([1], [Row([2, 3], torch.full((2,), sampler))])])
@@ -55,7 +55,7 @@ def test_the_kl_that_is_watched_is_the_policy_s_from_its_own_samples():
         assert tally.values()["policy/kl"] == pytest.approx(expected)
 
 
-def test_what_reached_the_length_limit_abstains_or_loses_by_how_near_it_came():
+def test_what_reached_the_length_limit_abstains_or_loses():
     ends = [("stop", 10), ("length", 20), ("stop", 19)]
     completions = [Completion([1] * n, torch.zeros(n), torch.zeros(n), ended) for ended, n in ends]
     given = Scored([Group(Prompt(0, "q", [1]), completions)], torch.ones(1, 3, dtype=torch.float64), {}, [])

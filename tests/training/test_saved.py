@@ -81,7 +81,7 @@ def test_a_checkpoint_is_measured_and_sampled_like_its_export(runs, tmp_path, ca
     assert f"accuracy, {run}, step 4 minus {run}, step 0, paired by prompt" in compared
 
 
-def test_a_checkpoint_that_is_not_there_is_answered_with_those_that_are(runs, tmp_path, monkeypatch, capsys):
+def test_a_missing_checkpoint_is_answered_with_those_there_are(runs, tmp_path, monkeypatch, capsys):
     run = str(runs / "plain")
     for wrong, words in (
         ({"step": 3}, "no checkpoint of step 3; its checkpoints: --step 0, --step 2, --step 4"),
@@ -122,7 +122,7 @@ def evaluated(folder, figures, name="accuracy"):
             db.execute("INSERT INTO evaluations VALUES ('train', ?, 'sampled', ?, ?, 0, 1, 8)", (step, name, value))
 
 
-def test_the_best_checkpoint_is_the_one_with_the_best_held_out_evaluation(runs, tmp_path):
+def test_the_best_checkpoint_has_the_best_held_out_evaluation(runs, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(runs / "plain", run)
     evaluated(run, {0: 0.1, 2: 0.5, 4: 0.3})
@@ -137,7 +137,7 @@ def test_the_best_checkpoint_is_the_one_with_the_best_held_out_evaluation(runs, 
     assert "the best held-out accuracy was 0.9000 after step 3, whose checkpoint was not kept" in note
 
 
-def test_an_evaluation_set_of_one_s_own_is_what_training_and_eval_measure(tmp_path, monkeypatch, capsys):
+def test_an_own_evaluation_set_is_what_training_and_eval_measure(tmp_path, monkeypatch, capsys):
     """Its rows are measured before, on the way and after; all the others are trained on."""
 
     def rows(name, words):

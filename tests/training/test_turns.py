@@ -47,7 +47,7 @@ def asked(text):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["chatml", "qwen3", "glm"])
-def test_a_model_that_learns_a_turns_end_stops_there_in_transformers(make, tmp_path, name):
+def test_a_model_that_learns_a_turn_s_end_stops_there(make, tmp_path, name):
     family = FAMILIES[name]
     rows = [{"prompt": asked(f"{n} ok?"), "answer": "yes"} for n in range(20)]
     recipe = make(
@@ -121,7 +121,7 @@ def test_a_run_is_sampled_from_as_it_sampled(make, tmp_path, capsys, monkeypatch
     assert codec.encode_prompt(task.asked("3 ok?")) == inputs["input_ids"][0].tolist()
 
 
-def test_what_all_prompts_of_a_data_set_share_is_part_of_one_that_is_typed(make):
+def test_what_all_prompts_share_is_part_of_one_that_is_typed(make):
     system, begun = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "It is"}
     rows = [{"prompt": [system, *asked(f"{n} ok?"), begun]} for n in range(5)]
     rewards = {"rewards": ["reward.py:seen"], "loss": {"kl_weight": 0}}
@@ -135,7 +135,7 @@ def test_what_all_prompts_of_a_data_set_share_is_part_of_one_that_is_typed(make)
     assert texts.asked("hello") == "hello"
 
 
-def test_settings_of_a_chat_for_prompts_that_are_texts_are_refused(make):
+def test_chat_settings_for_prompts_that_are_texts_are_refused(make):
     rewards = {"rewards": ["reward.py:seen"], "loss": {"kl_weight": 0}}
     recipe = make(FAMILIES["qwen3"], [{"prompt": "3 ok?"}], system_prompt="Be brief.", **rewards)
     with pytest.raises(UserError, match="system_prompt: has no effect: the prompts of the task are text"):
@@ -144,7 +144,7 @@ def test_settings_of_a_chat_for_prompts_that_are_texts_are_refused(make):
         make(FAMILIES["qwen3"], [{"prompt": asked("3")}], chat_template_kwargs={"tokenize": True}, **rewards)
 
 
-def test_a_row_whose_template_or_tokenizer_fails_is_named_by_its_line(make):
+def test_a_row_whose_template_or_tokenizer_fails_has_its_line(make):
     refusing = Family(
         "{% for m in messages %}{{ raise_exception('no tools') if m.role == 'tool' else m.content }}{% endfor %}"
     )

@@ -56,7 +56,7 @@ def test_a_fence_inside_a_programs_text_does_not_end_it():
     assert program_in(fenced(code), "solve") == code + "\n"
 
 
-def test_a_definition_below_an_if_or_a_try_is_found_where_there_is_no_other():
+def test_a_lone_definition_below_an_if_or_a_try_is_found():
     below = "try:\n    from fast import solve\nexcept ImportError:\n    def solve(n):\n        return n + 1"
     assert program_in(fenced(below, "print(solve(3))"), "solve") == below + "\n"
     assert program_in(fenced(SOLVE, "class A:\n    def solve(self): pass"), "solve") == SOLVE + "\n"
@@ -82,12 +82,12 @@ def test_a_whole_program_is_the_last_one_that_reads_its_input():
     assert program_in(fenced(stdin, "5", language=""), None, reads=True) == stdin + "\n"
 
 
-def test_a_function_in_a_plain_block_is_found_beside_python_that_only_uses_it():
+def test_a_plain_block_s_function_is_found_beside_its_uses():
     text = f"{fenced(SOLVE, language='')}\n{fenced('print(solve(3))')}"
     assert program_in(text, "solve") == SOLVE + "\n"
 
 
-def test_a_right_function_with_an_example_after_it_gets_its_reward():
+def test_a_right_function_before_an_example_gets_its_reward():
     with_main = "if __name__ == '__main__':\n    print(solve(int(input())))"
     texts = [
         fenced(SOLVE, "print(solve(3))"),

@@ -93,7 +93,7 @@ class Counting:
         return done(Outcome([Output(data="2")] * len(program.inputs)))
 
 
-def test_equal_programs_are_run_once_and_judged_by_their_own_tests():
+def test_equal_programs_run_once_and_each_has_its_own_tests():
     code = Code(function="f")
     code._holder.sandbox = box = Counting()
     two, other, three, real = (
@@ -105,7 +105,7 @@ def test_equal_programs_are_run_once_and_judged_by_their_own_tests():
     assert [type(inputs[0][0]) for _, inputs, _ in box.ran] == [int, int, int, float]
 
 
-def test_programs_that_were_begun_are_not_run_again_until_the_next_step():
+def test_programs_that_were_begun_run_once_in_a_step():
     code = Code(function="f")
     code._holder.sandbox = box = Counting()
     tests = [{"args": [1], "expected": 2}]
@@ -233,7 +233,7 @@ def test_what_counts_as_equal_can_be_said():
         (math.inf, math.inf, [], True), (-math.inf, math.inf, [], False), (1.0, math.inf, [], False), (math.inf, 1.0, [], False),
     ],
 )  # fmt: skip
-def test_floats_are_compared_at_their_own_size_and_zero_at_that_of_the_test(value, expected, given, right):
+def test_floats_are_compared_at_their_size_and_0_at_the_test_s(value, expected, given, right):
     output = Output(json.dumps([value]))
     test = Test([given], [expected], whole=False)
     assert passes(output, test, Policy()) is right

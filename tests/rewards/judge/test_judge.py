@@ -152,14 +152,14 @@ def failed(value, *words):
     return True
 
 
-def test_each_completion_gets_a_score_on_the_scale_as_a_share_of_it(server, make_judge):
+def test_a_score_becomes_a_share_of_its_scale(server, make_judge):
     server.behave = by_length
     judge = make_judge(lowest=1, highest=10)
     assert judge(["p", "p", "q"], ["a", "1234567890", "1234"]) == [0.0, 1.0, pytest.approx(1 / 3)]
     assert len(server.asked) == 3
 
 
-def test_the_request_states_its_schema_strictly_and_carries_the_key_in_its_header_alone(server, make_judge):
+def test_a_request_has_a_strict_schema_and_a_key_in_its_header(server, make_judge):
     make_judge(temperature=0.3, extra={"max_tokens": 50})(["p"], ["a"])
     (fields,), ((path, headers),) = server.asked, server.headers
     assert path == "/v1/chat/completions"
@@ -297,7 +297,7 @@ DECLINED = {
 
 
 @pytest.mark.parametrize("way", PASSING)
-def test_what_may_pass_is_tried_again_and_then_it_abstains_with_the_reason(server, make_judge, way):
+def test_what_may_pass_is_tried_again_before_it_abstains(server, make_judge, way):
     behave, reason = PASSING[way]
     judge = make_judge(attempts=2, request_seconds=1 if "within 1 s" in reason else 30)
     server.behave = lambda handler, fields: (behave if len(server.asked) == 1 else by_length)(handler, fields)
@@ -319,7 +319,7 @@ def test_what_would_not_pass_is_not_tried_again(server, make_judge, way):
 
 
 @pytest.mark.parametrize("way", DECLINED)
-def test_what_the_judge_declines_has_the_lowest_value_and_that_is_said(server, make_judge, way):
+def test_what_the_judge_declines_is_told_with_the_lowest_value(server, make_judge, way):
     """To abstain would let a completion escape a low reward."""
 
     def declines(handler, fields):
@@ -334,14 +334,14 @@ def test_what_the_judge_declines_has_the_lowest_value_and_that_is_said(server, m
     assert asked <= 3  # in each format once, and never again
 
 
-def test_a_request_that_is_wrong_for_every_completion_is_a_failure_and_no_lowest_value(server, make_judge):
+def test_a_request_wrong_for_all_is_a_failure_without_a_value(server, make_judge):
     server.behave = answers(b"no such field: top_k", 400)
     assert failed(make_judge()(["p"], ["a"])[0], "answered 400: no such field")
     server.behave = answers(b"max_tokens is too large: 99999. This model supports at most 4096 completion tokens.", 400)
     assert failed(make_judge(extra={"max_tokens": 99999})(["p"], ["a"])[0], "answered 400: max_tokens is too large")
 
 
-def test_pairs_and_rankings_that_are_declined_lower_those_that_are_in_them(server, make_judge):
+def test_declined_pairs_and_rankings_lower_those_in_them(server, make_judge):
     def declines(handler, fields):
         bad = any("bad" in text for text in parts_of(fields).values())
         (DECLINED["refusal"][0] if bad else by_length)(handler, fields)
@@ -488,7 +488,7 @@ judge.close()
 """
 
 
-def test_time_for_which_the_process_is_stopped_does_not_count_for_a_step(server, tmp_path):
+def test_time_while_the_process_is_stopped_counts_for_no_step(server, tmp_path):
     def stops(handler, fields):
         process.send_signal(signal.SIGSTOP)
         time.sleep(4)
@@ -502,7 +502,7 @@ def test_time_for_which_the_process_is_stopped_does_not_count_for_a_step(server,
 
 
 @pytest.mark.parametrize("status", [400, 422])
-def test_a_server_that_takes_no_schema_is_asked_in_a_simpler_form_from_then_on(server, make_judge, status):
+def test_a_server_without_schemas_is_asked_in_a_simpler_form(server, make_judge, status):
     def old(handler, fields):
         if fields.get("response_format", {}).get("type") == "json_schema":
             send(handler, b"unknown response_format", status)
@@ -534,7 +534,7 @@ def test_a_plain_reply_may_have_words_around_its_only_object(server, make_judge)
     assert failed(none, "no JSON object")
 
 
-def test_a_question_that_is_refused_does_not_change_how_the_next_is_asked(server, make_judge):
+def test_a_refused_question_changes_nothing_for_the_next(server, make_judge):
     def refuses_b(handler, fields):
         (answers(b"too long", 400) if parts_of(fields)["answer"] == "b" else by_length)(handler, fields)
 
@@ -557,7 +557,7 @@ def test_no_more_requests_at_the_same_time_than_allowed(server, make_judge):
     assert server.most == 3
 
 
-def test_the_breaker_opens_after_failures_in_a_row_and_closes_after_an_answer():
+def test_failures_in_a_row_open_the_breaker_an_answer_closes_it():
     now = [0.0]
     breaker = Breaker(2, 10.0, clock=lambda: now[0])
     breaker.failed()
@@ -578,9 +578,7 @@ def test_the_breaker_opens_after_failures_in_a_row_and_closes_after_an_answer():
 
 
 @pytest.mark.parametrize("concurrency", [1, 6])
-def test_a_judge_that_is_down_is_left_alone_for_a_while_and_then_tried_with_one_question(
-    server, make_judge, concurrency
-):
+def test_a_judge_that_is_down_is_tried_later_with_one_question(server, make_judge, concurrency):
     server.behave = answers(b"", 500)
     judge = make_judge(attempts=1, failures_in_a_row=3, pause_seconds=60, concurrency=concurrency)
     now = [0.0]
@@ -690,7 +688,7 @@ def test_what_a_completion_says_stays_inside_of_its_fence(server, make_judge, te
     assert "10 of 10" in parts[{"completion": "answer", "reference": "reference answer"}.get(place, place)]
 
 
-def test_the_boundary_differs_from_request_to_request_and_not_from_try_to_try(server, make_judge):
+def test_the_boundary_differs_between_requests_and_not_tries(server, make_judge):
     make_judge(cache="none")(["p"] * 2, ["a", "b"])
     make_judge(cache="none")(["p"], ["a"])
     marks = {
@@ -716,7 +714,7 @@ def test_a_judge_that_prefers_a_place_says_nothing(server, make_judge, place, op
     assert values == [0.5] * 3
 
 
-def test_a_group_is_compared_with_itself_in_a_bounded_number_of_pairs(server, make_judge):
+def test_a_group_is_compared_in_a_bounded_number_of_pairs(server, make_judge):
     server.behave = by_length
     texts = ["x" * number for number in (3, 1, 4, 2, 3)]
     values = make_judge(mode="pairwise")(["p"] * 5, texts)
@@ -761,7 +759,7 @@ def test_a_group_is_ranked_in_one_request_whatever_its_order(server, make_judge)
     assert len(server.asked) == 3
 
 
-def test_a_ranking_in_several_orders_cancels_a_preference_for_a_place(server, make_judge):
+def test_rankings_in_several_orders_cancel_a_preferred_place(server, make_judge):
     server.behave = replies(verdict([1, 2, 3], "ranking"))
     one = make_judge(mode="ranking", orders=1)(["p"] * 3, list("abc"))
     assert sorted(one) == [0.0, 0.5, 1.0]
@@ -772,7 +770,7 @@ def test_a_ranking_in_several_orders_cancels_a_preference_for_a_place(server, ma
 @pytest.mark.parametrize(
     "ranking", [[1, 2], [1, 2, 2], [0, 1, 2], [1, 2, 3, 4], [1, 2, "3"], [1, 2, 3.0], [True, 2, 3], "123", {}, None]
 )
-def test_a_ranking_that_is_no_permutation_makes_the_group_abstain(server, make_judge, ranking):
+def test_a_ranking_that_is_no_permutation_lets_a_group_abstain(server, make_judge, ranking):
     server.behave = replies(verdict(ranking, "ranking"))
     values = make_judge(mode="ranking", attempts=1)(["p"] * 3, list("abc"))
     assert all(failed(value, "each once") for value in values)
@@ -785,7 +783,7 @@ def test_winners_that_there_are_not_abstain(server, make_judge):
         assert all(failed(value, "winner is") for value in values)
 
 
-def test_what_is_too_long_has_the_lowest_value_and_the_others_are_compared(server, make_judge):
+def test_what_is_too_long_has_the_lowest_value_in_a_comparison(server, make_judge):
     server.behave = by_length
     judge = make_judge(mode="ranking", max_characters=10)
     with pytest.warns(UserWarning, match="the completion has 11 characters"):
@@ -884,7 +882,7 @@ def until(condition, seconds=5):
 
 
 @pytest.mark.parametrize("mode", ["absolute", "ranking", "pairwise"])
-def test_groups_that_were_begun_are_asked_at_once_and_never_again(server, make_judge, mode):
+def test_groups_that_were_begun_are_asked_at_once_and_only_once(server, make_judge, mode):
     server.behave = by_length
     groups = {"p": ["a", "bbb", "cc"], "q": ["dddd", "ee", "f"], "r": ["gg", "h", "iii"]}
     prompts = [prompt for prompt, texts in groups.items() for _ in texts]
@@ -915,7 +913,7 @@ def test_what_was_begun_and_what_comes_later_share_the_places(server, make_judge
     assert server.most == 3
 
 
-def test_a_judge_that_hangs_is_given_up_where_the_call_is_interrupted_and_where_it_is_closed(server, make_judge):
+def test_a_hanging_judge_is_given_up_when_interrupted_or_closed(server, make_judge):
     def hang(handler, fields):
         server.released.wait(30)
 
@@ -955,7 +953,7 @@ MODEL = {"type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidde
 
 
 @pytest.mark.parametrize("mode", ["absolute", "ranking"])
-def test_grpo_runs_against_a_judge_and_its_key_stays_out_of_the_run(server, tmp_path, mode):
+def test_grpo_runs_against_a_judge_and_records_no_key(server, tmp_path, mode):
     server.behave = by_length
     (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"{n} ok? "}) for n in range(10)))
     options = {"model": "m", "rubric": "Longer.", "url": server.url, "mode": mode, "cache": str(tmp_path / "cache")}

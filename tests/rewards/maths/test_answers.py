@@ -76,7 +76,7 @@ def test_the_pairs_are_labelled_once_each():
         assert len({(pair["gold"], pair["answer"]) for pair in pairs}) == len(pairs) >= least
 
 
-def test_arithmetic_that_is_left_undone_counts_where_it_is_asked_for():
+def test_undone_arithmetic_counts_where_it_is_asked_for():
     texts = ["\\boxed{17 \\cdot 23}", "\\boxed{17 \\cdot 24}", "\\boxed{391}"]
     assert Answer()(texts, answer=["391"] * 3) == [0.0, 0.0, 1.0]
     lax = Answer(unevaluated=True, seconds=10.0)
@@ -145,7 +145,7 @@ def test_a_tower_in_disguise_is_not_worked_out(quick, text):
     assert quick._pool[0]._workers == workers  # none had to be killed for it
 
 
-def test_an_answer_over_its_time_scores_0_and_the_others_their_due(quick):
+def test_an_answer_over_its_time_scores_0_and_costs_no_other(quick):
     slow = r"\boxed{\sum_{n=1}^{10^{15}} \frac{1}{n^n}}"
     began = time.monotonic()
     assert quick([slow, r"\boxed{\frac{x+x}{2}}", slow], answer=["x"] * 3) == [0.0, 1.0, 0.0]
@@ -158,7 +158,7 @@ def test_an_answer_over_its_time_scores_0_and_the_others_their_due(quick):
      r"\sum_{n=1}^{1/2} n", r"\int_0^{\frac{1}{0}} x dx", r"\lceil \begin{pmatrix}k\end{pmatrix}\rceil", r"i \ne x = k",
      r"\cos{\lim_{x \to \frac{1}{0}} \frac{1}{x}}", "(" * 190 + "x" + ")" * 190, r"\sqrt{" * 60 + "x" + "}" * 60],
 )  # fmt: skip
-def test_an_answer_that_breaks_the_algebra_is_wrong_and_does_not_abstain(reward, answer):
+def test_an_answer_that_breaks_the_algebra_is_wrong(reward, answer):
     """Else a policy could escape a low reward, and stop the run, with what makes sympy raise."""
     assert reward([answer] * 2, answer=["x+7", r"\pi"]) == [0.0, 0.0]
 
@@ -305,7 +305,7 @@ def test_a_chat_another_column_and_a_long_answer(reward):
     assert list(inspect.signature(Answer(column="solution")).parameters) == ["completions", "solution"]
 
 
-def test_in_a_recipe_a_right_answer_that_cannot_be_read_is_counted_and_named():
+def test_a_recipe_counts_and_names_right_answers_it_cannot_read():
     (reward,) = load_rewards([RewardSpec(function="answer", options={"column": "solution"}, weight=2.0)])
     zeros = torch.zeros(1)
     texts = ["\\boxed{2x}", "\\boxed{x+x}", "\\boxed{3}", "nothing"]

@@ -91,7 +91,7 @@ def test_steps_out_of_order_are_not_complete(order):
         "3x = 1５\nx = 5",  # a full-width digit
     ],
 )
-def test_a_line_that_does_not_follow_leaves_only_the_points_of_the_answer(text):
+def test_a_line_that_does_not_follow_leaves_the_answer_s_points(text):
     assert points(text) == 6
     assert not check(EQUATION, text).follows
 

@@ -65,7 +65,7 @@ def test_points_of_arithmetic(task, text, wanted):
     assert points(*task, text) == wanted
 
 
-def test_complete_beats_terse_beats_a_lucky_guess_beats_a_wrong_answer():
+def test_complete_beats_terse_beats_lucky_beats_wrong():
     texts = ["3 * (4 + 5) = 3 * 9 = 27", "3 * (4 + 5) = 27", "27", "3 * (4 + 5) = 3 * 9 = 26"]
     got = [points(*CHAIN, text) for text in texts]
     assert got == [9, 8, 6, 0]
@@ -101,7 +101,7 @@ def test_rows_may_have_an_equation_or_an_answer():
     ]
 
 
-def test_data_without_an_answer_is_refused_and_an_unreadable_one_is_a_failure():
+def test_no_answer_is_refused_and_an_unreadable_one_is_a_failure():
     with pytest.raises(UserError, match="answer"):
         Steps()(["a"], ["b"])
     got = Steps()(["", "", ""], ["", "", ""], answer=["blue", None, True])
@@ -218,7 +218,7 @@ def test_numbers_of_a_problem_stand_in_digits_or_words():
     assert number_of("3 + 4") is None
 
 
-def test_a_solution_that_is_too_long_keeps_the_points_of_its_answer():
+def test_a_solution_that_is_too_long_keeps_its_answer_s_points():
     report = check_arithmetic("3 * 9", Fraction(27), "3 * 9 = 27\n" * 400)
     assert report.right
     assert not report.follows
@@ -263,6 +263,6 @@ def test_what_uses_the_stated_quantities_is_no_counting(prompt, steps, answer):
     assert Steps()([prompt], [f"{steps}\nThe answer is {answer}."], answer=[answer]) == [1.0]
 
 
-def test_a_number_that_a_word_stands_before_is_named_and_claims_nothing():
+def test_a_number_after_a_word_is_named_and_claims_nothing():
     assert claims_of("the total 3 = 7") == claims_of("2 apples 3 = 7") == []
     assert len(claims_of("apples: 3 = 7")) == 1

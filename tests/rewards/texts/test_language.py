@@ -76,7 +76,7 @@ def test_a_prompt_in_kanji_and_kana_is_japanese():
     assert Language()(["漢字とかな"], ["東京は日本の首都です。"]) == [1]
 
 
-def test_the_option_goes_before_the_column_and_the_column_before_the_prompt():
+def test_the_option_precedes_the_column_and_that_the_prompt():
     text = "这是中文。"
     assert Language()(["Hello, how are you?"], [text], language=["zh-CN"]) == [1]
     assert Language(language="en")(["你好"], [text], language=["zh"]) == [0]

@@ -69,7 +69,7 @@ def groups(*texts, letter="a"):
     ]
 
 
-def test_whatever_one_completion_of_64_does_the_others_get_their_reward(load):
+def test_whatever_one_completion_does_the_others_get_theirs(load):
     bad = {
         5: ("sleep", "took longer than 1 s"),
         6: ("spin", "took longer than 1 s"),
@@ -93,13 +93,13 @@ def test_whatever_one_completion_of_64_does_the_others_get_their_reward(load):
     torch.testing.assert_close(result.rewards, torch.tensor([wanted], dtype=torch.float64), equal_nan=True)
 
 
-def test_what_a_worker_raises_ends_the_run_with_the_worker_s_traceback(load):
+def test_what_a_worker_raises_ends_the_run_with_its_traceback(load):
     with pytest.raises(UserError, match=r"KeyError: 'lost' \(.*own\.py, line \d+, in mixed\)") as error:
         score(groups("raise", letter="b"), [load("mixed", options={"bonus": 0.5})], max_failed_share=0.0)
     assert "in mixed\n" in "".join(traceback.format_exception(error.value))
 
 
-def test_an_async_function_is_awaited_and_options_go_whole_into_each_call(load):
+def test_an_async_function_is_awaited_and_its_options_stay_whole(load):
     """A list among the options is no column."""
     result = score(groups("a", "bb"), [load("slowly", options={"scale": [10, 100]})])
     assert result.rewards.tolist() == [[100, 200]]

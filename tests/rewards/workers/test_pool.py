@@ -111,7 +111,7 @@ def test_answers_come_back_in_order_from_several_workers(pool):
 
 
 @pytest.mark.parametrize("what", ["sleep", "spin", "power", "ignore", "stop"])
-def test_a_call_over_its_time_is_killed_alone_and_its_worker_replaced(pool, what):
+def test_a_call_over_its_time_is_killed_and_its_worker_replaced(pool, what):
     before = set(pool.map([{"what": "pid"}] * 6))
     began = time.monotonic()
     answers = pool.map([*doubles(5), {"what": what}, *doubles(5)], seconds=0.7)
@@ -132,7 +132,7 @@ def test_what_a_killed_worker_started_is_killed_with_it(pool, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV])
-def test_a_worker_that_is_killed_or_stopped_from_outside_is_replaced(pool, number):
+def test_a_worker_killed_or_stopped_from_outside_is_replaced(pool, number):
     """Between calls, and in the midst of one."""
     pids = pool.map([{"what": "pid"}] * 6)
     os.kill(pids[0], number)
