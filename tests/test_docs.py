@@ -134,3 +134,13 @@ def test_every_demand_names_tests_that_exist():
         for file, names in files:
             defined = re.findall(r"^def (test_\w+)", (ROOT / file).read_text(encoding="utf-8"), flags=re.M)
             assert set(re.findall(r"`(test_\w+)`", names)) <= set(defined), f"R{number}: {file}"
+
+
+def test_the_path_of_a_step_is_counted_as_it_is(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import reading_path
+
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert reading_path.page() == page, "write it anew: python benchmarks/reading_path.py --write"
+    total = sum(reading_path.lines_of(name) for name, _ in reading_path.PATH)
+    assert f"[{total:,} lines]" in (ROOT / "README.md").read_text(encoding="utf-8")

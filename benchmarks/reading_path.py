@@ -1,0 +1,112 @@
+"""How much there is to read of one step, from drawing a prompt to the row in run.db: each file and its lines.
+
+`python benchmarks/reading_path.py` prints the table of docs/architecture.md; `--write` puts it there. What only makes a step faster is
+counted apart: it may be left shut.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import tokenize
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "architecture.md"
+PATH = (
+    ("training/grpo.py", "the loop"),
+    ("training/problem.py", "what it is made for: task, rewards, codec"),
+    ("training/sample.py", "draw, sample and score the groups; dynamic sampling"),
+    ("tasks/base.py", "which prompts a step draws"),
+    ("rollouts/collect.py", "prompts to groups, with keyed noise"),
+    ("noise.py", "keys and uniform numbers"),
+    ("rollouts/engine.py", "one token for each row: temperature, top-k, top-p, min-p"),
+    ("rollouts/padded.py", "the plain engine: group by group, through the model's own cache"),
+    ("rewards/base.py", "what a reward is"),
+    ("rewards/score.py", "rewards, abstentions, failures"),
+    ("rewards/arguments.py", "what a reward is handed"),
+    ("training/stages.py", "what a recipe adds on the way: overlong completions, the KL in the reward"),
+    ("training/advantages.py", "which advantages"),
+    ("training/keywords.py", "a user's own function"),
+    ("algorithms/advantages.py", "rewards to advantages"),
+    ("rollouts/pack.py", "groups to streams, micro-batches"),
+    ("types.py", "what travels between all these"),
+    ("training/policy_update.py", "objective, KL, correction"),
+    ("training/gap.py", "sampler against trainer"),
+    ("models/logprobs.py", "log-probabilities, entropy and exact KL in chunks"),
+    ("models/policy.py", "a transformers model as a policy"),
+    ("models/attention.py", "attention handed to a layout"),
+    ("models/layout.py", "attention over the stream in dense blocks"),
+    ("models/alibi.py", "attention with a slope for each head"),
+    ("models/lengths.py", "which sequences may be run together"),
+    ("algorithms/ratios.py", "the policy against the sampler"),
+    ("algorithms/objectives.py", "the loss of each token"),
+    ("algorithms/kl.py", "the KL to the reference"),
+    ("algorithms/aggregate.py", "losses of tokens to one number"),
+    ("training/step.py", "backward over micro-batches, clip, step; the learning rate"),
+    ("algorithms/controllers.py", "weights that adapt"),
+    ("training/weights.py", "which weights act in a step"),
+    ("training/reference.py", "references that move"),
+    ("training/metrics.py", "sums and counts"),
+    ("training/step_metrics.py", "what a step is said to have been like"),
+    ("runs/recorder.py", "a step in one transaction"),
+    ("runs/store.py", "the tables of run.db"),
+)  # fmt: skip
+FAST = (
+    ("fast/serve.py", "which of it serves"),
+    ("fast/native.py", "prefill, decode, which rows are let in"),
+    ("fast/grid.py", "the rows under way, their keys and values"),
+    ("fast/replay.py", "a GPU's steps of decoding, recorded and replayed"),
+    ("fast/decoder.py", "sampling in compiled loops"),
+    ("fast/body.py", "a forward pass of our own"),
+    ("fast/pieces.py", "norm, rope and gate in compiled loops"),
+    ("fast/stream.py", "which attention serves on the stream"),
+    ("fast/flex.py", "FlexAttention over the stream"),
+    ("fast/kernels/calls.py", "the compiled loops as functions of tensors"),
+    ("fast/kernels/kernels.c", "the loops"),
+)
+
+
+def lines_of(name: str) -> int:
+    return len((ROOT / "coterie" / name).read_text(encoding="utf-8").splitlines())
+
+
+def lines_of_code(name: str) -> int:
+    """Without blank lines, comments and texts that stand alone, as docstrings do."""
+    found: set[int] = set()
+    alone = True
+    skipped = {tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER}
+    for token in tokenize.generate_tokens(io.StringIO((ROOT / "coterie" / name).read_text(encoding="utf-8")).readline):
+        if token.type == tokenize.NEWLINE:
+            alone = True
+        elif token.type not in skipped:
+            if not (alone and token.type == tokenize.STRING):
+                found.update(range(token.start[0], token.end[0] + 1))
+            alone = False
+    return len(found)
+
+
+def text() -> str:
+    total = sum(lines_of(name) for name, _ in PATH)
+    code = sum(lines_of_code(name) for name, _ in PATH)
+    fast = sum(lines_of(name) for name, _ in FAST)
+    head = "| file | what it does in the step | lines |\n|---|---|---|\n"
+    rows = lambda files: "".join(f"| `{name}` | {what} | {lines_of(name)} |\n" for name, what in files)  # noqa: E731
+    return (
+        f"Read these in order, from drawing a prompt to the row in `run.db`: {total:,} lines in {len(PATH)} files, of which {code:,} are code and "
+        f"the rest docstrings, comments and blank lines.\n\n{head}{rows(PATH)}\n"
+        f"What stands in `fast/` computes the same, faster: {fast:,} lines that a reader may leave shut.\n\n{head}{rows(FAST)}"
+    )
+
+
+def page() -> str:
+    """The architecture page with the table as it is now."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition("<!-- path -->\n")
+    return f"{before}<!-- path -->\n{text()}<!-- end -->{rest.partition('<!-- end -->')[2]}"
+
+
+if __name__ == "__main__":
+    if "--write" in sys.argv:
+        PAGE.write_text(page(), encoding="utf-8")
+    else:
+        print(text())
