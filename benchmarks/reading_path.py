@@ -61,6 +61,7 @@ FAST = (
     ("fast/body.py", "a forward pass of our own"),
     ("fast/pieces.py", "norm, rope and gate in compiled loops"),
     ("fast/stream.py", "which attention serves on the stream"),
+    ("fast/cascade.py", "attention in parts that are merged, in half precision"),
     ("fast/flex.py", "FlexAttention over the stream"),
     ("fast/kernels/calls.py", "the compiled loops as functions of tensors"),
     ("fast/kernels/kernels.c", "the loops"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from coterie.fast.cascade import Cascade
 from coterie.fast.serve import Policy
 from coterie.fast.stream import StreamLayout
 from coterie.models.attention import AttentionSettings
@@ -124,6 +125,28 @@ def queries_keys_values(num_heads, num_kv_heads, dtype=torch.float64):
 
 def dense(q, k, v, settings=SETTINGS):
     return DenseLayout(SEGMENTS).attend(0, *(x.transpose(0, 1)[None] for x in (q, k, v)), settings)[0]
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+def test_the_cascade_equals_dense_blocks_with_gradients(heads):
+    inputs = queries_keys_values(*heads)
+    weights = torch.randn(NUM_TOKENS, heads[0], 8, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    found = []
+    for attended in (Cascade(SEGMENTS).attend(*inputs, SETTINGS.scaling), dense(*inputs)):
+        found.append([attended, *torch.autograd.grad((attended * weights).sum(), inputs)])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+
+
+def test_the_cascade_stays_finite_where_padding_would_overflow():
+    """A padded place repeats a token that read fewer keys; its weights, taken literally, would be infinite."""
+    inputs = queries_keys_values(2, 2, torch.float32)
+    scaled = [(x * 60).detach().requires_grad_() for x in inputs[:2]] + [inputs[2]]
+    gradients = torch.autograd.grad(Cascade(SEGMENTS).attend(*scaled, 1.0).sum(), scaled)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    expected = torch.autograd.grad(dense(*scaled, AttentionSettings(1.0, None, None)).sum(), scaled)
+    for mine, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("window", [3, 20, 200])
