@@ -6,6 +6,8 @@ import codecs
 import hashlib
 import json
 import math
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +25,7 @@ from coterie.tasks.bounds import check_count, check_length, check_row, lines_of
 from coterie.types import Messages, Prompt, Scored
 
 Row = tuple[str, Mapping[str, Any] | BadRowError]  # where it stands, and its columns or why it has none
+_SILENT_SECONDS = 5.0  # for which nothing is said while rows are read
 
 
 class Dataset:
@@ -53,7 +56,7 @@ class Dataset:
         seen: dict[str, str] = {}
         number = num_rows = 0
         first: BadRowError | None = None
-        for origin, row in read_rows(settings, named):
+        for origin, row in _counted_aloud(read_rows(settings, named), settings.data):
             num_rows += 1
             try:
                 yield self._prompt(number, origin, row, seen)
@@ -166,6 +169,16 @@ class Dataset:
         """Whether the total reward is above `correct_above`, where the recipe says what that is."""
         bound = self._settings.correct_above
         return {} if bound is None else {"accuracy": (scored.rewards > bound).flatten().tolist()}
+
+
+def _counted_aloud(rows: Iterator[Row], name: str) -> Iterator[Row]:
+    """The rows, with a line now and then that says how many there were, where there are so many that it takes long."""
+    last = time.monotonic()
+    for number, row in enumerate(rows, start=1):
+        if time.monotonic() - last >= _SILENT_SECONDS and sys.stderr is not None:
+            last = time.monotonic()
+            print(f"reading {name}: {number:,} rows", file=sys.stderr, flush=True)
+        yield row
 
 
 def _divided(prompts: list[Prompt], share: float) -> tuple[list[Prompt], list[Prompt]]:

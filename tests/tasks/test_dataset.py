@@ -13,6 +13,7 @@ from coterie.models.codec import Codec
 from coterie.models.load import make_byte_tokenizer
 from coterie.recipe.settings import DatasetTask
 from coterie.tasks import bounds
+from coterie.tasks import dataset as module
 from coterie.tasks.base import draw
 from coterie.tasks.dataset import Dataset, read_rows
 from coterie.types import Completion, Group, Scored
@@ -67,6 +68,18 @@ def test_jsonl_rows_become_prompts_with_their_other_columns(jsonl):
     assert CODEC.decode(first.tokens) == "Say é"
     assert len(first.tokens) == len("Say é".encode())
     assert first.key != second.key
+
+
+def test_reading_that_takes_long_says_how_far_it_is(jsonl, monkeypatch, capsys):
+    path = jsonl(*({"prompt": f"Say {n}"} for n in range(40)))
+    dataset(path)
+    assert capsys.readouterr().err == ""
+    clock = iter(range(1000))  # each row takes a second
+    monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))
+    assert len(dataset(path).train) == 40
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(f"reading {path}: ")
+    assert 2 <= len(lines) <= 8
 
 
 def test_the_prompt_column_can_have_any_name(jsonl):
