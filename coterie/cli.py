@@ -63,6 +63,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 @app.command()
 def train(
+    context: typer.Context,
     recipe: Annotated[str | None, typer.Argument(help="A recipe file, or the name of a bundled one.")] = None,
     overrides: Overrides = None,
     resume: Annotated[str | None, typer.Option(help="Go on with this run, exactly from its newest checkpoint.")] = None,
@@ -95,7 +96,7 @@ def train(
         )
     from coterie.recipe import load_recipe
 
-    _restrict(trust, recipe)
+    _restrict(context, trust, recipe)
     if recipe is not None:
         load_recipe(recipe, overrides or [])  # a wrong recipe is refused before torch is imported, which takes seconds
     if profile:  # the profiler says once that it does not see memory from before it began being freed
@@ -119,6 +120,7 @@ def train(
 
 @app.command()
 def check(
+    context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a bundled one.")],
     overrides: Overrides = None,
     trust: Trust = False,
@@ -130,7 +132,7 @@ def check(
     """
     from coterie.recipe import load_recipe
 
-    _restrict(trust, recipe)
+    _restrict(context, trust, recipe)
     load_recipe(recipe, overrides or [])
     from coterie.commands.models import check_recipe
 
@@ -139,6 +141,7 @@ def check(
 
 @app.command("score")
 def score_rewards(
+    context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a bundled one.")],
     completions: Annotated[
         str,
@@ -158,7 +161,7 @@ def score_rewards(
     """
     from coterie.recipe import load_recipe
 
-    _restrict(trust, recipe)
+    _restrict(context, trust, recipe)
     load_recipe(recipe, overrides or [])
     from coterie.commands.scoring import score_completions
 
@@ -167,6 +170,7 @@ def score_rewards(
 
 @app.command("eval")
 def evaluate(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a hub id.")],
     task: Annotated[
         str | None, typer.Option(help="A recipe, whose held-out prompts and rewards are used. Default: the run's own.")
@@ -189,12 +193,13 @@ def evaluate(
     """
     from coterie.commands.models import evaluate_model
 
-    _restrict(trust, task)
+    _restrict(context, trust, task)
     evaluate_model(model, task, samples, prompts, against, seed, overrides or [], *_one_of(step, best))
 
 
 @app.command()
 def sample(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a hub id.")],
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many completions.")] = 4,
@@ -221,13 +226,14 @@ def sample(
     """
     from coterie.commands.models import sample_model
 
-    _restrict(trust, task)
+    _restrict(context, trust, task)
     chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_new_tokens": max_new_tokens}
     sample_model(model, prompt, count, chosen, task, seed, *_one_of(step, best))
 
 
 @app.command("export")
 def export_run(
+    context: typer.Context,
     run: Annotated[str, typer.Argument(help="A run, or the folder of one of its checkpoints.")],
     to: Annotated[Path, typer.Option(help="The folder to write.")],
     step: Step = None,
@@ -241,7 +247,7 @@ def export_run(
     """
     from coterie.commands.models import export_model
 
-    _restrict(False, None)
+    _restrict(context, False, None)
     export_model(run, to, *_one_of(step, best))
 
 
@@ -267,17 +273,18 @@ def _one_of(step: int | None, best: bool) -> tuple[int | None, bool]:
     return step, best
 
 
-def _restrict(trust: bool, recipe: str | None) -> None:
-    """Let only code of the recipe's own folder run, unless all is trusted. A run's folder, and a model's, bring no code."""
+def _restrict(context: typer.Context, trust: bool, recipe: str | None) -> None:
+    """While the command runs, let only code of the recipe's own folder run, unless all is trusted. A run's folder, and a model's, bring no code."""
     from coterie.errors import UserError
     from coterie.recipe import find_recipe
     from coterie.runs.find import is_run
-    from coterie.trust import restrict
+    from coterie.trust import restricted
 
     folder = None
     with suppress(UserError):  # a recipe that is not there is said where it is read
         folder = find_recipe(recipe).resolve().parent if recipe is not None else None
-    restrict(None if folder is None or is_run(folder) else folder, trust=trust)
+    own = None if folder is None or is_run(folder) else folder
+    context.with_resource(restricted(own, trust=trust))
 
 
 def main() -> None:

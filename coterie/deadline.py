@@ -26,19 +26,18 @@ from typing import Any
 _SOURCE = Path(__file__).with_suffix(".c")
 _DUMP = signal.SIGRTMIN + 7 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2  # one that nobody sends
 
-_moments: list[float] = []  # of the blocks under way, as `running` counts
-
 
 @contextmanager
 def hard_deadline(seconds: float) -> Iterator[None]:
     """End the process, status 1, if the block takes longer: every thread's stack is printed first. Blocks may be nested."""
-    _moments.append(running() + seconds)
-    _arm()
+    clock = _clock()
+    clock.moments.append(clock.running() + seconds)
+    clock.arm()
     try:
         yield
     finally:
-        _moments.pop()
-        _arm()
+        clock.moments.pop()
+        clock.arm()
 
 
 @contextmanager
@@ -63,24 +62,31 @@ def cpu_limit(seconds: float) -> Iterator[None]:
 
 def running() -> float:
     """Seconds on a clock that stands still while the process is stopped."""
-    clock = _clock()
-    return float(clock.running()) if clock is not None else time.monotonic()
+    return _clock().running()
 
 
-def _arm() -> None:
-    clock = _clock()
-    if clock is not None:
-        clock.end_at(min(_moments, default=-1.0))
-    elif not _moments or sys.__stderr__ is None:
-        faulthandler.cancel_dump_traceback_later()
-    else:
-        left = max(0.001, min(_moments) - running())
-        faulthandler.dump_traceback_later(left, exit=True, file=sys.__stderr__)
+class _Clock:
+    """The time that the process runs, and its end at the first moment of the blocks under way: `moments`, as `running` counts."""
+
+    def __init__(self) -> None:
+        self.moments: list[float] = []
+        self._in_c = _begun()
+
+    def running(self) -> float:
+        return float(self._in_c.running()) if self._in_c is not None else time.monotonic()
+
+    def arm(self) -> None:
+        if self._in_c is not None:
+            self._in_c.end_at(min(self.moments, default=-1.0))
+        elif not self.moments or sys.__stderr__ is None:
+            faulthandler.cancel_dump_traceback_later()
+        else:
+            left = max(0.001, min(self.moments) - self.running())
+            faulthandler.dump_traceback_later(left, exit=True, file=sys.__stderr__)
 
 
-@cache
-def _clock() -> ctypes.CDLL | None:
-    """The clock, compiled and begun; None where it can't be. A tenth of a second, once a process."""
+def _begun() -> ctypes.CDLL | None:
+    """The thread in C, compiled and begun; None where it can't be. A tenth of a second, once a process."""
     compiler = shutil.which("cc")
     if compiler is None:
         return None
@@ -100,10 +106,5 @@ def _clock() -> ctypes.CDLL | None:
     return clock if clock.begin(int(_DUMP), output) == 0 else None
 
 
-def _as_in_any_process() -> None:
-    """A forked process has no such thread: its blocks begin anew, with a clock of its own."""
-    _moments.clear()
-    _clock.cache_clear()
-
-
-os.register_at_fork(after_in_child=_as_in_any_process)
+_clock = cache(_Clock)  # the process's one clock, since what ends the process is a thread in C
+os.register_at_fork(after_in_child=_clock.cache_clear)  # which a forked process does not have: its blocks begin anew

@@ -12,35 +12,47 @@ import hashlib
 import importlib.util
 import ipaddress
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from coterie.errors import UserError
 
 # Not all of coterie: other parts write files and run code that options could name
 _OURS = ("coterie.tasks.equation_rewards",)
-_folder: Path | None = None  # whose code runs unasked
-_asks = False  # in the command
-_trusts_all = True
 
 
-def restrict(folder: Path | None, *, trust: bool = False) -> None:
-    """From here on trust the code in this folder, if there is one, and what was trusted before; or all, and remember it."""
-    global _folder, _asks, _trusts_all
-    _folder, _asks, _trusts_all = folder.resolve() if folder is not None else None, True, trust
+@dataclass(frozen=True)
+class _Trust:
+    """folder: whose code runs unasked. asks: in the command. all: everything is trusted, and remembered."""
+
+    folder: Path | None = None
+    asks: bool = False
+    all: bool = True
 
 
-def release() -> None:
-    """Trust everything again, as in Python."""
-    global _folder, _asks, _trusts_all
-    _folder, _asks, _trusts_all = None, False, True
+_in_force = _Trust()  # for all of the process, so that no thread that a reward starts is trusted with more
+
+
+@contextmanager
+def restricted(folder: Path | None, *, trust: bool = False) -> Iterator[None]:
+    """Within the block trust the code in this folder, if there is one, and what was trusted before; or all, and remember it."""
+    global _in_force
+    before, _in_force = _in_force, _Trust(folder.resolve() if folder is not None else None, True, trust)
+    try:
+        yield
+    finally:
+        _in_force = before
 
 
 def check_code(home: str, setting: str) -> None:
     """UserError where the code of `home`, a file or a module's name, is not trusted. Remembers what is, in the command."""
-    if not _asks or home in _OURS:
+    folder = _in_force.folder
+    if not _in_force.asks or home in _OURS:
         return
-    inside = home.endswith(".py") and _folder is not None and Path(home).resolve().is_relative_to(_folder)
-    where = f"is not in the recipe's own folder, {_folder}," if _folder is not None else "no run or model may bring"
+    inside = home.endswith(".py") and folder is not None and Path(home).resolve().is_relative_to(folder)
+    where = f"is not in the recipe's own folder, {folder}," if folder is not None else "no run or model may bring"
     _ask(
         _entry(home),
         f"{setting}: would run {home}, which {where} and has not been run here before as it is now",
@@ -54,7 +66,7 @@ def check_sending(what: str, url: str, host: str, variable: str, setting: str) -
     host: of the url, as the client that sends reads it. variable: whose value goes along; empty for none. An address is agreed
     to together with the variable.
     """
-    if not _asks or (_is_this_machine(host) and not variable):
+    if not _in_force.asks or (_is_this_machine(host) and not variable):
         return
     key = f", with the value of {variable}," if variable else ""
     _ask(
@@ -65,13 +77,13 @@ def check_sending(what: str, url: str, host: str, variable: str, setting: str) -
 
 def check_risk(risk: str) -> None:
     """UserError with `risk`, a sentence about what a recipe gives up, unless all is trusted. It is never remembered."""
-    if _asks and not _trusts_all:
+    if _in_force.asks and not _in_force.all:
         raise UserError(f"{risk}. If you mean that, add --trust, each time")
 
 
 def check_links(folder: Path) -> None:
     """UserError where something in a run's folder is a link out of it: a run that goes on would write or delete there."""
-    if not _asks or not folder.is_dir():
+    if not _in_force.asks or not folder.is_dir():
         return
     home = folder.resolve()
     for path in folder.rglob("*"):
@@ -82,17 +94,17 @@ def check_links(folder: Path) -> None:
 
 def check_writing(folder: Path, setting: str) -> None:
     """UserError where a recipe would make a folder, and write there, that is not inside its own."""
-    if not _asks:
+    if not _in_force.asks:
         return
     place = folder.resolve()
-    inside = _folder is not None and place.is_relative_to(_folder)
+    inside = _in_force.folder is not None and place.is_relative_to(_in_force.folder)
     _ask(f"writes to {place}", f"{setting}: would write to {place}, which has not been agreed to here before", inside)
 
 
 def _ask(entry: str, what: str, trusted: bool = False) -> None:
     """Remember what is trusted; UserError for what is not, and was not before."""
     entry = entry.replace("\n", "\\n")
-    if _trusts_all or trusted:
+    if _in_force.all or trusted:
         _remember(entry)
     elif entry not in _known():
         raise UserError(f"{what}. Look at it, and if you trust it add --trust")

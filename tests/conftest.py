@@ -58,15 +58,6 @@ def no_home_of_the_users(tmp_path_factory):
         yield
 
 
-@pytest.fixture(autouse=True)
-def everything_is_trusted_again():
-    """As in Python, whatever a command restricted in the test before."""
-    from coterie import trust
-
-    yield
-    trust.release()
-
-
 @pytest.fixture
 def without_kernels(monkeypatch):
     """As on a machine that has no C compiler."""

@@ -122,10 +122,11 @@ def test_not_all_of_coterie_is_trusted(tmp_path, name, monkeypatch):
     """Some of it writes files or runs code that a recipe's options could name."""
     (tmp_path / "coterie_other.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    trust.restrict(tmp_path)
-    with pytest.raises(UserError, match="--trust"):
-        load_function(name, "rewards")
-    assert callable(load_function("coterie.tasks.equation_rewards:right_answer", "rewards"))
+    with trust.restricted(tmp_path):
+        with pytest.raises(UserError, match="--trust"):
+            load_function(name, "rewards")
+        assert callable(load_function("coterie.tasks.equation_rewards:right_answer", "rewards"))
+    assert callable(load_function("coterie.user_code:load_function", "rewards"))  # in Python everything is
 
 
 def test_a_run_or_model_folder_brings_no_code(folders, tmp_path, saved_model):

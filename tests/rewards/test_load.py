@@ -1,5 +1,7 @@
 """A user's function found by its name, and what is said where it is not there."""
 
+from contextlib import nullcontext
+
 import pytest
 
 from coterie import trust
@@ -28,17 +30,16 @@ def refusal(folder, name):
 def test_a_misspelt_file_is_not_there_and_the_nearest_is_named(folder, restricted, monkeypatch, tmp_path_factory):
     """Also in the command, from another folder: it is no matter of trust."""
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
-    if restricted:
-        trust.restrict(folder)
-    said = refusal(folder, "rewrads.py:right")
-    assert "trust" not in said
-    assert f"the file {folder / 'rewrads.py'} does not exist; did you mean 'rewards.py'?" in said
-    assert "there are: late.py, other.py, rewards.py" in refusal(folder, "zzz.py:right")
-    assert "no .py file lies in that folder" in refusal(folder, "elsewhere/rewards.py:right")
-    assert "names a file and no function of it; write rewards.py:function" in refusal(folder, "rewards.py")
-    assert "there is no module 'rewardz_' here; a file beside the recipe is written rewardz_.py:" in refusal(
-        folder, "rewardz_:right"
-    )
+    with trust.restricted(folder) if restricted else nullcontext():
+        said = refusal(folder, "rewrads.py:right")
+        assert "trust" not in said
+        assert f"the file {folder / 'rewrads.py'} does not exist; did you mean 'rewards.py'?" in said
+        assert "there are: late.py, other.py, rewards.py" in refusal(folder, "zzz.py:right")
+        assert "no .py file lies in that folder" in refusal(folder, "elsewhere/rewards.py:right")
+        assert "names a file and no function of it; write rewards.py:function" in refusal(folder, "rewards.py")
+        assert "there is no module 'rewardz_' here; a file beside the recipe is written rewardz_.py:" in refusal(
+            folder, "rewardz_:right"
+        )
 
 
 def test_a_misspelt_function_is_named_with_the_nearest(folder):
