@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from planned_fault import plan
+
 ROOT = Path(__file__).parent.parent
 MARK = "COTERIE_LAB"  # in the environment of everything that a command starts
 REWARD = """
@@ -81,7 +83,7 @@ class Ended:
 class Command:
     """`coterie ARGUMENTS` in a folder.
 
-    fault: as COTERIE_FAULT. limits: names of what to do in the process before it begins, of LIMITS. output: the descriptor that an
+    fault: as `planned_fault.plan` reads it. limits: names of what to do in the process before it begins, of LIMITS. output: the descriptor that an
     `apart` command prints into, in place of a log.
     """
 
@@ -180,13 +182,13 @@ def _start(
     limits: Sequence[str],
     output: int | None,
 ) -> subprocess.Popen[bytes]:
-    told = {"COTERIE_FAULT": fault} if fault else {}
+    command = [str(ROOT / "benchmarks" / "planned_fault.py"), fault] if fault else ["-m", "coterie.cli"]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     with log.open("wb") as printed:
         return subprocess.Popen(
-            [sys.executable, "-m", "coterie.cli", *arguments],
+            [sys.executable, *command, *arguments],
             cwd=home,
-            env={"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": path} | dict(environment) | told,
+            env={"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": path} | dict(environment),
             stdout=printed if output is None else output,
             stderr=subprocess.STDOUT,
             preexec_fn=lambda: [LIMITS[name]() for name in limits],
@@ -199,7 +201,6 @@ def _run_forked(
     """The command, in a process whose imports are done."""
     import torch
 
-    from coterie import faults
     from coterie.cli import main
 
     printed = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -213,7 +214,7 @@ def _run_forked(
     for name in limits:
         LIMITS[name]()
     if fault:
-        faults.plan(fault)
+        plan(fault)
     sys.argv = ["coterie", *arguments]
     main()
 

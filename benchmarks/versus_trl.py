@@ -124,7 +124,8 @@ def _memory(name: str) -> int:
 def run_ours(folder: Path, workload: dict[str, Any], steps: int, seed: int) -> None:
     import coterie
     from coterie.recipe import make_recipe
-    from coterie.training.run import Run
+    from coterie.runs.recorder import Recorder
+    from coterie.training.session import Session
 
     turns = Turns()
     recipe = make_recipe(
@@ -143,10 +144,10 @@ def run_ours(folder: Path, workload: dict[str, Any], steps: int, seed: int) -> N
             "seed": seed,
         }
     )
-    remaining, record = Run.remaining, Run.record
+    remaining, record = Session.remaining, Recorder.record
     rewards: list[float] = []
 
-    def with_turns(run: Run, stage: str, num_steps: int) -> Any:
+    def with_turns(run: Session, stage: str, num_steps: int) -> Any:
         for step in remaining(run, stage, num_steps):
             turns.wait()
             yield step
@@ -154,11 +155,11 @@ def run_ours(folder: Path, workload: dict[str, Any], steps: int, seed: int) -> N
             completions = run.store.read("SELECT COUNT(*) AS n FROM completions WHERE step = ?", step)[0]["n"]
             turns.done(reward=rewards[-1], tokens=_metric(run, step, "completion/num_tokens"), kept=completions)
 
-    def remember(run: Run, stage: str, step: int, metrics: Any, *others: Any) -> None:
-        record(run, stage, step, metrics, *others)
+    def remember(recorder: Recorder, stage: str, step: int, metrics: Any, *others: Any) -> None:
+        record(recorder, stage, step, metrics, *others)
         rewards.append(metrics["reward/mean"])
 
-    Run.remaining, Run.record = with_turns, remember  # type: ignore[method-assign]
+    Session.remaining, Recorder.record = with_turns, remember  # type: ignore[method-assign]
     coterie.train(recipe, out=str(folder / f"run-{os.getpid()}"))
 
 

@@ -1,4 +1,5 @@
-"""What is raised on purpose: a person's mistake, shown as a paragraph, exit status 2, no traceback; and what a reward lacks."""
+"""What is raised on purpose: a person's mistake, shown as a paragraph, exit status 2, no traceback; what ends a run; what a reward
+lacks."""
 
 import difflib
 from collections.abc import Iterable
@@ -14,6 +15,10 @@ class BadRowError(UserError):
     def __init__(self, origin: str, reason: str, details: str = "") -> None:
         super().__init__(f"{origin}: {details or reason}")
         self.reason = reason
+
+
+class RunFailedError(RuntimeError):
+    """The run can't go on, through no mistake in what the user gave."""
 
 
 class RewardError(Exception):

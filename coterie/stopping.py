@@ -28,32 +28,41 @@ class StepLeftError(BaseException):
 
 _AT_EXIT = 10.0  # seconds for what a reward has left to let go of the process
 
-_asked = _too_late = False
-_before: dict[int, Any] = {}  # the handlers that were there, while ours are
+
+class Stop:
+    """What was asked of a run, and whether it may leave its step for it.
+
+    number: of the signal that asked for a stop, None while none did. may_leave: the step under way; False once the weights move.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.may_leave = True
+        self._before: dict[int, Any] = {}  # the handlers that were there, while ours are
+
+    def listen(self, handler: Callable[[int, FrameType | None], None], ignored: list[signal.Signals]) -> None:
+        for number in set(SIGNALS).difference(ignored):
+            self._before[number] = signal.signal(number, handler)
+
+    def restore(self) -> None:
+        while self._before:
+            number, handler = self._before.popitem()
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def ask(stop: bool = True) -> None:
-    """The run should stop, or with False go on."""
-    global _asked
-    _asked = stop
-
-
-def allow(leaving: bool) -> None:
-    """Whether a step may be left from here on: True at its start, False once the weights are about to move."""
-    global _too_late
-    _too_late = not leaving
+_current: Stop | None = None  # a process's signals are one thing for all of it, to its handlers and to what it forks
 
 
 def may_stop() -> None:
     """Between two pieces of work: StepLeftError where a stop was asked for and nothing has changed yet."""
-    if _asked and not _too_late:
+    if _current is not None and _current.number is not None and _current.may_leave:
         raise StepLeftError
 
 
-class Stop:
-    """number: of the signal that asked for a stop, None while none did."""
-
-    number: int | None = None
+def weights_move() -> None:
+    """From here on the step under way is finished, whatever is asked for."""
+    if _current is not None:
+        _current.may_leave = False
 
 
 @contextmanager
@@ -64,6 +73,7 @@ def signals(tell: Callable[[int], None]) -> Iterator[Stop]:
     pipe to a thread of its own too, which ends the process where there is a second. What was ignored at the start (nohup) stays ignored. A process that is forked in the
     block has the handlers that were there before. Outside the main thread Python allows no handlers, and nothing is done.
     """
+    global _current
     stop, home = Stop(), os.getpid()
 
     def heed(number: int, _: FrameType | None) -> None:
@@ -72,7 +82,6 @@ def signals(tell: Callable[[int], None]) -> Iterator[Stop]:
             os.kill(os.getpid(), number)
         elif stop.number is None:
             stop.number = number
-            ask()
 
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -83,16 +92,16 @@ def signals(tell: Callable[[int], None]) -> Iterator[Stop]:
     listener = threading.Thread(target=_listen, args=(reading, stop, tell), name="signals", daemon=True)
     listener.start()
     woken = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    _current = stop
     try:
-        for number in set(SIGNALS).difference(ignored):
-            _before[number] = signal.signal(number, heed)
+        stop.listen(heed, ignored)
         yield stop
     finally:
-        _restore()
+        stop.restore()
         signal.set_wakeup_fd(woken)
         os.write(writing, _END)
         listener.join()
-        ask(False)  # the thread may have read the signal only now
+        _current = None
         os.close(reading)
         os.close(writing)
 
@@ -121,17 +130,9 @@ def _listen(reading: int, stop: Stop, tell: Callable[[int], None]) -> None:
         if first is None:
             first, since = number, time.monotonic()
             stop.number = stop.number or number
-            ask()
             threading.Thread(target=tell, args=(number,), name="notice", daemon=True).start()  # which may block
         elif {number, first} <= _BY_HAND or time.monotonic() - since > _ONE_EVENT:
             os._exit(128 + number)  # an exception could be caught by a reward, or wait for a save
-
-
-def _restore() -> None:
-    ask(False)
-    while _before:
-        number, handler = _before.popitem()
-        signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 _forking = threading.local()  # mask: of the signals that the forking thread had blocked before
@@ -139,7 +140,7 @@ _forking = threading.local()  # mask: of the signals that the forking thread had
 
 def _hold_signals() -> None:
     """Until a forked process has handlers of its own, a signal to it would go through our pipe, and be taken for one to us."""
-    if _before:
+    if _current is not None:
         _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
@@ -150,9 +151,11 @@ def _let_signals_through() -> None:
 
 
 def _as_in_any_process() -> None:
-    if _before:
+    global _current
+    if _current is not None:
         signal.set_wakeup_fd(-1)
-        _restore()
+        _current.restore()
+        _current = None
     _let_signals_through()
 
 

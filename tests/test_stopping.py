@@ -83,16 +83,16 @@ def test_what_was_ignored_at_the_start_is_ignored():
 def test_a_forked_process_ends_by_a_signal_as_any_other(number):
     done = run(f"""
 with stopping.signals(told.append) as stop:
-    stopping.ask()
+    stop.number = signal.SIGUSR2
     child = os.fork()
     if not child:
         stopping.may_stop()  # what its parent was asked is not asked of it
         time.sleep(30)
     time.sleep(0.2)
     os.kill(child, {int(number)})
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), stop.number)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), stop.number == signal.SIGUSR2, told)
 """)
-    assert done.stdout == f"{-number} None\n", done.stderr
+    assert done.stdout == f"{-number} True []\n", done.stderr
 
 
 EARLY = """

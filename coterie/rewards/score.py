@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from coterie.errors import RewardError, UserError
-from coterie.faults import strikes
 from coterie.rewards.arguments import Copies, Entry, columns_of, entries_of, own_options
 from coterie.rewards.base import Reward
 from coterie.rewards.limits import TookTooLong, time_limit
@@ -188,7 +187,6 @@ def _run(reward: Reward, columns: dict[str, list[Any]], count: int) -> list[Any]
     """One call, awaited if it is async, within the time limit. Raises what the function raises, and TookTooLong."""
     # where it leaves the run's folder, or turns gradients off, that ends with the call
     with chdir("."), torch.set_grad_enabled(torch.is_grad_enabled()), time_limit(reward.timeout):
-        strikes("in_reward")
         answer = reward.function(**columns, **own_options(reward.options))
         if inspect.isawaitable(answer):
             answer = asyncio.run(_awaited(answer))

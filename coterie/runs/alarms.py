@@ -1,17 +1,25 @@
-"""Figures that say a run is going wrong, step by step: an event when one begins, and where asked for, the end of the run."""
+"""Figures that say a run is going wrong, step by step: an event when one begins, and where asked for, the end of the run.
+
+Limits that are passed, steps whose loss is not finite, and rewards that say nothing.
+"""
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from coterie.errors import RunFailedError
 from coterie.recipe import Recipe
 from coterie.recipe.settings import Limits
-from coterie.runs.console import Console
-from coterie.runs.folder import RunFailedError
-from coterie.runs.store import Store
+from coterie.redact import hidden_in
+from coterie.runs.notice import Notice, Recorded
+from coterie.runs.store import SKIPPED, Store
 
+_MEAN = "reward/mean"  # which a step has that has a reward at all
 _HISTORY = 50  # steps that a gradient's norm is compared with
 _ENOUGH = 10
 
@@ -81,37 +89,114 @@ _HIGHEST = (
 )
 
 
-def watch_limits(
-    store: Store,
-    console: Console,
-    recipe: Recipe,
-    stage: str,
-    step: int,
-    metrics: Mapping[str, float],
-    is_solved: Callable[[Mapping[str, float]], bool] | None = None,
-) -> None:
-    """Say and record where a limit begins to be passed with a recorded step; RunFailedError where it is one that ends the run.
-    is_solved: of a step's figures, as `solved` in `alarms`; never without."""
-    stop_on = set(recipe.limits.stop_on)
-    if recipe.correction.kind != "none" and recipe.limits.sampler_gap is None:
-        stop_on.discard("sampler_gap")  # what was sampled is weighed by how far apart the two are
+class Alarms:
+    """Listens to the steps of a run: each method says what begins with one, and raises RunFailedError where the run has to end.
 
-    def passed(step: int, metrics: Mapping[str, float]) -> list[Alarm]:
-        solved = is_solved is not None and is_solved(metrics)
-        return alarms(metrics, _usual_norm_at(store, stage, step), recipe.limits, solved=solved)
+    They look back in the record, of the sessions before too, so that a resumed run says what an uninterrupted one does.
+    is_solved: of a step's metrics, as `solved` in `alarms`.
+    """
 
-    found = passed(step, metrics)
-    before = {alarm.limit for alarm in passed(step - 1, store.metrics_of(stage, step - 1))} if found else set()
-    for alarm in found:
-        if alarm.limit not in before:
-            store.event(stage, step, "limit", f"limits.{alarm.limit}: {alarm.message}")
-            console.warn(f"step {step}: {alarm.message}")
-        if alarm.limit in stop_on:
+    def __init__(
+        self, folder: Path, store: Store, recipe: Recipe, is_solved: Callable[[Mapping[str, float]], bool]
+    ) -> None:
+        self._folder, self._store, self._recipe, self._is_solved = folder, store, recipe, is_solved
+
+    def limits(self, step: Recorded) -> Iterator[Notice]:
+        """The limits that begin to be passed, those of `limits.stop_on` ending the run."""
+        stop_on = set(self._recipe.limits.stop_on)
+        if self._recipe.correction.kind != "none" and self._recipe.limits.sampler_gap is None:
+            stop_on.discard("sampler_gap")  # what was sampled is weighed by how far apart the two are
+        found = self._passed(step.stage, step.step, step.metrics)
+        if not found:
+            return
+        earlier = self._store.metrics_of(step.stage, step.step - 1)
+        before = {alarm.limit for alarm in self._passed(step.stage, step.step - 1, earlier)}
+        for alarm in found:
+            if alarm.limit not in before:
+                yield Notice("limit", f"limits.{alarm.limit}: {alarm.message}", alarm.message)
+            if alarm.limit in stop_on:
+                raise RunFailedError(
+                    f"step {step.step}: {alarm.message}, and limits.stop_on names {alarm.limit}; the newest checkpoint stands"
+                )
+
+    def _passed(self, stage: str, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
+        spans = ((1, min(_HISTORY, step - 1)), (step - _HISTORY, step - 1))
+        usual = usual_norm(*(self._store.gradient_norms(stage, *span) for span in spans))
+        return alarms(metrics, usual, self._recipe.limits, solved=self._is_solved(metrics))
+
+    def skipped(self, step: Recorded) -> Iterator[Notice]:
+        """The rows of a step whose loss was not finite are kept; too many of them in a row end the run."""
+        if not any(step.metrics.get(name) for name in SKIPPED):
+            return
+        what = "the loss or its gradient was not finite"
+        file = write_rows(self._folder / "skipped" / f"{step.stage}_{step.step:06d}.jsonl", step)
+        shown = f"{what}, so the weights stay as they were; its rows: {file}"
+        yield Notice("step_skipped", f"{what}; its rows: {file}", shown)
+        limit = self._recipe.limits.skipped_steps
+        if self._store.num_skipped(step.stage, step.step - limit + 1, step.step) == limit:
             raise RunFailedError(
-                f"step {step}: {alarm.message}, and limits.stop_on names {alarm.limit}; the newest checkpoint stands"
+                f"{what} in {limit} steps in a row; the weights are as they were before. A lower optimiser.learning_rate may help"
             )
 
+    def silence(self, step: Recorded) -> Iterator[Notice]:
+        """The first step without any reward, or a reward that has said nothing for some; where none has for as long, the run ends.
 
-def _usual_norm_at(store: Store, stage: str, step: int) -> float | None:
-    first, last = ((1, min(_HISTORY, step - 1)), (step - _HISTORY, step - 1))
-    return usual_norm(store.gradient_norms(stage, *first), store.gradient_norms(stage, *last))
+        Failures are no silence.
+        """
+        if "reward/num_abstained" not in step.metrics:
+            return  # a stage that has no rewards
+        count = min(self._recipe.limits.skipped_steps, self._recipe.steps)  # as many as with a loss that is not finite
+        if not self._abstains(step.metrics):
+            for spec in self._recipe.rewards:
+                silent = step.step >= count and not self._spoken(step, f"reward/{spec.name}", 0, count)
+                if silent and self._spoken(step, f"reward/{spec.name}", count, 1):
+                    words = f"reward {spec.name} has said nothing of any completion for {count} steps"
+                    yield Notice("reward_silent", words, words)
+            return
+        if self._spoken(step, _MEAN, 1, 1):  # else it was said before
+            words = (
+                "no completion of this step has a reward, since the rewards abstained from all of them: nothing is learned from "
+                f"it. After {count} such steps in a row the run ends"
+            )
+            yield Notice("reward_silent", words, words)
+        if step.step >= count and not self._spoken(step, _MEAN, 0, count):
+            raise RunFailedError(
+                f"step {step.step}: the rewards abstained from every completion of {count} steps in a row, so nothing is learned. "
+                "Look at what they return: coterie check, or coterie score with completions of your own; None abstains"
+            )
+
+    @staticmethod
+    def _abstains(metrics: Mapping[str, float]) -> bool:
+        silent = metrics.get("reward/num_abstained", 0.0) > metrics.get("reward/num_failed", 0.0)
+        return _MEAN not in metrics and silent
+
+    def _spoken(self, step: Recorded, name: str, back: int, count: int) -> bool:
+        """Whether one of the `count` steps up to `back` before this one has the metric; also steps before the first."""
+        last = step.step - back
+        return last < 1 or bool(self._store.num_with_metric(step.stage, name, last - count + 1, last))
+
+
+def write_rows(file: Path, step: Recorded) -> Path:
+    """Write what a step learned from as JSON lines: completions with everything that went into the loss, or rows."""
+    texts = ([("".join(step.pieces(tokens)), tokens) for tokens in row] for row in step.rows)
+    written: list[dict[str, Any]] = [
+        {"prompt": prompt, "prompt_tokens": tokens, "answers": [{"text": text, "tokens": own} for text, own in answers]}
+        for (prompt, tokens), *answers in texts
+    ]
+    scored = step.scored
+    for p, group in enumerate(scored.groups if scored is not None else ()):
+        for c, completion in enumerate(group.completions):
+            assert scored is not None
+            written.append(
+                {
+                    "prompt": group.prompt.content,
+                    "completion": completion.text,
+                    "reward": scored.rewards[p, c].item(),
+                    "parts": {name: part[p, c].item() for name, part in scored.parts.items()},
+                    "tokens": completion.tokens,
+                    "sampler_logprobs": completion.logprobs.tolist(),
+                }
+            )
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("".join(json.dumps(hidden_in(row), ensure_ascii=False) + "\n" for row in written), encoding="utf-8")
+    return file

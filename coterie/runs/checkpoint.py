@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coterie.errors import UserError
-from coterie.faults import strikes
 
 MANIFEST = "manifest.json"
 _LEFT = (".writing", ".replaced", ".deleting")
@@ -145,25 +144,21 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
 def _write_files(aside: Path, snapshot: Snapshot) -> None:
     aside.parent.mkdir(exist_ok=True)  # a run folder that is gone is not made anew
     aside.mkdir()
-    manifest = {}
-    for number, (name, tensors) in enumerate(snapshot.tensors.items(), start=1):
-        strikes("in_save", file=number, step=snapshot.position.step)
-        file = aside / f"{name}.safetensors"
-        save_file(tensors, file)
-        manifest[file.name] = _entry(file)
-    strikes("in_save", file=len(snapshot.tensors) + 1, step=snapshot.position.step)
-    position = aside / "position.json"
-    position.write_text(
-        json.dumps({**asdict(snapshot.position), "numbers": snapshot.numbers, "files": list(snapshot.tensors)})
-    )
-    manifest[position.name] = _entry(position)
-    strikes("in_save", file=len(snapshot.tensors) + 2, step=snapshot.position.step)
-    (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    _sync(aside / MANIFEST)
+    manifest = {
+        f"{name}.safetensors": _write(aside / f"{name}.safetensors", of) for name, of in snapshot.tensors.items()
+    }
+    position = {**asdict(snapshot.position), "numbers": snapshot.numbers, "files": list(snapshot.tensors)}
+    manifest["position.json"] = _write(aside / "position.json", position)
+    _write(aside / MANIFEST, manifest)
     _sync(aside)
 
 
-def _entry(file: Path) -> dict[str, Any]:
+def _write(file: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Write tensors, or JSON, and bring them to the disk. Returns what the manifest says of the file."""
+    if file.suffix == ".safetensors":
+        save_file(content, file)
+    else:
+        file.write_text(json.dumps(content, indent=1))
     _sync(file)
     return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
 

@@ -1,97 +1,84 @@
-"""A run's folder: made, held by one process, written whole; and what is said where it can't be."""
+"""A run's folder: made or opened again, and held by one process."""
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import json
 import os
-import shutil
 import sqlite3
-import subprocess
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-import torch
-import transformers
-from safetensors import SafetensorError
-
-import coterie
 from coterie.errors import UserError
-from coterie.redact import hidden_in
-from coterie.runs.find import RUNS, is_run
-from coterie.types import Scored
+from coterie.recipe import Recipe, load_recipe
+from coterie.runs.console import Console
+from coterie.runs.find import RUNS, is_run, run_at
+from coterie.runs.resume import Beginning, find_beginning, take_over
+from coterie.runs.resume_check import inputs_of, portable
+from coterie.runs.store import Store
+from coterie.runs.surroundings import surroundings, versions
+from coterie.runs.writing import told_of, write_whole, writing
+from coterie.trust import check_links
 
-Row = tuple[list[int], ...]  # the tokens of a prompt, and of the answers that are learned from
 
+class RunFolder:
+    """A run's folder, locked to this process, with its record open. Make it with `RunFolder.create` or `RunFolder.reopen`.
 
-class RunFailedError(RuntimeError):
-    """The run can't go on, through no mistake in what the user gave."""
+    beginning: what a reopened run goes on from; None for a new one.
+    """
 
+    def __init__(self, path: Path, recipe: Recipe, console: Console) -> None:
+        self.path, self.recipe, self.console = path, recipe, console
+        self.beginning: Beginning | None = None
+        check_links(path)
+        self._lock = locked(path)
+        self.store = Store(path / "run.db")
+        self.store.tell = console.warn
 
-@contextmanager
-def told_of(folder: Path) -> Iterator[None]:
-    """RunFailedError for what goes wrong in writing a run's folder, with the free space and what to do."""
-    try:
-        yield
-    except (sqlite3.Error, SafetensorError, OSError) as error:
-        if type(error) is sqlite3.DatabaseError:  # and no kind of its own: the file is not what SQLite wrote
-            raise RunFailedError(
-                f"{folder / 'run.db'}: is damaged: {error}. Put a copy in its place; or move it away and go on without what "
-                f"it recorded: coterie train --resume {folder} --allow run.db"
-            ) from error
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
-            raise RunFailedError(
-                f"{folder / 'run.db'}: is held by another program, which has to end first. {how_to_go_on(folder)}"
-            ) from error
+    @classmethod
+    def create(cls, recipe: Recipe, name: str, out: str | None, console: Console) -> RunFolder:
+        """A new folder: `out`, or the first free one of runs/NAME, runs/NAME-2, ..."""
+        path = path_for(name, out)
         try:
-            free = f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free"
-        except OSError as gone:
-            free = str(gone)
-        raise RunFailedError(f"{folder}: can't be written: {error}; {free}. {how_to_go_on(folder)}") from error
+            path.mkdir(parents=True, exist_ok=True)
+            stored = recipe.model_copy(update={"made_with": {**(recipe.made_with or {}), **versions()}})
+            folder = cls(path, recipe, console)
+            folder.store.inputs(inputs_of(recipe), surroundings(recipe))
+            written = portable(stored, path)
+            write_whole(path / "recipe.yaml", written)  # last: from here on it is a run to go on with
+        except (OSError, sqlite3.Error) as error:
+            raise UserError(f"{path}: can't be written: {error}") from None
+        return folder
 
+    @classmethod
+    def reopen(cls, name: str, overrides: list[str], console: Console, *, allow: Sequence[str] = ()) -> RunFolder:
+        """An earlier run, where it stands at its newest whole checkpoint. Nothing of it is changed yet.
 
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """RunFailedError where the folder can't be written: the disk is full, or the folder gone."""
-    with told_of(folder):
-        if not (folder / "run.db").exists():  # SQLite would go on with a file that has no name any more
-            raise FileNotFoundError(errno.ENOENT, "it was removed while the run went on")
-        yield
+        UserError where a setting but `steps`, or a file that the recipe names, has changed and is not in `allow`.
+        """
+        path = run_at(name, "--resume")
+        recipe = load_recipe(str(path / "recipe.yaml"), overrides)
+        with told_of(path):
+            folder = cls(path, recipe, console)
+        try:
+            with writing(path):
+                folder.beginning = find_beginning(path, recipe, folder.store, console, overrides, allow)
+        except BaseException:
+            folder.close()
+            raise
+        folder.recipe = folder.beginning.recipe
+        return folder
 
+    def begin(self) -> None:
+        """Take a reopened run over: what was recorded after its checkpoint is removed. Before, a resume can still be refused."""
+        if self.beginning is not None:
+            with writing(self.path):
+                take_over(self.path, self.store, self.console, self.beginning)
 
-def how_to_go_on(folder: Path) -> str:
-    if not folder.is_dir():
-        return "Its checkpoints are gone with it."
-    return f"The newest checkpoint stands: coterie train --resume {folder}"
-
-
-def write_rows(file: Path, scored: Scored | None, rows: Sequence[Row], pieces: Any) -> Path:
-    """Write what a step learned from as JSON lines: completions with everything that went into the loss, or rows."""
-    texts = ([("".join(pieces(tokens)), tokens) for tokens in row] for row in rows)
-    written: list[dict[str, Any]] = [
-        {"prompt": prompt, "prompt_tokens": tokens, "answers": [{"text": text, "tokens": own} for text, own in answers]}
-        for (prompt, tokens), *answers in texts
-    ]
-    for p, group in enumerate(scored.groups if scored is not None else ()):
-        for c, completion in enumerate(group.completions):
-            assert scored is not None
-            written.append(
-                {
-                    "prompt": group.prompt.content,
-                    "completion": completion.text,
-                    "reward": scored.rewards[p, c].item(),
-                    "parts": {name: part[p, c].item() for name, part in scored.parts.items()},
-                    "tokens": completion.tokens,
-                    "sampler_logprobs": completion.logprobs.tolist(),
-                }
-            )
-    file.parent.mkdir(exist_ok=True)
-    file.write_text("".join(json.dumps(hidden_in(row), ensure_ascii=False) + "\n" for row in written), encoding="utf-8")
-    return file
+    def close(self) -> None:
+        self.store.close()
+        self._lock.close()
 
 
 def is_of_a_run(path: Path) -> bool:
@@ -99,14 +86,7 @@ def is_of_a_run(path: Path) -> bool:
     return path.name[0] != "." and not path.name.startswith("run.db")
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    aside = file.with_name(f".{file.name}.writing")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(file)
-
-
-def folder_for(name: str, out: str | None) -> Path:
+def path_for(name: str, out: str | None) -> Path:
     """`out`, or a new folder for a run of this name. UserError where it is in use."""
     try:
         folder = Path(out) if out else new_folder(RUNS, name)
@@ -130,9 +110,8 @@ def new_folder(home: Path, name: str) -> Path:
             number += 1
 
 
-_held: weakref.WeakValueDictionary[Path, TextIO] = (
-    weakref.WeakValueDictionary()
-)  # a process is not locked out by itself
+# The locks of `fcntl` belong to the process, which is not locked out by itself: so what it holds is one thing for all of it
+_held: weakref.WeakValueDictionary[Path, TextIO] = weakref.WeakValueDictionary()
 
 
 def locked(folder: Path) -> TextIO:
@@ -152,17 +131,3 @@ def locked(folder: Path) -> TextIO:
     file.flush()
     _held[path] = file
     return file
-
-
-def versions() -> dict[str, str]:
-    """What made a run: versions, and the commit where the package lies in a git checkout."""
-    found = {"coterie": coterie.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    try:
-        home = Path(coterie.__file__).resolve().parent.parent
-        asked = subprocess.run(
-            ["git", "-C", str(home), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
-        )
-        inside = (home / ".git").exists() and asked.returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
-        inside = False
-    return {**found, "commit": asked.stdout.strip()} if inside else found

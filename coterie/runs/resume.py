@@ -10,10 +10,10 @@ from coterie.errors import UserError
 from coterie.recipe import Recipe
 from coterie.runs.checkpoint import STAGES, Position, find_checkpoint
 from coterie.runs.console import Console
-from coterie.runs.folder import versions, write_whole
 from coterie.runs.resume_check import at_home, check_inputs, inputs_of, portable
 from coterie.runs.store import Store
 from coterie.runs.surroundings import surroundings, what_differs
+from coterie.runs.writing import write_whole
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def find_beginning(
     changes = check_inputs({**(before or now), **was}, {**now, **found}, allow)
     if position and position.stage == STAGES[-1] and position.step > recipe.steps:
         raise UserError(f"steps: {position.step} steps are done already, and {recipe.steps} are fewer")
-    here = surroundings(recipe, versions())
+    here = surroundings(recipe)
     made_with = {name: str(value) for name, value in (recipe.made_with or {}).items()}
     differs = what_differs(surroundings_before or made_with, here)
     return Beginning(recipe, position, now, here, changes, moved, differs, bool(overrides))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from coterie.faults import strikes
+from coterie.errors import RunFailedError
 from coterie.recipe.settings import Checkpoint
 from coterie.runs.checkpoint import STAGES, Position, Saver, Snapshot, TrainState, prune_checkpoints
 from coterie.runs.console import Console
-from coterie.runs.folder import RunFailedError, how_to_go_on, writing
 from coterie.runs.store import Store
+from coterie.runs.writing import how_to_go_on, writing
 
 
 class Checkpoints:
@@ -18,10 +18,9 @@ class Checkpoints:
     saved: where the run stood when it was saved last in this session. resumed_at: the step that the session began after.
     """
 
-    def __init__(self, folder: Path, store: Store, console: Console) -> None:
+    def __init__(self, folder: Path, store: Store, console: Console, resumed_at: int) -> None:
         self.saved: Position | None = None
-        self.resumed_at = 0
-        self._folder, self._store, self._console = folder, store, console
+        self._folder, self._store, self._console, self._resumed_at = folder, store, console, resumed_at
         self._saver = Saver(folder / "checkpoints")
         self._undeleted: list[str] = []  # old checkpoints that could not be deleted, to be told of
 
@@ -39,7 +38,6 @@ class Checkpoints:
             self._store.sync()
 
         def prune() -> None:
-            strikes("after_save", step=position.step)
             kept = {*best, position.step}
             self._undeleted += prune_checkpoints(self._folder / "checkpoints", settings.keep_last, kept)
 
@@ -56,5 +54,5 @@ class Checkpoints:
             ) from error
         for line in self._undeleted:
             self._console.warn(f"an old checkpoint can't be deleted: {line}")
-            self._store.event(STAGES[-1], self.resumed_at, "not_deleted", line)
+            self._store.event(STAGES[-1], self._resumed_at, "not_deleted", line)
         self._undeleted.clear()

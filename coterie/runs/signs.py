@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
+from coterie.runs.notice import Notice
 from coterie.runs.store import Store
 
 
@@ -56,6 +57,10 @@ class Sign:
     step: int
     text: str
     about: str = ""
+
+    @property
+    def notice(self) -> Notice:
+        return Notice(f"{SIGN}{self.name}", self.text, f"{self.name}: {self.text}")
 
 
 @dataclass(frozen=True)

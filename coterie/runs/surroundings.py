@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+import transformers
 
+import coterie
 from coterie.fast.kernels.build import library
 from coterie.models.load import choose_device
 from coterie.recipe import Recipe
@@ -17,9 +20,9 @@ from coterie.recipe import Recipe
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 
 
-def surroundings(recipe: Recipe, made_with: Mapping[str, str]) -> dict[str, str]:
-    """Each by its name. made_with: versions of coterie, and its commit where there is one."""
-    found = {**made_with, "python": platform.python_version()}
+def surroundings(recipe: Recipe) -> dict[str, str]:
+    """Each by its name."""
+    found = {**versions(), "python": platform.python_version()}
     for name in (*_PACKAGES, *(["peft"] if recipe.lora is not None else [])):
         try:
             found[name] = version(name)
@@ -39,6 +42,20 @@ def surroundings(recipe: Recipe, made_with: Mapping[str, str]) -> dict[str, str]
 def what_differs(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """In words, of what both know: an older run does not know all of it."""
     return [f"{name}: was {before[name]}, is {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+
+
+def versions() -> dict[str, str]:
+    """What made a run: versions, and the commit where the package lies in a git checkout."""
+    found = {"coterie": coterie.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    try:
+        home = Path(coterie.__file__).resolve().parent.parent
+        asked = subprocess.run(
+            ["git", "-C", str(home), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+        inside = (home / ".git").exists() and asked.returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        inside = False
+    return {**found, "commit": asked.stdout.strip()} if inside else found
 
 
 def _processor() -> dict[str, str]:

@@ -7,10 +7,10 @@ from coterie.fast.serve import make_engine
 from coterie.models.policy import Policy
 from coterie.rollouts.engine import Engine
 from coterie.training.problem import Problem
-from coterie.training.run import Run
+from coterie.training.session import Session
 
 
-def evaluate_on_the_way(run: Run, problem: Problem, engine: Engine, step: int) -> None:
+def evaluate_on_the_way(run: Session, problem: Problem, engine: Engine, step: int) -> None:
     """Held-out accuracy between the start and the end, if it is time to."""
     recipe, settings = run.recipe, run.recipe.evaluation
     if not settings.every or step % settings.every or step >= recipe.steps:
@@ -28,10 +28,10 @@ def evaluate_on_the_way(run: Run, problem: Problem, engine: Engine, step: int) -
             seed=recipe.seed,
             greedy=False,
         )
-        run.record_evaluation("train", step, evaluation)
+        run.recorder.record_evaluation("train", step, evaluation)
 
 
-def evaluate_whole(run: Run, problem: Problem, policy: Policy, step: int, when: str) -> None:
+def evaluate_whole(run: Session, problem: Problem, policy: Policy, step: int, when: str) -> None:
     """The whole held-out evaluation, and the answers to the task's examples."""
     recipe, engine = run.recipe, make_engine(policy)
     prompts = heldout_prompts(problem.task, recipe.evaluation.prompts, seed=recipe.seed)
@@ -50,4 +50,4 @@ def evaluate_whole(run: Run, problem: Problem, policy: Policy, step: int, when: 
     )
     shown = example_prompts(problem.task, seed=recipe.seed)
     examples = answer_examples(engine, problem.task, shown, problem.rewards, problem.codec, recipe.sampling)
-    run.record_evaluation("train", step, evaluation, examples)
+    run.recorder.record_evaluation("train", step, evaluation, examples)

@@ -22,8 +22,8 @@ from coterie.training.metrics import Clock
 from coterie.training.policy_update import UpdateSettings, load_objective, optimise
 from coterie.training.problem import Problem
 from coterie.training.reference import move_reference, watch_reference
-from coterie.training.run import Run
 from coterie.training.sample import groups_with_signal, sampling
+from coterie.training.session import Session
 from coterie.training.stages import kl_stage
 from coterie.training.step import make_optimiser, set_learning_rate
 from coterie.training.step_metrics import (
@@ -36,7 +36,7 @@ from coterie.training.step_metrics import (
 from coterie.training.weights import adapt, controlled, first_weights
 
 
-def train_grpo(run: Run, problem: Problem, policy: Policy, reference: Policy, engine: Engine) -> None:
+def train_grpo(run: Session, problem: Problem, policy: Policy, reference: Policy, engine: Engine) -> None:
     """Every step samples, scores, updates, records, and where it is time evaluates and saves."""
     recipe, temperature = run.recipe, run.recipe.sampling.temperature
     objective, advantages_of = load_objective(recipe.loss), load_advantages(recipe, problem.rewards)
@@ -65,7 +65,9 @@ def train_grpo(run: Run, problem: Problem, policy: Policy, reference: Policy, en
         rounding = rounding_at_the_gap(policy, streams, gaps, temperature=temperature)
         metrics = {**tally.values(), **rounding, **controlled(recipe, weights, learning_rate), **clock.seconds}
         adapt(weights, recipe, metrics)
-        run.record("train", step, metrics, drawn.recorded(scored), drawn.spread(advantages), problem.codec.pieces)
+        run.recorder.record(
+            "train", step, metrics, drawn.recorded(scored), drawn.spread(advantages), problem.codec.pieces
+        )
         run.console.say(metrics_line("grpo", step, recipe.steps, metrics, scored.parts))
         evaluate_on_the_way(run, problem, engine, step)
         run.checkpoint("train", step, state, last=step == recipe.steps)

@@ -29,8 +29,8 @@ from coterie.training.gap import rounding_at_the_gap
 from coterie.training.metrics import Clock, Tally
 from coterie.training.policy_update import UpdateSettings, load_objective, optimise
 from coterie.training.problem import Problem
-from coterie.training.run import Run
 from coterie.training.sample import sampling
+from coterie.training.session import Session
 from coterie.training.stages import kl_of
 from coterie.training.step import make_optimiser, set_learning_rate, take_step
 from coterie.training.step_metrics import divergence_metrics, metrics_line, rollout_metrics
@@ -38,7 +38,7 @@ from coterie.training.weights import adapt, controlled, first_weights
 from coterie.types import BatchTotals, Stream
 
 
-def train_ppo(run: Run, problem: Problem, policy: Policy, reference: Policy, engine: Engine) -> None:
+def train_ppo(run: Session, problem: Problem, policy: Policy, reference: Policy, engine: Engine) -> None:
     """Every step samples, scores, values, updates both models, records, and where it is time evaluates and saves."""
     recipe, temperature = run.recipe, run.recipe.sampling.temperature
     objective, sample = load_objective(recipe.loss), sampling(recipe, problem, engine)
@@ -81,7 +81,7 @@ def train_ppo(run: Run, problem: Problem, policy: Policy, reference: Policy, eng
         metrics = {**tally.values(), **rounding, **controlled(recipe, weights, learning_rate), **clock.seconds}
         adapt(weights, recipe, metrics)
         of_rows = mean_of_rows(scored.valid, streams, advantages)
-        run.record("train", step, metrics, scored, of_rows, problem.codec.pieces)
+        run.recorder.record("train", step, metrics, scored, of_rows, problem.codec.pieces)
         run.console.say(metrics_line("ppo", step, recipe.steps, metrics, scored.parts))
         evaluate_on_the_way(run, problem, engine, step)
         run.checkpoint("train", step, state, last=step == recipe.steps)

@@ -27,12 +27,12 @@ from coterie.tasks.base import Preference, Task
 from coterie.training.evaluation import evaluate_on_the_way
 from coterie.training.metrics import Clock, Tally
 from coterie.training.problem import Problem
-from coterie.training.run import Run
+from coterie.training.session import Session
 from coterie.training.step import make_optimiser, set_learning_rate, take_step
 from coterie.types import Stream
 
 
-def train_dpo(run: Run, problem: Problem, policy: Policy, reference: Policy, engine: Engine) -> None:
+def train_dpo(run: Session, problem: Problem, policy: Policy, reference: Policy, engine: Engine) -> None:
     """The loop: pairs -> stream -> log-probabilities of policy and reference -> loss -> step. Nothing is sampled."""
     recipe = run.recipe
     optimiser = make_optimiser(policy, recipe.optimiser)
@@ -47,7 +47,7 @@ def train_dpo(run: Run, problem: Problem, policy: Policy, reference: Policy, eng
         tally = fit_dpo(policy, optimiser, streams, reference_logprobs, recipe)
         clock.lap("time/train_seconds")
         metrics = {**tally.values(), "optimiser/learning_rate": learning_rate, **clock.seconds}
-        run.record("train", step, metrics, rows=pairs, pieces=problem.codec.pieces)
+        run.recorder.record("train", step, metrics, rows=pairs, pieces=problem.codec.pieces)
         run.console.say(_line("dpo", step, recipe.steps, metrics))
         evaluate_on_the_way(run, problem, engine, step)
         run.checkpoint("train", step, state, last=step == recipe.steps)
@@ -75,7 +75,7 @@ def fit_dpo(
     return tally
 
 
-def train_reward_model(run: Run, problem: Problem, scorer: Scorer) -> None:
+def train_reward_model(run: Session, problem: Problem, scorer: Scorer) -> None:
     """The loop: pairs -> stream -> scores -> Bradley-Terry loss -> step."""
     recipe = run.recipe
     optimiser = make_optimiser(scorer, recipe.optimiser)
@@ -89,10 +89,10 @@ def train_reward_model(run: Run, problem: Problem, scorer: Scorer) -> None:
         tally = fit_reward_model(scorer, optimiser, streams, recipe.optimiser.max_grad_norm)
         clock.lap("time/train_seconds")
         metrics = {**tally.values(), "optimiser/learning_rate": learning_rate, **clock.seconds}
-        run.record("train", step, metrics, rows=pairs, pieces=problem.codec.pieces)
+        run.recorder.record("train", step, metrics, rows=pairs, pieces=problem.codec.pieces)
         run.console.say(_line("reward model", step, recipe.steps, metrics))
         if recipe.evaluation.every and step % recipe.evaluation.every == 0 and step < recipe.steps:
-            run.record_evaluation("train", step, evaluate_pairs(scorer, problem.task, recipe))
+            run.recorder.record_evaluation("train", step, evaluate_pairs(scorer, problem.task, recipe))
         run.checkpoint("train", step, state, last=step == recipe.steps)
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from coterie.algorithms.advantages import has_signal
-from coterie.faults import strikes
 from coterie.recipe import Recipe
 from coterie.recipe.settings import Advantage
 from coterie.rewards.base import Reward
@@ -108,7 +107,6 @@ def sample(
         noise=noise,
         begin=beginning(problem.rewards, engine),
     )
-    strikes("after_sample")
     may_stop()
     clock.lap("time/sample_seconds")
     scored = score(groups, problem.rewards, max_failed_share=recipe.max_failed_rewards)

@@ -14,12 +14,12 @@ from coterie.rollouts.pack import Row, make_stream, split_by_tokens
 from coterie.runs.checkpoint import TrainState
 from coterie.training.metrics import Tally
 from coterie.training.problem import Problem
-from coterie.training.run import Run
+from coterie.training.session import Session
 from coterie.training.step import make_optimiser, set_learning_rate, take_step
 from coterie.types import BatchTotals, Stream
 
 
-def train_sft(run: Run, problem: Problem, policy: Policy, *, stage: str, settings: ColdStart) -> None:
+def train_sft(run: Session, problem: Problem, policy: Policy, *, stage: str, settings: ColdStart) -> None:
     """The loop: demonstrations -> stream -> log-probabilities -> mean negative log-likelihood -> step."""
     recipe = run.recipe
     optimiser = make_optimiser(policy, recipe.optimiser)
@@ -32,7 +32,7 @@ def train_sft(run: Run, problem: Problem, policy: Policy, *, stage: str, setting
         learning_rate = set_learning_rate(optimiser, step, settings.steps, settings)
         tally = fit(policy, optimiser, streams, max_grad_norm=recipe.optimiser.max_grad_norm)
         metrics = {**tally.values(), "optimiser/learning_rate": learning_rate}
-        run.record(stage, step, metrics, rows=pairs, pieces=problem.codec.pieces)
+        run.recorder.record(stage, step, metrics, rows=pairs, pieces=problem.codec.pieces)
         if step == 1 or step % 20 == 0 or step == settings.steps:
             run.console.say(f"sft {step}/{settings.steps}  loss {metrics['loss/total']:.3f}  lr {learning_rate:.1e}")
         run.checkpoint(stage, step, state, last=step == settings.steps)

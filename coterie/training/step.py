@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from coterie.distributed.reduce import all_agree, sum_gradients
-from coterie.faults import strikes
 from coterie.recipe.settings import ColdStart, Optimiser
 from coterie.runs.checkpoint import Trained
 from coterie.sections import section
-from coterie.stopping import allow, may_stop
+from coterie.stopping import may_stop, weights_move
 from coterie.training.metrics import Tally
 from coterie.types import Stream
 
@@ -82,17 +81,15 @@ def take_step(
         with _named(f"micro-batch {number + 1} of {len(streams)}", stream):
             with section("train/forward"):
                 loss = loss_of(number, stream.to(device))
-                loss = loss * math.nan if strikes("before_backward") else loss
                 finite &= loss.isfinite()
             with section("train/backward"):
                 loss.backward()
     may_stop()
-    allow(leaving=False)
+    weights_move()
     with section("train/optimiser"):
         sum_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         takes = all_agree(bool(finite & norm.isfinite()))  # the one place where the host waits for the device
-        strikes("before_step")
         if takes:
             optimiser.step()
             tally.add("optimiser/grad_norm", norm)

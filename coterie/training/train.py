@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from coterie.errors import UserError
+from coterie.errors import RunFailedError, UserError
 from coterie.fast import serve
 from coterie.fast.kernels.build import why_missing
 from coterie.fast.serve import make_engine
@@ -26,10 +26,11 @@ from coterie.redact import hidden_in
 from coterie.rewards.load import closing_all
 from coterie.runs.checkpoint import STAGES, Position, TrainState, load_checkpoint
 from coterie.runs.console import Console
-from coterie.runs.folder import RunFailedError, write_whole, writing
+from coterie.runs.folder import RunFolder
 from coterie.runs.outlet import outliving_console
 from coterie.runs.profile import profile_table
 from coterie.runs.report import marks_of, write_report
+from coterie.runs.writing import write_whole, writing
 from coterie.tasks.dataset import Dataset
 from coterie.tasks.load import prepare
 from coterie.training.evaluation import evaluate_whole
@@ -39,8 +40,8 @@ from coterie.training.preferences import evaluate_pairs, train_dpo, train_reward
 from coterie.training.problem import Problem
 from coterie.training.profile import Profiler
 from coterie.training.reference import make_reference
-from coterie.training.run import Run
 from coterie.training.saved import save_model
+from coterie.training.session import Session
 from coterie.training.sft import train_sft
 from coterie.training.step import make_optimiser
 
@@ -58,18 +59,18 @@ def train(
     out: str | None = None,
     stop_after: int | None = None,
     profile: bool = False,
-) -> Run:
+) -> Session:
     """Train a recipe, or go on with an earlier run exactly where its newest checkpoint is.
 
     recipe: a file, the name of a bundled recipe, or a Recipe. overrides: `section.key=value`. out: the run folder; the
     default is runs/NAME. allow: settings and files that may differ from what a resumed run began with. stop_after: end after this many steps, cold start aside, saved, to be resumed later.
-    profile: show where the time and the memory of a step go, and write it to profile.json. Returns the closed run.
+    profile: show where the time and the memory of a step go, and write it to profile.json. Returns the closed session, with the run's folder.
     Raises UserError for what the user can mend, before the model is loaded where that is possible.
     """
     console = Console()
     quiet_transformers()
     if resume is not None:
-        run = Run.reopen(resume, list(overrides), console, stop_after=stop_after, allow=allow)
+        home = RunFolder.reopen(resume, list(overrides), console, allow=allow)
     elif recipe is None:
         raise UserError(
             "train: name a recipe, or a run to go on with: coterie train equations, coterie train --resume RUN"
@@ -80,12 +81,13 @@ def train(
         loaded = loaded.model_copy(update={"made_with": {**(loaded.made_with or {}), "day": date.today().isoformat()}})
         _say_what_takes_long(loaded, console)
         parts = prepare(loaded)  # what is wrong with the recipe shows before there is a folder
-        run = Run.create(loaded, name, out, console, stop_after=stop_after)
+        home = RunFolder.create(loaded, name, out, console)
+    run = Session(home, stop_after=stop_after)
     try:
         if profile:
             run.profiler = Profiler(run.folder, choose_device(run.recipe.device))
         rewards, codec, task = prepare(run.recipe) if resume is not None else parts
-        run.begin()
+        home.begin()
         with run.stoppable(), closing_all(rewards), memory_explained(run):
             _train(run, Problem(task, rewards, codec))
         if profile:
@@ -96,7 +98,7 @@ def train(
 
 
 @contextmanager
-def memory_explained(run: Run) -> Iterator[None]:
+def memory_explained(run: Session) -> Iterator[None]:
     """RunFailedError that names the step, the micro-batch and what to lower, where memory runs out."""
     try:
         yield
@@ -128,7 +130,7 @@ def run_name(recipe: Path) -> str:
     return recipe.resolve().parent.name if recipe.stem == "recipe" else recipe.stem
 
 
-def _train(run: Run, problem: Problem) -> None:
+def _train(run: Session, problem: Problem) -> None:
     recipe, console, task, codec = run.recipe, run.console, problem.task, problem.codec
     ends = [run.folder / name for name in ("summary.json", "report.html")]  # in the order in which they are written
     if run.position and run.position.step >= recipe.steps and all(path.is_file() for path in ends):
@@ -192,7 +194,7 @@ def _train(run: Run, problem: Problem) -> None:
     _say_results(run, summary)
 
 
-def _cold_start(run: Run, settings: ColdStart, problem: Problem, policy: Policy) -> None:
+def _cold_start(run: Session, settings: ColdStart, problem: Problem, policy: Policy) -> None:
     """Supervised fine-tuning first: of all weights, or through an adapter that becomes a part of them."""
     learner = policy
     if run.recipe.cold_start_adapts:
@@ -203,7 +205,7 @@ def _cold_start(run: Run, settings: ColdStart, problem: Problem, policy: Policy)
         learner.adapter.merge()
 
 
-def _stand_at_start(run: Run, stage: str, policy: Policy) -> None:
+def _stand_at_start(run: Session, stage: str, policy: Policy) -> None:
     """Save the weights that a stage begins with, whole, or where the run is inside of the stage read them back."""
     if not (run.position and run.position.stage == stage):
         model = policy.model
@@ -240,16 +242,16 @@ def as_trained(policy: Policy, recipe: Recipe, console: Console) -> Policy:
     return policy
 
 
-def _train_method(run: Run, problem: Problem, policy: Policy, start: Policy) -> Policy | Scorer:
+def _train_method(run: Session, problem: Problem, policy: Policy, start: Policy) -> Policy | Scorer:
     """The loop that the recipe names, from weights that may be a checkpoint's. `start` is frozen. Returns what it trained."""
     recipe = run.recipe
     if recipe.method == "reward_model":
         scorer = Scorer.from_policy(start)
         if not (run.position and run.position.stage == "train" and run.position.step > 0):
-            run.record_evaluation("train", 0, evaluate_pairs(scorer, problem.task, recipe))
+            run.recorder.record_evaluation("train", 0, evaluate_pairs(scorer, problem.task, recipe))
         train_reward_model(run, problem, scorer)
         if not run.stopped:
-            run.record_evaluation("train", recipe.steps, evaluate_pairs(scorer, problem.task, recipe))
+            run.recorder.record_evaluation("train", recipe.steps, evaluate_pairs(scorer, problem.task, recipe))
         return scorer
     if recipe.method == "sft":
         train_sft(run, problem, policy, stage="train", settings=_as_sft(recipe))
@@ -271,7 +273,7 @@ def _as_sft(recipe: Recipe) -> ColdStart:
     )
 
 
-def write_summary(run: Run) -> dict[str, Any]:
+def write_summary(run: Session) -> dict[str, Any]:
     """summary.json, from what run.db holds: the figures before and after, the examples, the seconds and the seed."""
     summary: dict[str, Any] = {}
     for when, step in (("before", 0), ("after", run.recipe.steps)):
@@ -302,7 +304,7 @@ def _telling_examples(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(examples, key=change, reverse=True)[:_SHOWN_EXAMPLES]
 
 
-def _say_results(run: Run, summary: dict[str, Any]) -> None:
+def _say_results(run: Session, summary: dict[str, Any]) -> None:
     """The table at the end."""
     names = [name for name in summary["after"] if not name.endswith("_interval")]
     rows = [

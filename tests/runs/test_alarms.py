@@ -5,12 +5,13 @@ import sqlite3
 import pytest
 
 import coterie
+from coterie.errors import RunFailedError
 from coterie.recipe import load_recipe
 from coterie.recipe.settings import Limits
 from coterie.runs.alarms import alarms, usual_norm
 from coterie.runs.console import Console
-from coterie.runs.folder import RunFailedError
-from coterie.training.run import Run
+from coterie.runs.folder import RunFolder
+from coterie.training.session import Session
 
 GOOD = {"optimiser/grad_norm": 1.0, "policy/ratio_max": 1.1, "policy/sampler_gap_max": 1e-6, "policy/kl": 0.1, "policy/entropy": 1.0}  # fmt: skip
 
@@ -77,9 +78,9 @@ def test_a_solved_task_is_told_from_a_collapsed_policy(rewards, expected, tmp_pa
         "reward/mean": mean, "reward/right_answer": mean, "reward/written_steps": mean, "reward/std": std, "reward/highest": max(rewards), "reward/lowest": min(rewards),
         "group/no_signal_share": 1.0, "policy/entropy": 0.001, "optimiser/grad_norm": 1e-5,
     }  # fmt: skip
-    run = Run.create(load_recipe("equations", tiny_recipe), "run", str(tmp_path / "run"), Console(), stop_after=None)
+    run = Session(RunFolder.create(load_recipe("equations", tiny_recipe), "run", str(tmp_path / "run"), Console()))
     for step in range(1, 61):
-        run.record(
+        run.recorder.record(
             "train",
             step,
             learning if step <= 15 else {**settled, "optimiser/grad_norm": 0.5} if step == 60 else settled,

@@ -5,8 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from coterie.errors import RunFailedError
 from coterie.runs import store as module
-from coterie.runs.folder import RunFailedError, new_folder, told_of
+from coterie.runs.folder import new_folder
+from coterie.runs.writing import told_of
 
 
 def test_runs_that_start_at_once_get_a_folder_each(tmp_path):

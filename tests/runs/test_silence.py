@@ -8,8 +8,7 @@ import pytest
 
 import coterie
 from coterie.commands.models import check_recipe
-from coterie.errors import UserError
-from coterie.runs.folder import RunFailedError
+from coterie.errors import RunFailedError, UserError
 
 REWARDS = """
 calls = []

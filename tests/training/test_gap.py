@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import coterie
+from coterie.errors import RunFailedError
 from coterie.fast.native import NativeEngine
 from coterie.fast.serve import Policy
 from coterie.models.logprobs import logprobs_of
 from coterie.noise import key, mix
 from coterie.recipe.settings import Lora, Sampling
 from coterie.rollouts.pack import Row, make_stream
-from coterie.runs.folder import RunFailedError
 from coterie.training.gap import rounding_at_the_gap
 
 

@@ -299,7 +299,7 @@ DIED = {
 @pytest.mark.parametrize("method", DIED)
 def test_a_run_that_died_before_its_first_checkpoint_resumes(train, method, monkeypatch):
     """Only the start of the method's own stage is saved, which holds the policy alone."""
-    from coterie.training.run import Run
+    from coterie.runs.recorder import Recorder
 
     class DiedError(Exception):
         pass
@@ -311,9 +311,9 @@ def test_a_run_that_died_before_its_first_checkpoint_resumes(train, method, monk
 
     late = "checkpoint={every: 100}"
     whole = train("whole", *DIED[method], late)
-    record = Run.record
+    record = Recorder.record
     with monkeypatch.context() as patched:
-        patched.setattr(Run, "record", dies)
+        patched.setattr(Recorder, "record", dies)
         with pytest.raises(DiedError):
             train("died", *DIED[method], late)
     coterie.train(resume=str(whole.parent / "died"))

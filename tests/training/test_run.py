@@ -1,11 +1,13 @@
 """A run, its folder, and its exact resume."""
 
 import hashlib
+import importlib
 import json
 import shutil
 import signal
 import sqlite3
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import coterie
-from coterie import faults
-from coterie.errors import UserError
+from coterie.errors import RunFailedError, UserError
 from coterie.rewards.base import Reward
 from coterie.runs import checkpoint
 from coterie.runs.checkpoint import find_checkpoint
-from coterie.runs.folder import RunFailedError
 from coterie.runs.store import Store
 
 
@@ -50,6 +50,13 @@ def finished(tmp_path_factory):
 
     overrides = fixture.__wrapped__(None) if hasattr(fixture, "__wrapped__") else fixture.__pytest_wrapped__.obj(None)
     return trained(overrides, tmp_path_factory.mktemp("runs") / "whole")
+
+
+@pytest.fixture
+def plan(monkeypatch):
+    """Plans a fault: see benchmarks/planned_fault.py."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    return importlib.import_module("planned_fault").plan
 
 
 def test_the_run_folder_holds_what_it_promises(finished):
@@ -272,9 +279,9 @@ def test_a_run_killed_at_its_very_end_is_not_taken_for_finished(finished, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("point", ["after_sample", "in_reward", "before_backward"])
-def test_a_signal_leaves_a_step_that_has_changed_nothing_yet(tiny_recipe, tmp_path, monkeypatch, point):
+def test_a_signal_leaves_a_step_that_has_changed_nothing_yet(tiny_recipe, tmp_path, monkeypatch, plan, point):
     """And saves what was there before it, also where that is not one of the steps that are saved anyway."""
-    monkeypatch.setattr(faults, "_planned", faults.Fault.parse(f"{point}:4:term"))
+    plan(f"{point}:4:term", monkeypatch.setattr)
     folder = tmp_path / "run"
     trained(tiny_recipe, folder, "cold_start=null", "steps=5", "checkpoint.every=50")
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000000", "step_000003"]
@@ -285,8 +292,8 @@ def test_a_signal_leaves_a_step_that_has_changed_nothing_yet(tiny_recipe, tmp_pa
     assert recorded(folder) == recorded(whole)
 
 
-def test_a_signal_lets_a_step_end_whose_weights_move(tiny_recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(faults, "_planned", faults.Fault.parse("before_step:4:term"))
+def test_a_signal_lets_a_step_end_whose_weights_move(tiny_recipe, tmp_path, monkeypatch, plan):
+    plan("before_step:4:term", monkeypatch.setattr)
     folder = trained(tiny_recipe, tmp_path / "run", "cold_start=null", "checkpoint.every=50")
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000000", "step_000004"]
 
