@@ -21,7 +21,7 @@ from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationCo
 from math_verify import verify
 
 from coterie.rewards.maths.tidy import CLOSE, OPEN
-from coterie.rewards.maths.values import AND, NAME, OR, REALS, SIGNS, brackets, equal, is_region, parts, split
+from coterie.rewards.maths.values import AND, NAME, OR, PREFIXED, REALS, SIGNS, brackets, equal, is_region, parts, split
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 
@@ -77,8 +77,8 @@ def read_latex(text: str) -> Any:
         raise UnreadableError  # words: letter by letter they would be a product
     if re.search("[^\x00-\x7f]|[\"'`#$&]|__", text) and "matrix" not in text:
         raise UnreadableError
-    if re.search(r"\d\s+[\d.]", text):
-        raise UnreadableError  # `1 2` is no number
+    if re.search(r"\d\s+[\d.]", text) or PREFIXED.search(text):
+        raise UnreadableError  # `1 2` is no number, and `0x1F` no product
     depths = accumulate((character in "([{") - (character in ")]}") for character in text)
     if max(depths, default=0) > _MAX_DEPTH:
         raise TooLargeError  # the grammar takes seconds for it

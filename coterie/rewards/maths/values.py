@@ -297,6 +297,7 @@ def _letters(text: str) -> set[str]:
 # ---- from a tidied text to a value
 
 NAME = r"[A-Z]{2}|[A-Za-z](?:_(?:\{\w{1,6}\}|\w))?'?(?:\s*\([a-z](?:\s*,\s*[a-z])*\))?|[a-z]\s*\^\s*\{?\s*-1\s*\}?\s*\([a-z]\)|\\[a-z]+(?:_\w)?"
+PREFIXED = re.compile(r"(?<![\w.])[-+]?0(?:[xX][\da-fA-F]+|[oO][0-7]+|[bB][01]+)(?!\w)")  # `0x1F`
 _EQUALS = re.compile(r"(?<![<>!\\=])=(?!=)(?![^{}]*\})")  # outside of `_{k=1}`
 _RELATIONS = re.compile(r"\\[lgn]e(?![a-zA-Z])|[<>]|\\cup(?![a-z])|\\setminus|\\mathbb|(?<=[\])])\s*U\s*(?=[\[(])")
 _ENVIRONMENT = re.compile(r"\\begin\s*\{([a-zA-Z]*matrix|array)\}(?:\s*\{[^{}]*\})?(.*)\\end\s*\{\1\}", re.DOTALL)
@@ -309,6 +310,8 @@ def read(text: str, depth: int = 0) -> Value:
         return Quantity(text, None)
     if clock := read_clock(text):
         return clock
+    if PREFIXED.fullmatch(text):  # a number in another base is equal in its spelling alone
+        return Words(text.casefold())
     ratio = re.fullmatch(rf"{DECIMAL}(?:\s*:\s*{DECIMAL}){{2,}}", text)
     if ratio:
         terms = [Fraction(term) for term in re.split(r"\s*:\s*", text)][:_MAX_ITEMS]
