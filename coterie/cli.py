@@ -94,11 +94,9 @@ def train(
             "train: name a recipe, or with --resume a run to go on with, and not both: "
             "coterie train equations, or coterie train --resume runs/equations"
         )
-    from coterie.recipe import load_recipe
-
     _restrict(context, trust, recipe)
     if recipe is not None:
-        load_recipe(recipe, overrides or [])  # a wrong recipe is refused before torch is imported, which takes seconds
+        _check_early(recipe, overrides)
     if profile:  # the profiler says once that it does not see memory from before it began being freed
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from coterie.stopping import end_soon
@@ -130,10 +128,8 @@ def check(
 
     Example: [bold]coterie check mytask/recipe.yaml[/bold]
     """
-    from coterie.recipe import load_recipe
-
     _restrict(context, trust, recipe)
-    load_recipe(recipe, overrides or [])
+    _check_early(recipe, overrides)
     from coterie.commands.models import check_recipe
 
     check_recipe(recipe, overrides or [])
@@ -159,10 +155,8 @@ def score_rewards(
 
     Example: [bold]coterie score mytask/recipe.yaml completions.jsonl --out scores.jsonl[/bold]
     """
-    from coterie.recipe import load_recipe
-
     _restrict(context, trust, recipe)
-    load_recipe(recipe, overrides or [])
+    _check_early(recipe, overrides)
     from coterie.commands.scoring import score_completions
 
     score_completions(recipe, completions, overrides or [], out)
@@ -271,6 +265,15 @@ def _one_of(step: int | None, best: bool) -> tuple[int | None, bool]:
     if step is not None and best:
         raise UserError("--step and --best: choose one checkpoint with one of them")
     return step, best
+
+
+def _check_early(recipe: str, overrides: list[str] | None) -> None:
+    """Refuse a wrong recipe before torch is imported, which takes seconds. What else is to be said of it is said later."""
+    from coterie.recipe import load_recipe
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        load_recipe(recipe, overrides or [])
 
 
 def _restrict(context: typer.Context, trust: bool, recipe: str | None) -> None:

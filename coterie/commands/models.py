@@ -36,7 +36,7 @@ from coterie.types import Messages, Prompt, RewardFailure, Scored
 def check_recipe(name: str, overrides: Sequence[str]) -> None:
     """Try each part of a run on a little of the real thing, then print the resolved recipe and what came of it."""
     console = Console()
-    recipe = load_recipe(name, overrides)
+    recipe = console.warning_of(lambda: load_recipe(name, overrides))
     rewards, codec, task = prepare(recipe)
     epoch = math.ceil(len(task.train) / recipe.prompts_per_step)
     console.say(
@@ -131,7 +131,7 @@ def evaluate_model(
     source = task_name or _recipe_of(measured[0][1])
     if source is None:
         raise UserError(f"eval: {model} is not a run, so --task has to name the recipe to measure it with")
-    recipe = load_recipe(source, overrides)
+    recipe = console.warning_of(lambda: load_recipe(source, overrides))
     rewards = load_rewards(recipe.rewards)
     evaluations: list[Evaluation] = []
     with closing_all(rewards):

@@ -74,7 +74,7 @@ class Scores:
 def score_completions(recipe_name: str, source: str, overrides: Sequence[str], out: Path | None) -> None:
     """Print what each reward makes of the completions, and write it to `out` if there is one."""
     console = Console()
-    recipe = load_recipe(recipe_name, overrides)
+    recipe = console.warning_of(lambda: load_recipe(recipe_name, overrides))
     if not recipe.rewards:
         raise UserError(f"score: {recipe_name} has no rewards")
     if out is not None and (out.is_dir() or not out.parent.is_dir()):  # said before the rewards have taken their time

@@ -6,6 +6,7 @@ sections in `settings.py`. Nothing here imports torch, so a wrong recipe is refu
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from coterie.errors import UserError, nearest
 from coterie.reading import MAX_DEPTH, read_yaml, read_yaml_file, short
 from coterie.recipe.explain import explained
-from coterie.recipe.older import of_older
+from coterie.recipe.older import of_older, with_new_names
 from coterie.recipe.paths import absolute_paths, plain_rewards
 from coterie.recipe.presets import CHOSEN_BY_OBJECTIVE, OBJECTIVE_SETTINGS, PRESETS
 from coterie.recipe.settings import (
@@ -354,6 +355,12 @@ def make_recipe(values: Mapping[str, Any], *, source: str = "recipe", folder: Pa
             f"{source}: {with_key}: holds a key or a password, and a recipe is copied into the run and its report; put it into an "
             "environment variable, and let your code read it there"
         )
+    try:
+        values, renamed = with_new_names(values)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    for old, new in renamed.items():
+        warnings.warn(f"{source}: {old} is called {new} now; the old name is still read", stacklevel=2)
     given_values = {key: value for key, value in values.items() if value is not None}  # an empty section is no section
     merged = {key: dict(value) if isinstance(value, dict) else value for key, value in given_values.items()}
     preset = merged.get("preset", "grpo")

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from coterie.errors import UserError
 from coterie.recipe import Recipe, make_recipe
-from coterie.recipe.older import moved
+from coterie.recipe.older import moved, new_name
 from coterie.recipe.settings import DatasetTask, RewardSpec
 from coterie.runs.modules import modules_of
 
@@ -47,7 +47,7 @@ def check_inputs(before: Mapping[str, str], now: Mapping[str, str], allowed: Col
 
     A file that lies elsewhere is no change while its content is the same; nor is a setting that is new since the start, at its default.
     """
-    before = {name: _moved(value) if name.endswith(".function") else value for name, value in before.items()}
+    before = {new_name(name): _moved(value) if name.endswith(".function") else value for name, value in before.items()}
     changed: list[tuple[str, str]] = []
     refused: list[tuple[str, str]] = []
     lost = []

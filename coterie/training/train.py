@@ -77,7 +77,7 @@ def train(
         )
     else:
         name = run_name(find_recipe(recipe)) if isinstance(recipe, str) else "run"
-        loaded = load_recipe(recipe, overrides) if isinstance(recipe, str) else recipe
+        loaded = console.warning_of(lambda: load_recipe(recipe, overrides)) if isinstance(recipe, str) else recipe
         loaded = loaded.model_copy(update={"made_with": {**(loaded.made_with or {}), "day": date.today().isoformat()}})
         _say_what_takes_long(loaded, console)
         parts = prepare(loaded)  # what is wrong with the recipe shows before there is a folder

@@ -6,15 +6,17 @@ import json
 import shutil
 import sqlite3
 import tarfile
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import coterie
 from coterie.errors import UserError
-from coterie.recipe import load_recipe
+from coterie.recipe import load_recipe, make_recipe, older
 from coterie.recipe.older import of_older
 from coterie.rewards.load import load_rewards
 from coterie.runs.report import write_report
@@ -154,3 +156,18 @@ def test_a_reward_function_that_moved_is_found_by_its_old_name(tmp_path):
     before["rewards.right_answer.function"] = '"coterie.rewards.steps:written_steps"'
     with pytest.raises(UserError, match=r"rewards\.right_answer\.function: was .*written_steps"):
         check_inputs(before, now, ())
+
+
+def test_any_recipe_may_use_an_old_name_and_is_told_the_new_one(monkeypatch, tmp_path):
+    monkeypatch.setitem(older.RENAMED, "kl.old", "kl.estimator")
+    least = {"model": {"type": "qwen3"}, "task": "equations", "rewards": ["m:f"]}
+    with pytest.warns(UserWarning, match=r"^recipe: kl\.old is called kl\.estimator now"):
+        assert make_recipe({**least, "kl": {"old": "k1"}}).kl.estimator == "k1"
+    with pytest.raises(UserError, match=r"kl\.old: is called kl\.estimator now, and both are given"):
+        make_recipe({**least, "kl": {"old": "k1", "estimator": "k2"}})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**least, "made_with": {}, "kl": {"old": "k1"}}))
+    with warnings.catch_warnings(action="error"):
+        recipe = load_recipe(str(tmp_path / "recipe.yaml"))  # a run's own, which nobody wrote by hand
+    now = inputs_of(recipe)
+    before = {("kl.old" if name == "kl.estimator" else name): value for name, value in now.items()}
+    assert check_inputs(before, now, ()) == []
