@@ -64,7 +64,7 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "reward model": {
         "preset": "reward_model", "task": _PAIRS, "sampling": None, "evaluation": {"prompts": 4}, **_WITHOUT,
     },
-    "redraw": {"redraw": {"rounds": 2}},
+    "dynamic sampling": {"dynamic_sampling": {"rounds": 2}},
 }  # fmt: skip
 
 _FORKED = multiprocessing.get_context("forkserver")

@@ -27,6 +27,7 @@ from coterie.recipe.settings import (
     ColdStart,
     Correction,
     DatasetTask,
+    DynamicSampling,
     Entropy,
     Evaluation,
     Limits,
@@ -39,7 +40,6 @@ from coterie.recipe.settings import (
     Preference,
     Preset,
     Record,
-    Redraw,
     Reference,
     RewardSpec,
     Sampling,
@@ -90,7 +90,7 @@ class Recipe(Settings):
     entropy: Entropy = Entropy()
     reference: Reference = Reference()
     correction: Correction = Correction()
-    redraw: Redraw = Redraw()
+    dynamic_sampling: DynamicSampling = DynamicSampling()
     overlong: Overlong = Overlong()
     value: Value = Value()
     preference: Preference = Preference()
@@ -214,10 +214,10 @@ class Recipe(Settings):
 
     def _idle_sections(self) -> dict[str, str]:
         """Whole sections, and plain settings, that do nothing with the chosen method, and why."""
-        of_sampling = ("advantage", "loss", "kl", "entropy", "correction", "redraw", "overlong", "group_size")
+        of_sampling = ("advantage", "loss", "kl", "entropy", "correction", "dynamic_sampling", "overlong", "group_size")
         idle = {
             "grpo": ("value", "preference"),
-            "ppo": ("advantage", "correction", "redraw", "overlong", "preference", "reference"),
+            "ppo": ("advantage", "correction", "dynamic_sampling", "overlong", "preference", "reference"),
             "dpo": (*of_sampling, "value", "reference", "max_failed_rewards", "record"),
             "sft": (*of_sampling, "value", "preference", "reference", "cold_start", "max_failed_rewards", "record"),
             "reward_model": (
@@ -275,7 +275,7 @@ class Recipe(Settings):
         if not self.evaluation.every or self.method == "sft":
             idle("checkpoint", ("keep_best",), "there are no evaluations on the way (evaluation.every)")
         if self.group_size == 1:
-            idle("redraw", ("rounds",), "group_size is 1")
+            idle("dynamic_sampling", ("rounds",), "group_size is 1")
         if isinstance(self.task, DatasetTask):
             own = self.task.evaluation is not None
             idle(

@@ -15,6 +15,7 @@ from coterie.recipe.settings import (
     ColdStart,
     Correction,
     DatasetTask,
+    DynamicSampling,
     Entropy,
     Evaluation,
     Limits,
@@ -24,7 +25,6 @@ from coterie.recipe.settings import (
     Overlong,
     Preference,
     Record,
-    Redraw,
     Reference,
     RewardSpec,
     Sampling,
@@ -87,7 +87,7 @@ def _settings_at(place: list[str], whole: type[Settings]) -> type[Settings]:
     """The class of settings that stands at a key."""
     homes: dict[str, type[Settings]] = {
         "task": DatasetTask, "rewards": RewardSpec, "cold_start": ColdStart, "sampling": Sampling, "advantage": Advantage,
-        "loss": Loss, "kl": KL, "entropy": Entropy, "reference": Reference, "correction": Correction, "redraw": Redraw,
+        "loss": Loss, "kl": KL, "entropy": Entropy, "reference": Reference, "correction": Correction, "dynamic_sampling": DynamicSampling,
         "overlong": Overlong, "value": Value, "preference": Preference, "lora": Lora, "optimiser": Optimiser, "evaluation": Evaluation,
         "checkpoint": Checkpoint, "record": Record, "limits": Limits,
     }  # fmt: skip

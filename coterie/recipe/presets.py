@@ -24,7 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dapo": {
         "advantage": {"baseline": "group", "scale": "sample"},
         "loss": {**_CLIP, "clip_high": 0.28, "aggregation": "token_mean", "kl_weight": 0.0},
-        "redraw": {"rounds": 3},
+        "dynamic_sampling": {"rounds": 3},
         "overlong": {"treatment": "punish"},
     },
     # GSPO, arXiv 2507.18071: one length-normalised ratio per completion, and bounds to fit it.

@@ -214,8 +214,8 @@ class Correction(Settings):
     limit: Annotated[Number, Field(gt=1, allow_inf_nan=False)] = Field(2.0, description="the largest weight")
 
 
-class Redraw(Settings):
-    """Dynamic sampling: groups without signal are dropped, and new prompts drawn in their place."""
+class DynamicSampling(Settings):
+    """Groups without signal are dropped, and new prompts drawn in their place."""
 
     rounds: Whole = Field(0, ge=0, le=100, description="how often at most; 0 keeps every group")
 

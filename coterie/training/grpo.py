@@ -28,9 +28,9 @@ from coterie.training.stages import kl_stage
 from coterie.training.step import make_optimiser, set_learning_rate
 from coterie.training.step_metrics import (
     divergence_metrics,
+    dynamic_sampling_metrics,
     metrics_line,
     penalty_metrics,
-    redraw_metrics,
     rollout_metrics,
 )
 from coterie.training.weights import adapt, controlled, first_weights
@@ -60,7 +60,7 @@ def train_grpo(run: Session, problem: Problem, policy: Policy, reference: Policy
         engine.load_weights(policy, step)
         clock.lap("time/train_seconds")
         tally.merge(rollout_metrics(drawn.scored, groups_with_signal(drawn.scored, recipe.advantage)))
-        tally.merge(redraw_metrics(drawn), penalty_metrics(scored))
+        tally.merge(dynamic_sampling_metrics(drawn), penalty_metrics(scored))
         tally.merge(divergence_metrics(watched.streams, watched.logprobs))
         rounding = rounding_at_the_gap(policy, streams, gaps, temperature=temperature)
         metrics = {**tally.values(), **rounding, **controlled(recipe, weights, learning_rate), **clock.seconds}

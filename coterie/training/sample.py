@@ -58,7 +58,7 @@ class Drawn:
 
 def sampling(recipe: Recipe, problem: Problem, engine: Engine) -> Callable[[int, Clock], Drawn]:
     """How the steps of a run get their groups: (step, clock) -> groups, sampled and scored."""
-    return partial(sample_until_signal if recipe.redraw.rounds else sample_once, recipe, problem, engine)
+    return partial(sample_until_signal if recipe.dynamic_sampling.rounds else sample_once, recipe, problem, engine)
 
 
 def sample_once(recipe: Recipe, problem: Problem, engine: Engine, step: int, clock: Clock) -> Drawn:
@@ -71,14 +71,14 @@ def sample_once(recipe: Recipe, problem: Problem, engine: Engine, step: int, clo
 def sample_until_signal(recipe: Recipe, problem: Problem, engine: Engine, step: int, clock: Clock) -> Drawn:
     """Dynamic sampling: groups without signal are dropped and others drawn in their place.
 
-    It ends when there are enough or the rounds of `redraw` are spent. Where none has signal the last ones drawn are kept, and
+    It ends when there are enough or the rounds of `dynamic_sampling` are spent. Where none has signal the last ones drawn are kept, and
     the step learns nothing from their rewards.
     """
     wanted, seed = recipe.prompts_per_step, recipe.seed
     whole = sample_once(recipe, problem, engine, step, clock).scored
     kept = _places_with_signal(whole, recipe.advantage, 0)
     start = 0
-    for attempt in range(1, recipe.redraw.rounds + 1):
+    for attempt in range(1, recipe.dynamic_sampling.rounds + 1):
         if len(kept) >= wanted:
             break
         prompts = draw_again(problem.task, wanted - len(kept), seed=seed, step=step, attempt=attempt)

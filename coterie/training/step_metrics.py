@@ -42,14 +42,14 @@ def rollout_metrics(scored: Scored, signal: Tensor) -> Tally:
     return tally
 
 
-def redraw_metrics(drawn: Drawn) -> Tally:
+def dynamic_sampling_metrics(drawn: Drawn) -> Tally:
     """What dynamic sampling cost: groups dropped, and the tokens that were spent on them."""
     tally = Tally()
     dropped = set(range(len(drawn.scored.groups))) - set(drawn.kept)
     if dropped:
         spent = sum(len(c.tokens) for i in dropped for c in drawn.scored.groups[i].completions)
-        tally.add("redraw/num_dropped_groups", len(dropped))
-        tally.add("redraw/num_dropped_tokens", spent)
+        tally.add("dynamic_sampling/num_dropped_groups", len(dropped))
+        tally.add("dynamic_sampling/num_dropped_tokens", spent)
     return tally
 
 

@@ -43,7 +43,7 @@ def update(
     reference: what the KL is held to; needed where the preset or `settings` give the KL a weight.
     settings: sections of a recipe that override the preset, as {"loss": {"clip_high": 0.3}}; optimiser.max_grad_norm,
     updates_per_batch, micro_batch_tokens and activation_checkpointing act here too, the learning rate is the optimiser's own.
-    What a recipe does before the update (redraw, overlong) is the caller's, and the longest completion is the length limit.
+    What a recipe does before the update (dynamic_sampling, overlong) is the caller's, and the longest completion is the length limit.
 
     Raises UserError for shapes that do not agree, empty prompts or completions, tokens that the model does not know, and rewards or
     settings out of range.

@@ -178,7 +178,7 @@ def test_another_objective_may_be_chosen_over_any_preset(objective):
         ({"overlong": {"penalty": 3}}, "overlong.penalty", "treatment is keep"),
         ({"value": {"clip": 3}}, "value", "method is grpo"),
         ({"preset": "ppo", "advantage": {"scale": "none"}}, "advantage", "method is ppo"),
-        ({"preset": "ppo", "redraw": {"rounds": 2}}, "redraw", "method is ppo"),
+        ({"preset": "ppo", "dynamic_sampling": {"rounds": 2}}, "dynamic_sampling", "method is ppo"),
         ({"group_size": 1}, "group_size", "nothing to compare with"),
         ({"kl": {"target": 0.1, "adapt_rate": 1}}, "kl.adapt_rate", "1"),
         ({"preset": "ppo", "value": {"warmup_steps": 100}}, "value.warmup_steps", "100"),

@@ -215,11 +215,11 @@ def test_dynamic_sampling_counts_what_it_drops(train, tmp_path):
                 (step,),
             ).fetchall()
             flat = {n for n, *_ in rows if len({r for m, r, *_ in rows if m == n}) == 1}
-            assert found.get("redraw/num_dropped_groups", 0) == len(flat)
+            assert found.get("dynamic_sampling/num_dropped_groups", 0) == len(flat)
             assert len({n for n, *_ in rows}) >= 3
             assert all(advantage == 0 for n, _, advantage, _ in rows if n in flat)
             assert found["group/no_signal_share"] == pytest.approx(len(flat) / len({n for n, *_ in rows}))
-    assert any(metrics(folder, step).get("redraw/num_dropped_tokens", 0) > 0 for step in range(1, 7))
+    assert any(metrics(folder, step).get("dynamic_sampling/num_dropped_tokens", 0) > 0 for step in range(1, 7))
 
 
 def test_overlong_completions_lose_over_the_last_tokens(train):
@@ -339,14 +339,14 @@ def test_steps_in_which_every_completion_abstains_are_survived(train, tmp_path, 
     assert all(one["optimiser/skipped_share"] == 0 for one in found)
 
 
-def test_redraw_keeps_a_group_that_differs_in_its_parts_alone(train, tmp_path):
+def test_dynamic_sampling_keeps_a_group_that_differs_in_its_parts_alone(train, tmp_path):
     (tmp_path / "two.py").write_text(
         "def more(completions, **columns):\n    return [float(len(c[0]['content'])) for c in completions]\n"
         "def less(completions, **columns):\n    return [-float(len(c[0]['content'])) for c in completions]\n"
     )
     rewards = f"rewards=['{tmp_path}/two.py:more', '{tmp_path}/two.py:less']"
-    folder = train("run", "preset=gdpo", "redraw.rounds=2", rewards, "steps=2", "sampling.max_new_tokens=30")
-    assert metrics(folder, 1).get("redraw/num_dropped_groups", 0) == 0
+    folder = train("run", "preset=gdpo", "dynamic_sampling.rounds=2", rewards, "steps=2", "sampling.max_new_tokens=30")
+    assert metrics(folder, 1).get("dynamic_sampling/num_dropped_groups", 0) == 0
     assert metrics(folder, 1)["group/no_signal_share"] == 0
 
 
