@@ -47,7 +47,7 @@ METHODS: dict[str, dict] = {
     # The control: the same objective held to the start instead of a moving average
     "anchored, frozen": {"preset": "anchored", "reference": {"kind": "frozen"}},
     # rewards go up to 9: a value model that may move 0.2 a batch never gets there, and its clip is set out of the way
-    "ppo": {"preset": "ppo", "value": {"learning_rate": 5.0e-3, "clip": 10, "warmup_steps": 4, "trace": 1.0}},
+    "ppo": {"preset": "ppo", "value": {"learning_rate": 5.0e-3, "clip": 10, "warmup_steps": 4, "gae_lambda": 1.0}},
     "dpo": {"preset": "dpo"},
     # with one update a batch the ratio is 1 and no bound acts: what tells these apart needs more
     **{

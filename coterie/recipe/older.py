@@ -11,7 +11,10 @@ from typing import Any
 
 from coterie.errors import UserError
 
-RENAMED = {"redraw": "dynamic_sampling"}  # a section or a setting by its dotted name, and the name that it has now
+RENAMED = {
+    "redraw": "dynamic_sampling",
+    "value.trace": "value.gae_lambda",
+}  # a section or a setting by its dotted name, and the name that it has now
 REMOVED: dict[str, Any] = {}  # the value that does what is done without the setting; with another it is refused
 NEW: dict[str, Any] = {}  # the value that does what was done before there was the setting
 MOVED = {"coterie.rewards.steps": "coterie.tasks.equation_rewards"}  # by module, where its functions are now

@@ -236,7 +236,7 @@ class Value(Settings):
     learning_rate: Positive = Field(1e-5, description="the value model's")
     clip: Positive = Field(0.2, description="how far a value may move from the one at sampling")
     discount: Annotated[Number, Field(gt=0, le=1)] = Field(1.0, description="gamma of generalised advantage estimation")
-    trace: Share = Field(0.95, description="lambda of generalised advantage estimation")
+    gae_lambda: Share = Field(0.95, description="lambda of generalised advantage estimation")
     warmup_steps: Whole = Field(0, ge=0, description="first steps in which only the value model learns")
 
 

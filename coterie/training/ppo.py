@@ -121,7 +121,7 @@ def advantages_and_returns(
         token_rewards = torch.zeros_like(values[number]) if penalties is None else -penalties[number].float()
         token_rewards[lengths.cumsum(0) - 1] += stream.rewards
         of_stream = generalised_advantages(
-            token_rewards, values[number], lengths, discount=recipe.value.discount, trace=recipe.value.trace
+            token_rewards, values[number], lengths, discount=recipe.value.discount, gae_lambda=recipe.value.gae_lambda
         )
         advantages.append(of_stream[0])
         returns.append(of_stream[1])

@@ -916,13 +916,14 @@ def test_each_reward_needs_its_weight():
 
 
 def slow_generalised(
-    rewards: list[float], values: list[float], discount: float, trace: float
+    rewards: list[float], values: list[float], discount: float, gae_lambda: float
 ) -> tuple[list[float], list[float]]:
     """One row, by the double sum of equation 16."""
     after = [*values, 0.0][1:]
     surprises = [r + discount * b - v for r, b, v in zip(rewards, after, values, strict=True)]
     advantages = [
-        sum((discount * trace) ** i * surprise for i, surprise in enumerate(surprises[n:])) for n in range(len(values))
+        sum((discount * gae_lambda) ** i * surprise for i, surprise in enumerate(surprises[n:]))
+        for n in range(len(values))
     ]
     return advantages, [a + v for a, v in zip(advantages, values, strict=True)]
 
@@ -936,28 +937,30 @@ def row_data(seed: int, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
 @given(
     lengths=st.lists(st.integers(0, 6), min_size=1, max_size=5).filter(any),
     discount=st.sampled_from([0.0, 0.9, 1.0]),
-    trace=st.sampled_from([0.0, 0.5, 0.95, 1.0]),
+    gae_lambda=st.sampled_from([0.0, 0.5, 0.95, 1.0]),
     seed=st.integers(0, 100),
 )
 @settings(max_examples=80, deadline=None)
-def test_generalised_advantages_are_the_double_sum(lengths, discount, trace, seed):
+def test_generalised_advantages_are_the_double_sum(lengths, discount, gae_lambda, seed):
     rewards, values, row_lengths = row_data(seed, lengths)
-    got = generalised_advantages(rewards, values, row_lengths, discount=discount, trace=trace)
+    got = generalised_advantages(rewards, values, row_lengths, discount=discount, gae_lambda=gae_lambda)
     expected: tuple[list[float], list[float]] = ([], [])
     for row in zip(rewards.split(lengths), values.split(lengths), strict=True):
-        for so_far, of_row in zip(expected, slow_generalised(*(x.tolist() for x in row), discount, trace), strict=True):
+        for so_far, of_row in zip(
+            expected, slow_generalised(*(x.tolist() for x in row), discount, gae_lambda), strict=True
+        ):
             so_far.extend(of_row)
     for tensor_, numbers in zip(got, expected, strict=True):
         assert tensor_.tolist() == pytest.approx(numbers, rel=1e-12, abs=1e-12)
 
 
 def test_generalised_advantages_by_hand():
-    """Rewards 0, 0, 1; values 0.5, 0.25, 0.75; discount 1/2, trace 1/2, so that what is carried shrinks to a quarter.
+    """Rewards 0, 0, 1; values 0.5, 0.25, 0.75; discount 1/2, gae_lambda 1/2, so that what is carried shrinks to a quarter.
 
     Surprises: 0.125 - 0.5 = -0.375, 0.375 - 0.25 = 0.125, 1 - 0.75 = 0.25.
     """
     advantages, returns = generalised_advantages(
-        tensor(0, 0, 1), tensor(0.5, 0.25, 0.75), torch.tensor([3]), discount=0.5, trace=0.5
+        tensor(0, 0, 1), tensor(0.5, 0.25, 0.75), torch.tensor([3]), discount=0.5, gae_lambda=0.5
     )
     assert advantages.tolist() == [-0.375 + 0.125 / 4 + 0.25 / 16, 0.125 + 0.25 / 4, 0.25]
     assert returns.tolist() == [advantages[0].item() + 0.5, advantages[1].item() + 0.25, 1.0]
@@ -966,7 +969,7 @@ def test_generalised_advantages_by_hand():
 def test_a_trace_of_1_gives_the_return_less_the_value():
     """And the return, undiscounted, is the sum of what is still to come."""
     rewards, values, lengths = row_data(0, [4, 1, 3])
-    advantages, returns = generalised_advantages(rewards, values, lengths, discount=1.0, trace=1.0)
+    advantages, returns = generalised_advantages(rewards, values, lengths, discount=1.0, gae_lambda=1.0)
     to_come = [sum(row[n:].tolist()) for row in rewards.split([4, 1, 3]) for n in range(len(row))]
     assert returns.tolist() == pytest.approx(to_come, rel=1e-12)
     assert advantages.tolist() == pytest.approx([r - v for r, v in zip(to_come, values.tolist(), strict=True)])
@@ -974,7 +977,7 @@ def test_a_trace_of_1_gives_the_return_less_the_value():
 
 def test_a_trace_of_0_gives_the_surprise_of_one_step():
     rewards, values, lengths = row_data(1, [2, 3])
-    advantages, _ = generalised_advantages(rewards, values, lengths, discount=0.9, trace=0.0)
+    advantages, _ = generalised_advantages(rewards, values, lengths, discount=0.9, gae_lambda=0.0)
     r, v = rewards.tolist(), values.tolist()
     after = [v[1], 0.0, v[3], v[4], 0.0]  # after a row's last token nothing follows, least of all the next row
     assert advantages.tolist() == pytest.approx([r[n] + 0.9 * after[n] - v[n] for n in range(5)], rel=1e-12)
@@ -984,16 +987,16 @@ def test_a_row_does_not_see_its_neighbours():
     """Bit by bit what it gets alone, and whatever the others hold."""
     lengths = [3, 1, 5, 2]
     rewards, values, row_lengths = row_data(2, lengths)
-    together = generalised_advantages(rewards, values, row_lengths, discount=0.99, trace=0.95)
+    together = generalised_advantages(rewards, values, row_lengths, discount=0.99, gae_lambda=0.95)
     for number, start in enumerate([0, 3, 4, 9]):
         own = slice(start, start + lengths[number])
         alone = generalised_advantages(
-            rewards[own], values[own], row_lengths[number : number + 1], discount=0.99, trace=0.95
+            rewards[own], values[own], row_lengths[number : number + 1], discount=0.99, gae_lambda=0.95
         )
         loud = [x * 1e6 + 1e6 for x in (rewards, values)]
         for changed, original in zip(loud, (rewards, values), strict=True):
             changed[own] = original[own]
-        among_loud = generalised_advantages(*loud, row_lengths, discount=0.99, trace=0.95)
+        among_loud = generalised_advantages(*loud, row_lengths, discount=0.99, gae_lambda=0.95)
         for one, two, three in zip(together, alone, among_loud, strict=True):
             assert torch.equal(one[own], two)
             assert torch.equal(one[own], three[own])
@@ -1001,7 +1004,7 @@ def test_a_row_does_not_see_its_neighbours():
 
 def test_generalised_advantages_have_no_gradient():
     rewards, values, lengths = row_data(3, [2, 2])
-    got = generalised_advantages(rewards, values.requires_grad_(), lengths, discount=1.0, trace=0.9)
+    got = generalised_advantages(rewards, values.requires_grad_(), lengths, discount=1.0, gae_lambda=0.9)
     assert not any(x.requires_grad for x in got)
 
 
@@ -1066,7 +1069,7 @@ def test_whole_number_parts_are_numbers():
 @pytest.mark.parametrize("lengths", [[], [0, 0]])
 def test_no_tokens_have_no_advantages(lengths):
     lengths = torch.tensor(lengths, dtype=torch.long)
-    advantages, returns = generalised_advantages(torch.zeros(0), torch.zeros(0), lengths, discount=1.0, trace=1.0)
+    advantages, returns = generalised_advantages(torch.zeros(0), torch.zeros(0), lengths, discount=1.0, gae_lambda=1.0)
     assert advantages.shape == returns.shape == (0,)
 
 

@@ -367,7 +367,7 @@ def test_a_reward_model_is_not_sampled_from(train):
 
 
 def test_the_reward_stands_at_the_last_token_and_the_kl_at_each():
-    """By hand, with a trace of 0: reward and next value, less the penalty and what was expected."""
+    """By hand, with a lambda of 0: reward and next value, less the penalty and what was expected."""
     from coterie.recipe import make_recipe
     from coterie.rollouts.pack import Row, make_stream
     from coterie.training.ppo import advantages_and_returns, whitened
@@ -376,7 +376,7 @@ def test_the_reward_stands_at_the_last_token_and_the_kl_at_each():
     recipe = make_recipe(
         {
             "preset": "ppo", "model": "m", "task": "equations", "rewards": ["m:f"],
-            "value": {"trace": 0.0, "discount": 0.5},
+            "value": {"gae_lambda": 0.0, "discount": 0.5},
         }
     )  # fmt: skip
     values, penalties = torch.tensor([1.0, 2.0, 4.0, 10.0]), torch.tensor([0.1, 0.2, 0.3, 0.4])
