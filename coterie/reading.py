@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ class _StrictLoader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
-                raise UserError(f"line {key_node.start_mark.line + 1}: the key {short(key)} stands twice")
+                raise UserError(f"{_line(key_node)}the key {short(key)} stands twice")
             seen.add(key if isinstance(key, str) else str(key))
         return super().construct_mapping(node, deep=deep)
 
@@ -51,12 +50,10 @@ def read_yaml(text: str) -> Any:
         raise UserError(f"{place}not valid YAML: {said[:200]}") from None
     except RecursionError:
         raise UserError("is nested too deeply") from None
-    except (ValueError, OverflowError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"holds a value that can't be read: {str(error)[:200]}"
-        ) from None  # a date that there is not, say
+    except UserError:
+        raise
+    except (ValueError, OverflowError) as error:  # a date that there is not, say
+        raise UserError(f"holds a value that can't be read: {str(error)[:200]}") from None
 
 
 def read_yaml_file(path: Path) -> Any:
@@ -79,54 +76,37 @@ def read_yaml_file(path: Path) -> Any:
 def _check_size(root: yaml.Node) -> None:
     """UserError where a document is too deep, holds itself, or with its aliases written out holds too many values.
 
-    Each node is counted once, however often it is named: the counting costs what the text costs.
+    It is walked as it would be written out, and no further than is allowed.
     """
-    sizes: dict[int, int] = {}
-    depths: dict[int, int] = {}
-    under_way: set[int] = set()
-
-    def count(node: yaml.Node, depth: int) -> tuple[int, int]:
-        """The values in a node, itself included, and how deep they go."""
-        if depth > MAX_DEPTH or id(node) in under_way:
-            raise UserError(f"line {node.start_mark.line + 1}: is nested too deeply: {MAX_DEPTH} levels are allowed")
-        if id(node) not in sizes:
-            under_way.add(id(node))
-            size = deepest = 1
-            for inner in _inside(node):
-                inner_size, inner_depth = count(inner, depth + 1)
-                size, deepest = size + inner_size, max(deepest, inner_depth + 1)
-            under_way.discard(id(node))
-            if size > MAX_VALUES:
-                raise UserError(
-                    f"line {node.start_mark.line + 1}: holds more than {MAX_VALUES:,} values, with its aliases written out"
-                )
-            sizes[id(node)], depths[id(node)] = size, deepest
-        if depth + depths[id(node)] > MAX_DEPTH + 1:
-            raise UserError(f"line {node.start_mark.line + 1}: is nested too deeply: {MAX_DEPTH} levels are allowed")
-        return sizes[id(node)], depths[id(node)]
-
-    count(root, 0)
+    num_values, waiting = 1, [(root, 0)]
+    while waiting:
+        node, depth = waiting.pop()
+        inner = _inside(node)
+        num_values += len(inner)
+        if depth > MAX_DEPTH:
+            raise UserError(f"{_line(node)}is nested too deeply: {MAX_DEPTH} levels are allowed")
+        if num_values > MAX_VALUES:
+            raise UserError(f"{_line(node)}holds more than {MAX_VALUES:,} values, with its aliases written out")
+        waiting += [(value, depth + 1) for value in inner]
 
 
-def _inside(node: yaml.Node) -> Iterable[yaml.Node]:
+def _inside(node: yaml.Node) -> list[yaml.Node]:
     if isinstance(node, yaml.MappingNode):
-        return (inner for pair in node.value for inner in pair)
+        return [inner for pair in node.value for inner in pair]
     if isinstance(node, yaml.SequenceNode):
         return node.value
-    if (
-        isinstance(node, yaml.ScalarNode)
-        and len(node.value) > MAX_DIGITS
-        and node.tag.endswith((":int", ":float", ":timestamp"))
-    ):
-        raise UserError(f"line {node.start_mark.line + 1}: is a number of {len(node.value):,} characters")
-    return ()
+    if len(node.value) > MAX_DIGITS and node.tag.endswith((":int", ":float", ":timestamp")):
+        raise UserError(f"{_line(node)}is a number of {len(node.value):,} characters")
+    return []
+
+
+def _line(node: yaml.Node) -> str:
+    return f"line {node.start_mark.line + 1}: "
 
 
 def short(value: object) -> str:
     """A value as Python writes it, cut where it is long."""
-    if (
-        isinstance(value, int) and abs(value) >= 10**MAX_DIGITS
-    ):  # Python itself refuses to write one of more than 4,300 digits
+    if isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:  # Python refuses to write one of more than 4,300
         return "a number of too many digits"
     said = repr(value) if not isinstance(value, str) else repr(value[: 2 * _SHOWN])
     return said if len(said) <= _SHOWN else f"{said[:_SHOWN]}..."
