@@ -2,7 +2,8 @@
 lacks."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -10,11 +11,20 @@ class UserError(ValueError):
 
 
 class BadRowError(UserError):
-    """A row of a user's data can't be used. reason: a few words that other rows may share; the message says where it stands."""
+    """A row of a user's data can't be used. reason: a few words that other rows may share. details: the sentence about this one."""
 
-    def __init__(self, origin: str, reason: str, details: str = "") -> None:
-        super().__init__(f"{origin}: {details or reason}")
+    def __init__(self, reason: str, details: str) -> None:
+        super().__init__(details)
         self.reason = reason
+
+
+@contextmanager
+def standing_at(origin: str) -> Iterator[None]:
+    """Let a BadRowError of the block begin with where the row stands."""
+    try:
+        yield
+    except BadRowError as error:
+        raise BadRowError(error.reason, f"{origin}: {error}") from None
 
 
 class RunFailedError(RuntimeError):

@@ -23,27 +23,28 @@ from coterie.rewards.score import check_fits, score
 from coterie.rollouts.collect import collect
 from coterie.runs.console import Console
 from coterie.tasks.base import Task, draw
-from coterie.tasks.dataset import Dataset
-from coterie.tasks.load import check_lengths, make_task, prepare
+from coterie.tasks.load import check_lengths, make_task
 from coterie.training.advantages import load_advantages
 from coterie.training.policy_update import load_objective
 from coterie.training.preferences import pair_streams
+from coterie.training.problem import Problem
 from coterie.training.saved import Saved, export
 from coterie.training.train import as_trained, tried_policy
-from coterie.types import Messages, Prompt, RewardFailure, Scored
+from coterie.types import Prompt, RewardFailure, Scored
 
 
 def check_recipe(name: str, overrides: Sequence[str]) -> None:
     """Try each part of a run on a little of the real thing, then print the resolved recipe and what came of it."""
     console = Console()
     recipe = console.warning_of(lambda: load_recipe(name, overrides))
-    rewards, codec, task = prepare(recipe)
+    problem = Problem.of(recipe)
+    rewards, codec, task = problem.rewards, problem.codec, problem.task
     epoch = math.ceil(len(task.train) / recipe.prompts_per_step)
     console.say(
         f"prompts: {len(task.train)} to train on, once in {epoch} steps; {len(task.heldout)} to evaluate on; {recipe.steps} steps"
     )
-    if isinstance(task, Dataset) and task.overlap:
-        console.warn(task.overlap)
+    for note in task.notes:
+        console.warn(note.text)
     quiet_transformers()
     model = start_model(recipe, codec, choose_device(recipe.device))
     policy = tried_policy(model, console)
@@ -67,7 +68,7 @@ def check_recipe(name: str, overrides: Sequence[str]) -> None:
         console.say("everything that can be checked without training works")
 
 
-def _check_group(recipe: Recipe, rewards: list[Reward], codec: Codec, task: Task, policy: Policy) -> list[str]:
+def _check_group(recipe: Recipe, rewards: Sequence[Reward], codec: Codec, task: Task, policy: Policy) -> list[str]:
     """Sample, score and compare the completions of one prompt. Returns what to show of them."""
     load_objective(recipe.loss)
     prompts = draw(task, 1, seed=recipe.seed, step=1)
@@ -157,17 +158,13 @@ def evaluate_model(
 
 
 def _print_evaluation(console: Console, model: str, evaluation: Evaluation, of: str) -> None:
-    rows = [
-        (
-            name if mode == "sampled" else f"{mode} {name}",
-            f"{e.value:.4f}",
-            f"[{e.low:.4f}, {e.high:.4f}]",
-            str(e.count),
-        )
+    named = {
+        name if mode == "sampled" else f"{mode} {name}": estimate
         for mode, estimates in evaluation.estimates.items()
-        for name, e in estimates.items()
-    ]
-    rows += _pass_rows(evaluation)
+        for name, estimate in estimates.items()
+    }
+    named |= {f"pass@{k}": estimate for k, estimate in evaluation.pass_estimates().items()}
+    rows = [(name, f"{e.value:.4f}", f"[{e.low:.4f}, {e.high:.4f}]", str(e.count)) for name, e in named.items()]
     console.table(f"{model}: {of}", ("", "", "95 %", "of"), rows)
     _say_failures(console, evaluation.failures, evaluation.num_completions)
     for name in evaluation.silent:
@@ -181,13 +178,6 @@ def _say_failures(console: Console, failures: Sequence[RewardFailure], num_compl
             f"rewards failed {len(failures)} times for {num_completions} completions, which have none then; the first: "
             f"{first.reward}: {first.reason}"
         )
-
-
-def _pass_rows(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
-    return [
-        (f"pass@{k}", f"{e.value:.4f}", f"[{e.low:.4f}, {e.high:.4f}]", str(e.count))
-        for k, e in evaluation.pass_estimates().items()
-    ]
 
 
 def _print_difference(console: Console, names: Sequence[str], evaluations: Sequence[Evaluation]) -> None:
@@ -224,7 +214,8 @@ def sample_model(
     recipe = load_recipe(source) if source else None
     policy, codec = _loaded(console, model, saved, recipe)
     task = make_task(recipe.task, codec) if recipe else None
-    content, tokens = _prompt_of(task, codec, text)
+    content = task.asked(text) if task else codec.encode_user(text)[0]
+    tokens = codec.encode_prompt(content)
     limit = policy.context_length
     if limit and len(tokens) >= limit:
         raise UserError(f"sample: the prompt has {len(tokens)} tokens, and the model's context is {limit}")
@@ -256,14 +247,6 @@ def export_model(run: str, to: Path, step: int | None, best: bool) -> None:
 def _recipe_of(saved: Saved | None) -> str | None:
     """The recipe of a run."""
     return str(saved.run / "recipe.yaml") if saved else None
-
-
-def _prompt_of(task: Task | None, codec: Codec, text: str) -> tuple[str | Messages, list[int]]:
-    """A text as a prompt of the task, or of none."""
-    if task is None:
-        return codec.encode_user(text)
-    content = task.asked(text)
-    return content, codec.encode_prompt(content)
 
 
 def _loaded(console: Console, source: str, saved: Saved | None, recipe: Recipe | None) -> tuple[Policy, Codec]:

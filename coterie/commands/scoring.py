@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from coterie.algorithms.advantages import group_std, has_signal
-from coterie.errors import BadRowError, UserError
+from coterie.errors import BadRowError, UserError, standing_at
 from coterie.recipe import Recipe, load_recipe
 from coterie.recipe.settings import DatasetTask
 from coterie.redact import hidden, hidden_in
@@ -29,7 +29,7 @@ from coterie.rewards.load import closing_all, load_rewards
 from coterie.rewards.score import check_fits, score
 from coterie.runs.console import Console
 from coterie.runs.store import Store
-from coterie.tasks.dataset import answer_of, jsonl_rows, prompt_of
+from coterie.tasks.rows import answer_of, jsonl_rows, prompt_of
 from coterie.types import Completion, Group, Prompt, RewardFailure
 
 _UNKNOWN = [0]  # stands for tokens that nobody knows; no reward gets to see it
@@ -38,7 +38,7 @@ _MAX_REASON_LENGTH = 160
 
 
 @dataclass(frozen=True)
-class Row:
+class Candidate:
     """One completion to score. origin: where it stands. group: what it shares with its siblings. tokens: if known."""
 
     origin: str
@@ -56,7 +56,7 @@ class Scores:
     reward by name, [R]. failures: `group` is the number of the row. seconds: that each reward took.
     """
 
-    rows: list[Row]
+    rows: list[Candidate]
     sizes: list[int]
     rewards: Tensor
     parts: Mapping[str, Tensor]
@@ -96,33 +96,33 @@ def score_completions(recipe_name: str, source: str, overrides: Sequence[str], o
         console.say(f"each completion with its parts: {out}")
 
 
-def score_rows(rows: Sequence[Row], rewards: Sequence[Reward], *, groups_per_call: int) -> Scores:
+def score_rows(rows: Sequence[Candidate], rewards: Sequence[Reward], *, groups_per_call: int) -> Scores:
     """Every reward of every row. A call gets whole groups, as many as a step of training has, for its time limit's sake."""
-    by_group: dict[str, list[Row]] = {}
+    by_group: dict[str, list[Candidate]] = {}
     for row in rows:
         by_group.setdefault(row.group, []).append(row)
     groups = list(by_group.values())
-    watched = [_Watched(reward.function, all(row.tokens is not None for row in rows)) for reward in rewards]
-    watching = [replace(reward, function=watch) for reward, watch in zip(rewards, watched, strict=True)]
-    ordered: list[Row] = []
+    timed = [_Timed(reward.function, all(row.tokens is not None for row in rows)) for reward in rewards]
+    timing = [replace(reward, function=timer) for reward, timer in zip(rewards, timed, strict=True)]
+    ordered: list[Candidate] = []
     totals, failures = [], []
     parts: dict[str, list[Tensor]] = {reward.name: [] for reward in rewards}
     for start in range(0, len(groups), groups_per_call):
         some = [row for group in groups[start : start + groups_per_call] for row in group]
         scored = score(
-            [Group(row.prompt, [_completion(row)]) for row in some], watching
+            [Group(row.prompt, [_completion(row)]) for row in some], timing
         )  # [rows, 1]: groups differ in size
         failures += [replace(failure, group=failure.group + len(ordered)) for failure in scored.failures]
         ordered += some
         totals.append(scored.rewards[:, 0])
         for name, part in scored.parts.items():
             parts[name].append(part[:, 0])
-    seconds = {reward.name: watch.seconds for reward, watch in zip(rewards, watched, strict=True)}
+    seconds = {reward.name: timer.seconds for reward, timer in zip(rewards, timed, strict=True)}
     together = {name: torch.cat(part) for name, part in parts.items()}
     return Scores(ordered, [len(group) for group in groups], torch.cat(totals), together, failures, seconds)
 
 
-class _Watched:
+class _Timed:
     """A reward function whose seconds are counted, and which is not shown tokens that nobody knows."""
 
     def __init__(self, function: Callable[..., Any], knows_tokens: bool) -> None:
@@ -150,44 +150,47 @@ class _Watched:
             self.seconds += time.perf_counter() - started
 
 
-def _completion(row: Row) -> Completion:
+def _completion(row: Candidate) -> Completion:
     tokens = row.tokens or _UNKNOWN
     nothing = torch.zeros(len(tokens))
     return Completion(tokens, nothing, nothing, "stop", row.text)
 
 
-def _rows_of_file(recipe: Recipe, path: Path) -> list[Row]:
+def _rows_of_file(recipe: Recipe, path: Path) -> list[Candidate]:
     """One row for each completion. Raises UserError with file:line for a line that can't be used."""
     if not path.is_file():
         raise UserError(f"score: {path} is neither a file nor a run folder")
     named = recipe.task.prompt if isinstance(recipe.task, DatasetTask) else "prompt"
     rows = []
     for origin, columns in jsonl_rows(path):
-        if isinstance(columns, BadRowError):
-            raise columns
-        column = named if named in columns else "prompt"
-        content = prompt_of(columns, origin, column)
+        with standing_at(origin):
+            if isinstance(columns, BadRowError):
+                raise columns
+            column = named if named in columns else "prompt"
+            content, texts = prompt_of(columns, column), _texts(columns)
         others = {name: v for name, v in columns.items() if name not in (column, "completion", "completions")}
         prompt = Prompt(0, content, _UNKNOWN, others, origin)
         group = json.dumps(content, sort_keys=True)
-        rows += [Row(origin, group, prompt, text) for text in _texts(columns, origin)]
+        rows += [Candidate(origin, group, prompt, text) for text in texts]
     return rows
 
 
-def _texts(columns: Mapping[str, Any], origin: str) -> list[str]:
+def _texts(columns: Mapping[str, Any]) -> list[str]:
     """The completions of a line: one text or chat message, or a list of them."""
     if ("completion" in columns) == ("completions" in columns):
         both = "both" if "completion" in columns else "neither"
-        raise UserError(f"{origin}: has {both} of the columns 'completion' and 'completions'; one of them is needed")
+        wrong = f"has {both} of the columns 'completion' and 'completions'; one of them is needed"
+        raise BadRowError("without completions", wrong)
     if "completion" in columns:
-        return [answer_of(columns, origin, "completion")]
+        return [answer_of(columns, "completion")]
     given = columns["completions"]
     if not isinstance(given, list) or not given:
-        raise UserError(f"{origin}: column 'completions' holds {given!r:.60}; a list with at least one is needed")
-    return [answer_of({"completions": one}, origin, "completions") for one in given]
+        wrong = f"column 'completions' holds {given!r:.60}; a list with at least one is needed"
+        raise BadRowError("without completions", wrong)
+    return [answer_of({"completions": one}, "completions") for one in given]
 
 
-def _rows_of_run(recipe: Recipe, folder: Path) -> list[Row]:
+def _rows_of_run(recipe: Recipe, folder: Path) -> list[Candidate]:
     """What a run recorded of its training, with the columns that the recipe's task has for each prompt."""
     if not (folder / "run.db").is_file():
         raise UserError(f"score: {folder} is no run: {folder / 'run.db'} does not exist")
@@ -209,13 +212,13 @@ def _rows_of_run(recipe: Recipe, folder: Path) -> list[Row]:
         origin = f"{folder}, step {step}, prompt {number + 1}"
         if text not in known:
             raise UserError(f"{origin}: the recipe's task has no prompt {text!r:.80}")
-        rows.append(Row(origin, f"{step} {number}", known[text], completion, json.loads(tokens)))
+        rows.append(Candidate(origin, f"{step} {number}", known[text], completion, json.loads(tokens)))
     if not rows:
         raise UserError(f"score: {folder} has recorded no completions")
     return rows
 
 
-def _with_tokens(console: Console, rows: list[Row], recipe: Recipe, rewards: Sequence[Reward]) -> list[Row]:
+def _with_tokens(console: Console, rows: list[Candidate], recipe: Recipe, rewards: Sequence[Reward]) -> list[Candidate]:
     """The rows with their tokens, where a reward asks for `completion_ids`: nothing else needs the tokenizer.
 
     Raises UserError where there is no tokenizer; a reward that can do without gets none, and a warning says why.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
+from coterie.models.codec import Answer, Codec
 from coterie.noise import permutation
 from coterie.types import Completion, Group, Messages, Prompt, Scored
 
@@ -14,41 +15,79 @@ Demonstration = tuple[list[int], list[int]]  # prompt and answer tokens
 Preference = tuple[list[int], list[int], list[int]]  # prompt, the preferred answer's tokens, the other's
 
 
-class Task(Protocol):
-    """Prompts are drawn by step, so that a resumed run goes on where it was."""
+_MOST_KEPT = 2_000_000  # tokens of rows that stay encoded: about 70 MB
 
-    @property
-    def train(self) -> Sequence[Prompt]: ...
 
-    @property
-    def heldout(self) -> Sequence[Prompt]: ...
+@dataclass(frozen=True)
+class Note:
+    """Something about the data that a person should know before training. kind: the event that a run records it as."""
 
-    @property
-    def examples(self) -> Sequence[Prompt]: ...
+    kind: str
+    text: str
+
+
+class Task:
+    """Prompts to train on and held-out ones. Everything else is optional: a task that has it says so by a method of its own.
+
+    train, heldout: the prompts. examples: held-out ones whose answers are shown first. notes: what is to be said of them.
+    """
+
+    train: Sequence[Prompt]
+    heldout: Sequence[Prompt]
+    examples: Sequence[Prompt] = ()
+    notes: Sequence[Note] = ()
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+        self._kept: dict[str, tuple[list[int], ...]] = {}
+        self._room = _MOST_KEPT
 
     def demonstrations(self, count: int, *, seed: int, step: int) -> list[Demonstration]:
         """What supervised fine-tuning learns in a step."""
-        ...
+        raise NotImplementedError
 
     def preferences(self, count: int, *, seed: int, step: int) -> list[Preference]:
         """The pairs that DPO or a reward model learns from in a step."""
-        ...
+        raise NotImplementedError
 
     def heldout_preferences(self, count: int, *, seed: int) -> list[Preference]:
         """At most `count` pairs whose prompts are held out."""
-        ...
+        raise NotImplementedError
 
     def asked(self, text: str) -> str | Messages:
         """What a person typed, as the content of a prompt of this task."""
-        ...
+        return [{"role": "user", "content": text}]
 
     def columns_of(self, text: str) -> Mapping[str, Any] | None:
         """What rewards may look at for a prompt that a person typed, or None where the task does not know it."""
-        ...
+        return None
 
     def judge(self, scored: Scored) -> Mapping[str, list[bool]]:
         """What is counted in an evaluation, by name, for each completion [P * G]; "accuracy" among them if it has one."""
-        ...
+        return {}
+
+    def check_answers(self, context_length: int | None) -> None:
+        """Raises UserError where an answer that is learned can't be encoded, or does not fit the model's context."""
+
+    def demonstration(self, content: str | Messages, answer: Answer) -> Demonstration:
+        """A prompt and its answer as tokens."""
+        prompt, learned = self._encoded(content, answer)
+        return prompt, learned
+
+    def preference(self, content: str | Messages, chosen: Answer, rejected: Answer) -> Preference:
+        """A prompt, the preferred answer and the other as tokens."""
+        prompt, better, worse = self._encoded(content, chosen, rejected)
+        return prompt, better, worse
+
+    def _encoded(self, content: str | Messages, *answers: Answer) -> tuple[list[int], ...]:
+        """As `Codec.encode_rows`. Rows are drawn again and again, and rendering one takes a hundred times as long as finding it."""
+        row = self._kept.get(known := repr((content, answers)))
+        if row is None:
+            row = self._codec.encode_rows(content, *answers)
+            self._room -= sum(map(len, row))
+            if self._room >= 0:
+                self._kept[known] = row
+        return row
 
 
 def draw(task: Task, count: int, *, seed: int, step: int) -> list[Prompt]:
@@ -76,3 +115,12 @@ def draw_again(task: Task, count: int, *, seed: int, step: int, attempt: int) ->
 def completions_of(groups: Sequence[Group]) -> list[tuple[Prompt, Completion]]:
     """Every completion with its prompt, in order."""
     return [(group.prompt, completion) for group in groups for completion in group.completions]
+
+
+def drawn(shares: Mapping[str, float], chance: float) -> str:
+    """The name whose share of [0, 1) a number falls into; the last one for what rounding leaves over."""
+    for name, share in shares.items():
+        if chance < share:
+            return name
+        chance -= share
+    return name

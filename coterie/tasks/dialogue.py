@@ -7,16 +7,14 @@ counts by are no part of what a reward model learns from.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from coterie.models.codec import Codec
-from coterie.noise import key, mix, uniform
-from coterie.tasks.base import Demonstration, Preference, completions_of
+from coterie.noise import chance, chances
+from coterie.tasks.base import Demonstration, Preference, Task, completions_of, drawn
 from coterie.tasks.phrases import (
     CLOSERS,
     CONTENTS,
@@ -48,8 +46,7 @@ _EXAMPLES = (Content("weather", "Paris", "tomorrow"), Content("food", "dumplings
 
 def is_heldout(content: Content) -> bool:
     """Decided by what is asked about, the same in every run, wording and language."""
-    chance = uniform(torch.tensor(key("dialogue", content.subject, content.thing, content.detail))).item()
-    return content in _EXAMPLES or chance < HELDOUT_SHARE
+    return content in _EXAMPLES or chance("dialogue", content.subject, content.thing, content.detail) < HELDOUT_SHARE
 
 
 def write_answer(
@@ -88,11 +85,11 @@ def _pick(choices: Sequence[Any], chance: float) -> Any:
     return choices[int(chance * len(choices))]
 
 
-class Dialogue:
+class Dialogue(Task):
     """The task. `train`, `heldout` and `examples` are prompts in both languages."""
 
     def __init__(self, codec: Codec) -> None:
-        self._codec = codec
+        super().__init__(codec)
         self._train_contents = [content for content in CONTENTS if not is_heldout(content)]
         self.train = self._prompts(self._train_contents)
         self.heldout = self._prompts([content for content in CONTENTS if is_heldout(content)])
@@ -112,37 +109,37 @@ class Dialogue:
 
     def demonstrations(self, count: int, *, seed: int, step: int) -> list[Demonstration]:
         """Answers of mixed quality: some good, some with each of the flaws."""
-        return [self._demonstration(*row) for row in _chances(count, 2 + NUM_CHANCES, seed, "demonstrations", step)]
+        return [
+            self._demonstration(*row)
+            for row in chances(count, 2 + NUM_CHANCES, seed, "dialogue", "demonstrations", step)
+        ]
 
-    def _demonstration(self, of_prompt: float, of_quality: float, *chances: float) -> Demonstration:
+    def _demonstration(self, of_prompt: float, of_quality: float, *rest: float) -> Demonstration:
         prompt = _pick(self.train, of_prompt)
-        answer = _answer(prompt, _drawn(QUALITIES, of_quality), self._train_contents, chances)
-        return self._codec.encode_demonstration(prompt.content, answer)
+        answer = _answer(prompt, drawn(QUALITIES, of_quality), self._train_contents, rest)
+        return self.demonstration(prompt.content, answer)
 
     def preferences(self, count: int, *, seed: int, step: int) -> list[Preference]:
         """Good answers, each beside one that is rude or curt, off topic or in the other language.
 
         What is off topic is worded as the good answer is, so that nothing but the names tells them apart.
         """
-        rows = _chances(count, 2 + 2 * NUM_CHANCES, seed, "preferences", step)
+        rows = chances(count, 2 + 2 * NUM_CHANCES, seed, "dialogue", "preferences", step)
         return [self._preference(self.train, self._train_contents, *row) for row in rows]
 
     def heldout_preferences(self, count: int, *, seed: int) -> list[Preference]:
-        rows = _chances(count, 2 + 2 * NUM_CHANCES, seed, "heldout preferences")
+        rows = chances(count, 2 + 2 * NUM_CHANCES, seed, "dialogue", "heldout preferences")
         return [self._preference(self.heldout, CONTENTS, *row) for row in rows]
 
     def _preference(
-        self, prompts: list[Prompt], contents: list[Content], of_prompt: float, of_flaw: float, *chances: float
+        self, prompts: Sequence[Prompt], contents: list[Content], of_prompt: float, of_flaw: float, *rest: float
     ) -> Preference:
         prompt = _pick(prompts, of_prompt)
-        flaw, chosen, rejected = _drawn(FLAWS, of_flaw), chances[:NUM_CHANCES], chances[NUM_CHANCES:]
+        flaw, chosen, rejected = drawn(FLAWS, of_flaw), rest[:NUM_CHANCES], rest[NUM_CHANCES:]
         if flaw == "off_topic":
             rejected = chosen
         good = _answer(prompt, "good", contents, chosen)
-        return self._codec.encode_pair(prompt.content, good, _answer(prompt, flaw, contents, rejected))
-
-    def asked(self, text: str) -> Messages:
-        return [{"role": "user", "content": text}]
+        return self.preference(prompt.content, good, _answer(prompt, flaw, contents, rejected))
 
     def columns_of(self, text: str) -> Mapping[str, Any] | None:
         """Any text that names one thing of the grammar, with a detail or without."""
@@ -172,25 +169,6 @@ def _answer(prompt: Prompt, quality: str, contents: list[Content], chances: Sequ
     columns = prompt.columns
     content = Content(columns["subject"], columns["thing"], columns["detail"])
     return write_answer(content, columns["language"], quality, contents, list(chances))
-
-
-def _drawn(shares: Mapping[str, float], chance: float) -> str:
-    for name, share in shares.items():
-        if chance < share:
-            return name
-        chance -= share
-    return name
-
-
-def _chances(count: int, width: int, seed: int, *keys: str | int) -> list[list[float]]:
-    """Uniform numbers for `count` rows: [count, width]."""
-    return (
-        uniform(mix(_tensor(key(seed, "dialogue", *keys)), _tensor(range(count * width)))).view(count, width).tolist()
-    )
-
-
-def _tensor(numbers: int | Iterable[int]) -> Tensor:
-    return torch.tensor(numbers if isinstance(numbers, int) else list(numbers))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

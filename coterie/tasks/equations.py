@@ -10,18 +10,16 @@ the sums that its equations need without the factor, from which a small model wo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from coterie.models.codec import Codec
-from coterie.noise import key, mix, uniform
+from coterie.noise import chance, chances, key
 from coterie.rewards.maths.linear import all_steps, check, parse_equation
-from coterie.tasks.base import Demonstration, Preference, completions_of
+from coterie.tasks.base import Demonstration, Preference, Task, completions_of, drawn
 from coterie.tasks.words import make_word_tokenizer
 from coterie.types import Messages, Prompt, Scored
 
@@ -100,17 +98,15 @@ def problem_of(equation: str) -> Problem:
 
 def is_heldout(problem: Problem) -> bool:
     """Decided by the numbers of the equation, the same in every run and language."""
-    chance = uniform(
-        mix(_tensor(key("equations")), _tensor(key(problem.factor, problem.offset, problem.solution)))
-    ).item()
-    return problem.equation in EXAMPLES or chance < HELDOUT_SHARE
+    numbers = key(problem.factor, problem.offset, problem.solution)
+    return problem.equation in EXAMPLES or chance("equations", numbers) < HELDOUT_SHARE
 
 
-class Equations:
+class Equations(Task):
     """The task. `train`, `heldout` and `examples` are prompts in both languages."""
 
     def __init__(self, codec: Codec) -> None:
-        self._codec = codec
+        super().__init__(codec)
         heldout = [problem for problem in PROBLEMS if is_heldout(problem)]
         self._train_problems = [problem for problem in PROBLEMS if not is_heldout(problem)]
         self.train = self._prompts(self._train_problems)
@@ -128,27 +124,24 @@ class Equations:
 
     def demonstrations(self, count: int, *, seed: int, step: int) -> list[Demonstration]:
         """Worked solutions of mixed quality: many bare guesses, as right as chance; some terse; some complete."""
-        noise = mix(_tensor(key(seed, "demonstrations", step)), _tensor(range(count * 4)))
-        return [self._demonstration(*chances) for chances in uniform(noise).view(count, 4).tolist()]
+        return [self._demonstration(*row) for row in chances(count, 4, seed, "demonstrations", step)]
 
     def _demonstration(self, of_kind: float, of_prompt: float, of_quality: float, of_guess: float) -> Demonstration:
         one_step = of_kind < ONE_STEP_SHARE
         problems = ONE_STEP_PROBLEMS if one_step else self._train_problems
         which, language = divmod(int(of_prompt * len(problems) * len(LANGUAGES)), len(LANGUAGES))
-        problem, quality = problems[which], "complete" if one_step else _chosen(of_quality)
+        problem, quality = problems[which], "complete" if one_step else drawn(QUALITIES, of_quality)
         answer = problem.solution_text(LANGUAGES[language], quality, guess=1 + int(of_guess * 9))
-        return self._codec.encode_demonstration(_asked(problem, LANGUAGES[language]), answer)
+        return self.demonstration(_asked(problem, LANGUAGES[language]), answer)
 
     def preferences(self, count: int, *, seed: int, step: int) -> list[Preference]:
         """Complete solutions, each beside a worse answer: a guess, a terse solution, or a wrong sum."""
-        noise = mix(_tensor(key(seed, "preferences", step)), _tensor(range(count * 3)))
-        return [self._preference(self.train, *chances) for chances in uniform(noise).view(count, 3).tolist()]
+        return [self._preference(self.train, *row) for row in chances(count, 3, seed, "preferences", step)]
 
     def heldout_preferences(self, count: int, *, seed: int) -> list[Preference]:
-        noise = mix(_tensor(key(seed, "heldout preferences")), _tensor(range(count * 3)))
-        return [self._preference(self.heldout, *chances) for chances in uniform(noise).view(count, 3).tolist()]
+        return [self._preference(self.heldout, *row) for row in chances(count, 3, seed, "heldout preferences")]
 
-    def _preference(self, prompts: list[Prompt], of_prompt: float, of_kind: float, of_number: float) -> Preference:
+    def _preference(self, prompts: Sequence[Prompt], of_prompt: float, of_kind: float, of_number: float) -> Preference:
         prompt = prompts[int(of_prompt * len(prompts))]
         language, problem = prompt.columns["language"], problem_of(prompt.columns["equation"])
         chosen = problem.solution_text(language, "complete", 0)
@@ -160,10 +153,7 @@ class Equations:
             wrong = problem.factor * problem.solution + (-4, -3, -2, -1, 1, 2, 3, 4)[int(of_number * 8)]
             first, _, *rest = chosen.split("\n")
             rejected = "\n".join([first, f"{problem.factor}x = {wrong}", *rest])
-        return self._codec.encode_pair(prompt.content, chosen, rejected)
-
-    def asked(self, text: str) -> Messages:
-        return [{"role": "user", "content": text}]
+        return self.preference(prompt.content, chosen, rejected)
 
     def columns_of(self, text: str) -> Mapping[str, Any] | None:
         """Any linear equation after a word or two."""
@@ -181,18 +171,6 @@ class Equations:
 
 def _asked(problem: Problem, language: str) -> Messages:
     return [{"role": "user", "content": problem.prompt(language)}]
-
-
-def _chosen(chance: float) -> str:
-    for quality, share in QUALITIES.items():
-        if chance < share:
-            return quality
-        chance -= share
-    return "complete"
-
-
-def _tensor(numbers: int | Iterable[int]) -> Tensor:
-    return torch.tensor(numbers if isinstance(numbers, int) else list(numbers))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

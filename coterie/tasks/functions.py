@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-import torch
-
-from coterie.noise import key, mix, uniform
+from coterie.noise import chances, key
 
 KINDS = {"number": "x", "list": "xs", "text": "s"}  # what a function is given, and how it calls it
 
@@ -142,6 +140,5 @@ def _inputs(kind: str) -> tuple[list[Any], list[Any]]:
 
 def _lists(count: int, lengths: Sequence[int]) -> list[list[int]]:
     """Lists of keyed numbers below 1000."""
-    keys = mix(torch.tensor(key("functions", "hidden")), torch.arange(count * 10))
-    rows = (uniform(keys) * 1000).long().view(count, 10).tolist()
+    rows = [[int(chance * 1000) for chance in row] for row in chances(count, 10, "functions", "hidden")]
     return [row[1 : 1 + lengths[row[0] % len(lengths)]] for row in rows]

@@ -1,4 +1,4 @@
-"""From a recipe to its task, and everything else short of the model."""
+"""From a recipe to its task, and what stands between its text and tokens."""
 
 from __future__ import annotations
 
@@ -7,47 +7,16 @@ from collections.abc import Callable
 from transformers import PreTrainedTokenizerFast
 
 from coterie.errors import UserError
-from coterie.models.adapters import check_lora
 from coterie.models.codec import Codec
-from coterie.models.load import choose_device, codec_of, load_config, make_byte_tokenizer
-from coterie.models.policy import context_length_of
+from coterie.models.load import codec_of, make_byte_tokenizer
 from coterie.models.template import Chat
 from coterie.recipe import Recipe
 from coterie.recipe.settings import DatasetTask, Sampling
-from coterie.rewards.base import Reward
-from coterie.rewards.load import load_rewards
-from coterie.rewards.score import check_fits
 from coterie.tasks import dialogue, equations, programs
 from coterie.tasks.base import Task
 from coterie.tasks.dataset import Dataset
-from coterie.user_code import check_home
 
 BYTES = "bytes"  # the name of the built-in tokenizer
-
-
-def prepare(recipe: Recipe) -> tuple[list[Reward], Codec, Task]:
-    """Rewards, tokenizer and prompts. Raises UserError for what can't work, before any weights are read."""
-    choose_device(recipe.device)
-    for setting, function in (
-        ("loss.objective", recipe.loss.objective),
-        ("advantage.function", recipe.advantage.function),
-    ):
-        if function and ":" in function:
-            check_home(function.rpartition(":")[0], setting)
-    rewards = load_rewards(recipe.rewards)
-    config = load_config(recipe)
-    if recipe.lora is not None:
-        check_lora(config, recipe.lora)
-    codec = load_codec(recipe)
-    task = make_task(recipe.task, codec)
-    check_chat(recipe, task)
-    check_fits(rewards, [*task.train, *task.heldout])
-    context_length = context_length_of(config)
-    if recipe.method != "reward_model":
-        check_lengths(task, recipe.sampling, context_length)
-    if isinstance(task, Dataset):
-        task.check_answers(context_length)
-    return rewards, codec, task
 
 
 def load_codec(recipe: Recipe) -> Codec:

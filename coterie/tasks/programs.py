@@ -26,7 +26,7 @@ from coterie.noise import key
 from coterie.recipe.settings import RewardSpec
 from coterie.rewards.load import load_rewards
 from coterie.rewards.score import score
-from coterie.tasks.base import Demonstration, Preference, completions_of
+from coterie.tasks.base import Demonstration, Preference, Task, completions_of, drawn
 from coterie.tasks.functions import KINDS, Function, grammar, program
 from coterie.tasks.words import make_word_tokenizer
 from coterie.types import Messages, Prompt, Scored
@@ -93,11 +93,11 @@ def is_heldout(function: Function) -> bool:
     return not function.basic and _chance("programs", function.expression) < HELDOUT_SHARE
 
 
-class Programs:
+class Programs(Task):
     """The task. `train`, `heldout` and `examples` are prompts; each of its functions has some, with different examples."""
 
     def __init__(self, codec: Codec) -> None:
-        self._codec = codec
+        super().__init__(codec)
         train, heldout = ([f for f in FUNCTIONS if is_heldout(f) is side] for side in (False, True))
         self._train_functions = {kind: [f for f in train if f.kind == kind] for kind in KINDS}
         self._heldout_functions = {kind: [f for f in heldout if f.kind == kind] for kind in KINDS}
@@ -116,25 +116,22 @@ class Programs:
 
     def demonstrations(self, count: int, *, seed: int, step: int) -> list[Demonstration]:
         """Programs of mixed quality: right ones, some that repeat the examples, and some that do something else."""
-        drawn = _drawn(self._train_functions, BASIC_SHARE, count, seed, "demonstrations", step)
-        return [self._codec.encode_demonstration(_asked(p), _answer(p, other, _quality(p))) for p, other in drawn]
+        pairs = _problems(self._train_functions, BASIC_SHARE, count, seed, "demonstrations", step)
+        return [self.demonstration(_asked(p), _answer(p, other, _quality(p))) for p, other in pairs]
 
     def preferences(self, count: int, *, seed: int, step: int) -> list[Preference]:
         """Right programs, each beside one that repeats the examples or does something else."""
-        return self._preferences(_drawn(self._train_functions, BASIC_SHARE, count, seed, "preferences", step))
+        return self._preferences(_problems(self._train_functions, BASIC_SHARE, count, seed, "preferences", step))
 
     def heldout_preferences(self, count: int, *, seed: int) -> list[Preference]:
-        return self._preferences(_drawn(self._heldout_functions, 0, count, seed, "heldout preferences"))
+        return self._preferences(_problems(self._heldout_functions, 0, count, seed, "heldout preferences"))
 
-    def _preferences(self, drawn: list[tuple[Problem, Function]]) -> list[Preference]:
+    def _preferences(self, problems: list[tuple[Problem, Function]]) -> list[Preference]:
         pairs = []
-        for problem, other in drawn:
+        for problem, other in problems:
             rejected = _answer(problem, other, ("hard_coded", "wrong")[key(problem.key, "rejected") % 2])
-            pairs.append(self._codec.encode_pair(_asked(problem), problem.function.source, rejected))
+            pairs.append(self.preference(_asked(problem), problem.function.source, rejected))
         return pairs
-
-    def asked(self, text: str) -> Messages:
-        return [{"role": "user", "content": text}]
 
     def columns_of(self, text: str) -> Mapping[str, Any] | None:
         """Any examples that a person typed: they are the tests, for nothing else is known of the function."""
@@ -170,19 +167,19 @@ def _answer(problem: Problem, other: Function, quality: str) -> str:
     return {"right": problem.function.source, "hard_coded": problem.hard_coded, "wrong": other.source}[quality]
 
 
-def _drawn(
+def _problems(
     functions: Mapping[str, list[Function]], basic_share: float, count: int, *parts: int | str
 ) -> list[tuple[Problem, Function]]:
     """New problems, each kind as likely, each with another function of its kind. basic_share: drawn from the single steps."""
     basic = {kind: [function for function in made if function.basic] for kind, made in functions.items()}
     problems = []
     for number in range(count):
-        drawn = key(*parts, number)
-        kind = list(KINDS)[key(drawn, "kind") % len(KINDS)]
+        drawn_key = key(*parts, number)
+        kind = list(KINDS)[key(drawn_key, "kind") % len(KINDS)]
         choices = functions[kind]
-        function = _picked(basic[kind] if _chance(drawn, "basic") < basic_share else choices, drawn, "function")
-        place = choices.index(function) + 1 + key(drawn, "other") % (len(choices) - 1)
-        problems.append((Problem(function, drawn), choices[place % len(choices)]))
+        function = _picked(basic[kind] if _chance(drawn_key, "basic") < basic_share else choices, drawn_key, "function")
+        place = choices.index(function) + 1 + key(drawn_key, "other") % (len(choices) - 1)
+        problems.append((Problem(function, drawn_key), choices[place % len(choices)]))
     return problems
 
 
@@ -197,10 +194,7 @@ def _chance(*parts: int | str) -> float:
 
 def _quality(problem: Problem) -> str:
     """Single steps are always right: they show what each piece does, which a small model could otherwise only guess."""
-    chance = _chance(problem.key, "quality")
-    if problem.function.basic or chance < QUALITIES["right"]:
-        return "right"
-    return "hard_coded" if chance < QUALITIES["right"] + QUALITIES["hard_coded"] else "wrong"
+    return "right" if problem.function.basic else drawn(QUALITIES, _chance(problem.key, "quality"))
 
 
 def parse_examples(text: str) -> list[dict[str, Any]]:

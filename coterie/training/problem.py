@@ -1,13 +1,21 @@
-"""What a run learns from, made once at set-up."""
+"""What a run learns from, made once at set-up, before any weights are read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from coterie.models.adapters import check_lora
 from coterie.models.codec import Codec
+from coterie.models.load import choose_device, load_config
+from coterie.models.policy import context_length_of
+from coterie.recipe import Recipe
 from coterie.rewards.base import Reward
+from coterie.rewards.load import load_rewards
+from coterie.rewards.score import check_fits
 from coterie.tasks.base import Task
+from coterie.tasks.load import check_chat, check_lengths, load_codec, make_task
+from coterie.user_code import check_home
 
 
 @dataclass(frozen=True)
@@ -17,3 +25,25 @@ class Problem:
     task: Task
     rewards: Sequence[Reward]
     codec: Codec
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Problem:
+        """What a recipe asks for. Raises UserError for what can't work, in the recipe, its data, its code or its model's files."""
+        choose_device(recipe.device)
+        own = {"loss.objective": recipe.loss.objective, "advantage.function": recipe.advantage.function}
+        for setting, function in own.items():
+            if function and ":" in function:
+                check_home(function.rpartition(":")[0], setting)
+        rewards = load_rewards(recipe.rewards)
+        config = load_config(recipe)
+        if recipe.lora is not None:
+            check_lora(config, recipe.lora)
+        codec = load_codec(recipe)
+        task = make_task(recipe.task, codec)
+        check_chat(recipe, task)
+        check_fits(rewards, [*task.train, *task.heldout])
+        context_length = context_length_of(config)
+        if recipe.method != "reward_model":
+            check_lengths(task, recipe.sampling, context_length)
+        task.check_answers(context_length)
+        return cls(task, rewards, codec)

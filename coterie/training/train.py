@@ -31,8 +31,6 @@ from coterie.runs.outlet import outliving_console
 from coterie.runs.profile import profile_table
 from coterie.runs.report import marks_of, write_report
 from coterie.runs.writing import write_whole, writing
-from coterie.tasks.dataset import Dataset
-from coterie.tasks.load import prepare
 from coterie.training.evaluation import evaluate_whole
 from coterie.training.grpo import train_grpo
 from coterie.training.ppo import train_ppo
@@ -80,16 +78,16 @@ def train(
         loaded = console.warning_of(lambda: load_recipe(recipe, overrides)) if isinstance(recipe, str) else recipe
         loaded = loaded.model_copy(update={"made_with": {**(loaded.made_with or {}), "day": date.today().isoformat()}})
         _say_what_takes_long(loaded, console)
-        parts = prepare(loaded)  # what is wrong with the recipe shows before there is a folder
+        problem = Problem.of(loaded)  # what is wrong with the recipe shows before there is a folder
         home = RunFolder.create(loaded, name, out, console)
     run = Session(home, stop_after=stop_after)
     try:
         if profile:
             run.profiler = Profiler(run.folder, choose_device(run.recipe.device))
-        rewards, codec, task = prepare(run.recipe) if resume is not None else parts
+        problem = Problem.of(run.recipe) if resume is not None else problem
         home.begin()
-        with run.stoppable(), closing_all(rewards), memory_explained(run):
-            _train(run, Problem(task, rewards, codec))
+        with run.stoppable(), closing_all(problem.rewards), memory_explained(run):
+            _train(run, problem)
         if profile:
             console.table(*profile_table(run.folder))
     finally:
@@ -131,7 +129,7 @@ def run_name(recipe: Path) -> str:
 
 
 def _train(run: Session, problem: Problem) -> None:
-    recipe, console, task, codec = run.recipe, run.console, problem.task, problem.codec
+    recipe, console, codec = run.recipe, run.console, problem.codec
     ends = [run.folder / name for name in ("summary.json", "report.html")]  # in the order in which they are written
     if run.position and run.position.step >= recipe.steps and all(path.is_file() for path in ends):
         console.say(f"{run.folder} is finished; its report is {run.folder / 'report.html'}")
@@ -144,18 +142,9 @@ def _train(run: Session, problem: Problem) -> None:
     if device.type == "cpu" and (why := why_missing(torch.float32)) is not None:
         console.say(f"{why}: tensor operations do what compiled loops would do, more slowly")
     console.say(recipe.in_short())
-    for reason, count in task.left_out.items() if isinstance(task, Dataset) else ():
-        console.warn(f"task.data: {count} rows are left out: {reason}")
-        run.store.event(STAGES[0], 0, "rows_left_out", f"{count} {reason}")
-    if isinstance(task, Dataset) and task.shortened:
-        console.warn(
-            f"task.data: the chat template leaves out a part of {len(task.shortened)} answers, the first at {task.shortened[0]}; they "
-            "are learned as it renders them"
-        )
-        run.store.event(STAGES[0], 0, "answers_shortened", f"{len(task.shortened)}, the first at {task.shortened[0]}")
-    if isinstance(task, Dataset) and task.overlap:
-        console.warn(task.overlap)
-        run.store.event(STAGES[0], 0, "overlap", task.overlap)
+    for note in problem.task.notes:
+        console.warn(note.text)
+        run.store.event(STAGES[0], 0, note.kind, note.text)
     for report in filter(None, (reward.sandbox_report for reward in problem.rewards)):
         console.say(f"sandbox {report}")
         run.store.event(STAGES[0], 0, "sandbox", report)

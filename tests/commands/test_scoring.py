@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import coterie
-from coterie.commands.scoring import Row, score_completions, score_rows
+from coterie.commands.scoring import Candidate, score_completions, score_rows
 from coterie.errors import UserError
 from coterie.rewards.base import Reward
 from coterie.types import Prompt
@@ -148,7 +148,7 @@ def test_a_call_gets_whole_groups_as_many_as_a_step_has():
         calls.append(list(prompts))
         return [1.0] * len(completions)
 
-    rows = [Row("", p, Prompt(0, p, [1]), "x") for p in "abcabca"]
+    rows = [Candidate("", p, Prompt(0, p, [1]), "x") for p in "abcabca"]
     scores = score_rows(rows, [Reward("r", reward)], groups_per_call=2)
     assert calls == [["a", "a", "a", "b", "b"], ["c", "c"]]
     assert scores.sizes == [3, 2, 2]
@@ -158,7 +158,7 @@ def test_failures_of_later_calls_name_their_own_rows():
     def reward(completions):
         return [float(text) for text in completions]
 
-    rows = [Row(f"f:{i}", text, Prompt(0, text, [1]), text) for i, text in enumerate(["1", "2", "x"])]
+    rows = [Candidate(f"f:{i}", text, Prompt(0, text, [1]), text) for i, text in enumerate(["1", "2", "x"])]
     scores = score_rows(rows, [Reward("r", reward)], groups_per_call=2)
     assert [scores.rows[failure.group].origin for failure in scores.failures] == ["f:2"]
     assert scores.rewards[:2].tolist() == [1, 2]

@@ -240,7 +240,10 @@ def test_answers_that_the_template_cuts_are_counted(tmp_path):
             DatasetTask(data=f"{tmp_path}/rows.jsonl", answer="answer", heldout=0), codec_for(FAMILIES[name])
         )
         task.check_answers(None)
-        assert task.shortened == expected
+        assert [note.kind for note in task.notes] == ["answers_shortened"] * len(expected)
+        assert all(
+            f"1 answers, the first at {place};" in note.text for note, place in zip(task.notes, expected, strict=True)
+        )
 
 
 @pytest.mark.parametrize("kind", ["special", "added", "word"])

@@ -19,8 +19,8 @@ from coterie.rewards.base import Reward
 from coterie.rewards.learned import RewardModel
 from coterie.rewards.load import load_rewards
 from coterie.rewards.score import score
-from coterie.tasks.load import prepare
 from coterie.training.preferences import evaluate_pairs, pair_streams
+from coterie.training.problem import Problem
 from coterie.types import Completion, Group, Prompt
 
 MODEL = {"type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -88,7 +88,7 @@ def transformers_score(folder, text):
 
 def test_held_out_pairs_get_the_scores_that_training_gave_them(trained):
     recipe = load_recipe(str(trained / "recipe.yaml"))
-    _, _, task = prepare(recipe)
+    task = Problem.of(recipe).task
     reward = RewardModel(str(trained))
     rows = [row for prompt in task.heldout for row in ((prompt, "good"), (prompt, "bad"))]
     got = reward([prompt.content for prompt, _ in rows], [prompt.columns[name] for prompt, name in rows])

@@ -12,10 +12,11 @@ from coterie.errors import UserError
 from coterie.models.codec import Codec
 from coterie.models.load import make_byte_tokenizer
 from coterie.recipe.settings import DatasetTask
-from coterie.tasks import bounds
 from coterie.tasks import dataset as module
+from coterie.tasks import rows
 from coterie.tasks.base import draw
-from coterie.tasks.dataset import Dataset, read_rows
+from coterie.tasks.dataset import Dataset
+from coterie.tasks.rows import read_rows
 from coterie.types import Completion, Group, Scored
 
 CODEC = Codec.of(make_byte_tokenizer())
@@ -387,10 +388,10 @@ def test_an_object_of_many_keys_in_a_column_is_read(tmp_path):
 def test_lines_and_rows_have_a_limit_that_is_told_with_the_place(tmp_path, monkeypatch):
     file = tmp_path / "data.jsonl"
     file.write_text('{"prompt": "a"}\n{"prompt": "b"}\n\n{"prompt": "c"}\n')
-    monkeypatch.setattr(bounds, "MAX_ROWS", 2)
+    monkeypatch.setattr(rows, "MAX_ROWS", 2)
     with pytest.raises(UserError, match=rf"{re.escape(str(file))}:4: is row 3, and 2 are allowed"):
         list(read_rows(DatasetTask(data=str(file))))
-    monkeypatch.setattr(bounds, "MAX_LINE", 10)
+    monkeypatch.setattr(rows, "MAX_LINE", 10)
     with pytest.raises(UserError, match=rf"{re.escape(str(file))}:1: has more than 10 bytes"):
         list(read_rows(DatasetTask(data=str(file))))
 
@@ -437,12 +438,10 @@ def test_rows_of_their_own_to_evaluate_on(jsonl):
     assert [prompt.text for prompt in task.train] == ["a", "b"]
     assert [(prompt.text, prompt.origin) for prompt in task.heldout] == [("c", f"{own}:1"), ("d", f"{own}:2")]
     assert task.examples == task.heldout
-    assert task.overlap == ""
+    assert not task.notes
     assert task.columns_of("c") == {}
-    assert (
-        "1 of its 2 prompts are also trained on"
-        in dataset(path, evaluation=jsonl({"prompt": "a", "n": 1}, {"prompt": "x"}, name="o.jsonl")).overlap
-    )
+    overlapping = dataset(path, evaluation=jsonl({"prompt": "a", "n": 1}, {"prompt": "x"}, name="o.jsonl"))
+    assert ["1 of its 2 prompts are also trained on" in note.text for note in overlapping.notes] == [True]
     assert "test.jsonl:2" in refused(path, evaluation=jsonl({"prompt": "c"}, {"prompt": 3}, name="test.jsonl"))
     assert refused(path, evaluation="nowhere.jsonl") == "task.evaluation: the file nowhere.jsonl does not exist"
     folder = path.rpartition("/")[0]

@@ -8,7 +8,7 @@ import pytest
 import coterie
 from coterie.errors import UserError
 from coterie.recipe import make_recipe
-from coterie.tasks.load import prepare
+from coterie.training.problem import Problem
 
 MODEL = {"type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
          "num_key_value_heads": 1, "max_position_embeddings": 96}  # fmt: skip
@@ -61,10 +61,10 @@ def test_an_answer_that_is_none_is_refused_with_its_line(tmp_path):
         file.write(json.dumps({"prompt": "x", "good": 3, "bad": "no"}) + "\n")
     recipe = make_recipe({**COMMON, "preset": "dpo", "task": task})
     with pytest.raises(UserError, match=r"rows\.jsonl:41: column 'good' holds 3"):
-        prepare(recipe)
+        Problem.of(recipe)
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "x", "goood": "y", "bad": "no"}) + "\n")
     with pytest.raises(UserError, match=r"rows\.jsonl:1: has no column 'good'.*goood"):
-        prepare(recipe)
+        Problem.of(recipe)
 
 
 def test_an_answer_beyond_the_context_is_refused_with_its_line(tmp_path):
@@ -72,4 +72,4 @@ def test_an_answer_beyond_the_context_is_refused_with_its_line(tmp_path):
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write(json.dumps({"prompt": "x", "good": "y" * 100, "bad": "no"}) + "\n")
     with pytest.raises(UserError, match=r"rows\.jsonl:41: the prompt and column 'good' have 102 tokens"):
-        prepare(make_recipe({**COMMON, "preset": "dpo", "task": task}))
+        Problem.of(make_recipe({**COMMON, "preset": "dpo", "task": task}))

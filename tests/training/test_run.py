@@ -430,7 +430,7 @@ def test_a_reward_that_begins_during_sampling_changes_nothing(tiny_recipe, tmp_p
 
     found = []
     for function in (Elsewhere(), plain):
-        monkeypatch.setattr("coterie.tasks.load.load_rewards", lambda *_, f=function: [Reward("length", f)])
+        monkeypatch.setattr("coterie.training.problem.load_rewards", lambda *_, f=function: [Reward("length", f)])
         run = coterie.train("equations", overrides=tiny_recipe, out=str(tmp_path / str(len(found))))
         with sqlite3.connect(run.folder / "run.db") as db:
             found.append(db.execute("SELECT step, text, reward FROM completions ORDER BY 1, 2").fetchall())

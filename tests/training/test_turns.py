@@ -11,7 +11,7 @@ import coterie
 from coterie.cli import app
 from coterie.errors import UserError
 from coterie.recipe import load_recipe, make_recipe
-from coterie.tasks.load import prepare
+from coterie.training.problem import Problem
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
          "max_position_embeddings": 256, "tie_word_embeddings": True}  # fmt: skip
@@ -117,7 +117,8 @@ def test_a_run_is_sampled_from_as_it_sampled(make, tmp_path, capsys, monkeypatch
         capsys, monkeypatch, tmp_path, str(run.folder), "3 ok?", "-n", "2", "--top-k", "0", "--temperature", "9"
     )
     assert len(set(longer)) == 2
-    _, codec, task = prepare(load_recipe(str(run.folder / "recipe.yaml")))
+    problem = Problem.of(load_recipe(str(run.folder / "recipe.yaml")))
+    codec, task = problem.codec, problem.task
     assert codec.encode_prompt(task.asked("3 ok?")) == inputs["input_ids"][0].tolist()
 
 
@@ -125,13 +126,13 @@ def test_what_all_prompts_share_is_part_of_one_that_is_typed(make):
     system, begun = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "It is"}
     rows = [{"prompt": [system, *asked(f"{n} ok?"), begun]} for n in range(5)]
     rewards = {"rewards": ["reward.py:seen"], "loss": {"kl_weight": 0}}
-    _, _, task = prepare(make(FAMILIES["chatml"], rows, **rewards))
+    task = Problem.of(make(FAMILIES["chatml"], rows, **rewards)).task
     assert task.asked("hello") == [system, *asked("hello"), begun]
     assert task.asked("3 ok?\nIt is") == task.asked("3 ok?") == [system, *asked("3 ok?"), begun]
     assert task.columns_of("3 ok?") == {}
     assert task.columns_of("hello") is None
     assert {prompt.text for prompt in (*task.train, *task.heldout)} == {f"{n} ok?\nIt is" for n in range(5)}
-    _, _, texts = prepare(make(FAMILIES["chatml"], [{"prompt": f"{n} ok?"} for n in range(5)], **rewards))
+    texts = Problem.of(make(FAMILIES["chatml"], [{"prompt": f"{n} ok?"} for n in range(5)], **rewards)).task
     assert texts.asked("hello") == "hello"
 
 
@@ -139,7 +140,7 @@ def test_chat_settings_for_prompts_that_are_texts_are_refused(make):
     rewards = {"rewards": ["reward.py:seen"], "loss": {"kl_weight": 0}}
     recipe = make(FAMILIES["qwen3"], [{"prompt": "3 ok?"}], system_prompt="Be brief.", **rewards)
     with pytest.raises(UserError, match="system_prompt: has no effect: the prompts of the task are text"):
-        prepare(recipe)
+        Problem.of(recipe)
     with pytest.raises(UserError, match=r"chat_template_kwargs.*'tokenize' is no variable"):
         make(FAMILIES["qwen3"], [{"prompt": asked("3")}], chat_template_kwargs={"tokenize": True}, **rewards)
 
@@ -151,7 +152,7 @@ def test_a_row_whose_template_or_tokenizer_fails_has_its_line(make):
     rows = [{"prompt": asked("3")}, {"prompt": [*asked("4"), {"role": "tool", "content": "5"}]}]
     rewards = {"rewards": ["reward.py:seen"], "loss": {"kl_weight": 0}}
     with pytest.raises(UserError, match=r"rows\.jsonl:2: the chat template of .*refuses these messages: no tools"):
-        prepare(make(refusing, rows, **rewards))
+        Problem.of(make(refusing, rows, **rewards))
 
 
 def test_an_update_names_a_token_that_the_model_does_not_know(make_model):
