@@ -102,8 +102,7 @@ def hidden(text: str) -> str:
     """The text without the keys that the environment holds, without what has the form of one, and without what is named as one."""
     for value in _values():
         text = text.replace(value, MASK)
-    text = _FORM.sub(MASK, text)
-    text = _USERINFO.sub(_without_password, text)
+    text = _USERINFO.sub(_without_password, _FORM.sub(MASK, text))
     if not _HINT.search(text):
         return text
     text = _GIVEN.sub(rf"\1{MASK}", text)
@@ -160,23 +159,17 @@ def _values() -> list[str]:
     found: set[str] = set()
     for name, value in os.environ.items():
         value = value.strip()
-        if name in _used:
-            secret = len(value) >= _SHORTEST_USED
-        else:
-            secret = bool(_VARIABLE.search(name)) and len(value) >= _SHORTEST and not _is_path(value)
-        if secret:
-            found.update(
-                (value, quote(value, safe=""), json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1])
-            )
-            found.add(base64.b64encode(value.encode("utf-8", "surrogateescape")).decode())
-            if "://" in value and "@" in value:  # an address with a password, which may be written without the rest
-                found.update(part for part in _password_of(value) if len(part) >= _SHORTEST_USED)
+        known = _VARIABLE.search(name) and len(value) >= _SHORTEST and not _is_path(value)
+        if not (len(value) >= _SHORTEST_USED if name in _used else known):
+            continue
+        found |= {value, quote(value, safe=""), json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]}
+        found.add(base64.b64encode(value.encode("utf-8", "surrogateescape")).decode())
+        user = value.partition("://")[2].rpartition("@")[
+            0
+        ]  # of an address, whose password may be written without the rest
+        if len(password := user.partition(":")[2]) >= _SHORTEST_USED:
+            found.add(password)
     return sorted(found, key=len, reverse=True)
-
-
-def _password_of(address: str) -> list[str]:
-    userinfo = address.partition("://")[2].rpartition("@")[0]
-    return [userinfo.partition(":")[2]]
 
 
 def _is_path(value: str) -> bool:

@@ -168,18 +168,8 @@ class Stream:
 
     def to(self, device: torch.device) -> Stream:
         """The same stream on another device."""
-        moved = {
-            name: getattr(self, name).to(device)
-            for name in (
-                "tokens",
-                "positions",
-                "targets",
-                "row",
-                "advantages",
-                "rewards",
-                "sampler_logprobs",
-            )
-        }
+        names = ("tokens", "positions", "targets", "row", "advantages", "rewards", "sampler_logprobs")
+        moved = {name: getattr(self, name).to(device) for name in names}
         return replace(self, **moved)
 
 

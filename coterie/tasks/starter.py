@@ -9,33 +9,33 @@ from pathlib import Path
 from coterie.errors import UserError
 
 _RECIPE = """\
-# Your own model, data and reward. It works as it is: coterie train {folder}/recipe.yaml
+# Your own model, data and reward. It works as it is: coterie train FOLDER/recipe.yaml
 preset: grpo
 
 # A tiny fresh model that reads bytes, so that this runs anywhere in seconds. For a real one write its folder or hub id,
 # and leave the tokenizer out:
 #   model: Qwen/Qwen3-0.6B
-model: {{type: qwen3, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 4,
-        num_key_value_heads: 2, head_dim: 16, max_position_embeddings: 256, tie_word_embeddings: true}}
+model: {type: qwen3, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 4,
+        num_key_value_heads: 2, head_dim: 16, max_position_embeddings: 256, tie_word_embeddings: true}
 tokenizer: bytes
 
 # One JSON object a line. `prompt` is the column with the prompt: text, or a list of chat messages. The other columns are
 # handed to the rewards by name. A quarter of the rows is kept for evaluation, where a reward above 0.99 counts as correct.
-task: {{data: prompts.jsonl, prompt: prompt, answer: answer, heldout: 0.25, correct_above: 0.99}}
+task: {data: prompts.jsonl, prompt: prompt, answer: answer, heldout: 0.25, correct_above: 0.99}
 
 # A fresh model writes noise, from which rewards teach nothing: it first learns from the rows' answers, of which every other letter
 # is wrong. Leave this out, and task.answer, for a model that can write.
-cold_start: {{steps: 300, rows_per_step: 32, learning_rate: 3.0e-3, warmup_steps: 10}}
+cold_start: {steps: 300, rows_per_step: 32, learning_rate: 3.0e-3, warmup_steps: 10}
 
 rewards: ["rewards.py:wanted_letter"] # file.py:function, or package.module:function; several are added up
 
-loss: {{kl_weight: 0}} # nothing worth holding on to in a fresh model; leave this out for a real one
+loss: {kl_weight: 0} # nothing worth holding on to in a fresh model; leave this out for a real one
 steps: 100
 prompts_per_step: 8
 group_size: 8
-sampling: {{max_new_tokens: 8}}
-optimiser: {{learning_rate: 1.0e-3, warmup_steps: 5, schedule: linear}} # a real model wants about 1.0e-6
-evaluation: {{every: 50}}
+sampling: {max_new_tokens: 8}
+optimiser: {learning_rate: 1.0e-3, warmup_steps: 5, schedule: linear} # a real model wants about 1.0e-6
+evaluation: {every: 50}
 """
 
 _REWARDS = '''\
@@ -71,7 +71,7 @@ def write_starter(folder: Path) -> None:
     ]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(_RECIPE.format(folder=folder), encoding="utf-8")
+        (folder / "recipe.yaml").write_text(_RECIPE.replace("FOLDER", str(folder)), encoding="utf-8")
         (folder / "rewards.py").write_text(_REWARDS, encoding="utf-8")
         (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     except OSError as error:
