@@ -1,7 +1,9 @@
 """Find a user's function by name: `package.module:function`, or `file.py:function`. Nothing here imports torch."""
 
+import asyncio
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 import sysconfig
@@ -27,6 +29,15 @@ def load_function(name: str, setting: str) -> Callable[..., Any]:
         own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise UserError(f"{setting}: {home} has no function {function!r}; {nearest(function, own)}")
     return found
+
+
+def awaited(answer: Any) -> Any:
+    """What a function gave, waited for where the function is async."""
+
+    async def wait() -> Any:
+        return await answer
+
+    return asyncio.run(wait()) if inspect.isawaitable(answer) else answer
 
 
 def check_home(home: str, setting: str) -> None:

@@ -40,7 +40,7 @@ def test_a_block_that_ended_in_time_leaves_nothing_armed():
 
 STOPPED = """
 import os, signal, subprocess, sys, time
-from coterie.rewards.limits import TookTooLong, time_limit
+from coterie.rewards.time_limit import TookTooLong, time_limit
 from coterie.deadline import running
 def stop():
     subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -STOP {os.getpid()}; sleep 2; kill -CONT {os.getpid()}"])

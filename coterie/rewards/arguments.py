@@ -22,7 +22,8 @@ _NAMELESS = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 class Signature:
     """The parameters of a reward function, beside the options that a recipe gives it.
 
-    takes_all: it has `**columns`. texts: that stand in its code, as the `"letter"` of `columns["letter"]`. names: of its parameters. needs: those that only a column can fill, having no default.
+    names: of its parameters. needs: those of them that only a column can fill, having no default. takes_all: it has `**columns`.
+    texts: that stand in its code, as the `"letter"` of `columns["letter"]`.
     """
 
     def __init__(self, function: Callable[..., Any], options: Mapping[str, Any], name: str) -> None:

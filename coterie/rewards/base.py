@@ -1,6 +1,7 @@
 """What a reward is: a function of completions that anybody may write, and what it may have besides.
 
-All but the call may be missing. `Reward` is the one place that looks for it.
+Every function is a `RewardFunction`. The other protocols here say what one may have in addition; a function has any of them, or none,
+and `Reward` is the one place that looks for it.
 """
 
 from __future__ import annotations
@@ -13,34 +14,46 @@ from typing import Any, Protocol, cast
 from coterie.rewards.arguments import Copies, Signature, columns_of, entries_of, own_options
 from coterie.types import Group
 
-Values = Sequence[float | Exception | None]
+# What a function gives for a completion: a number; None where it has nothing to say of it; an exception where it failed
+Part = float | Exception | None
 
 
 class RewardFunction(Protocol):
     """`fn(prompts, completions, **columns) -> list[float | None]`, the signature TRL's users have; it may be async.
 
-    It gets one entry per completion in each argument, all of them its own to change. None abstains: the reward says nothing of that
-    completion; an exception in the list is a failure.
+    It gets one entry per completion in each argument, all of them its own to change, and gives one part for each.
     """
 
-    def __call__(self, *args: Any, **columns: Any) -> Values | Awaitable[Values]: ...
+    def __call__(self, *args: Any, **columns: Any) -> Sequence[Part] | Awaitable[Sequence[Part]]: ...
 
 
 class EarlyReward(RewardFunction, Protocol):
-    """One that may begin on a group while others are still sampled; the call that follows finds what it began."""
+    """A reward that may begin on a group while others are still sampled; the call that follows finds what it began.
+
+    uses_cores: whether what it begins computes on this machine; taken to be so where it does not say.
+    """
+
+    uses_cores: bool
 
     def begin(self, *args: Any, **columns: Any) -> None: ...
 
-    @property
-    def uses_cores(self) -> bool:
-        """Whether what it begins computes on this machine; taken to where it does not say."""
-        ...
-
 
 class HoldingReward(RewardFunction, Protocol):
-    """One that holds processes or connections until it is closed."""
+    """A reward that holds processes, connections or a model until it is closed."""
 
     def close(self) -> None: ...
+
+
+class TokenReward(RewardFunction, Protocol):
+    """A reward with the parameter `completion_ids` that says whether it reads them; taken to be so where it does not say."""
+
+    reads_tokens: bool
+
+
+class SandboxedReward(RewardFunction, Protocol):
+    """A reward that runs programs. sandbox_report: which sandbox holds them, which is started and tried for that."""
+
+    sandbox_report: str
 
 
 @dataclass(frozen=True)
@@ -84,12 +97,12 @@ class Reward:
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether it needs `completion_ids` where its signature has them; its own word where it says so."""
+        """Whether it needs `completion_ids` where its signature has them."""
         return bool(getattr(self.function, "reads_tokens", True))
 
     @property
     def sandbox_report(self) -> str:
-        """What to say in a run of the sandbox that it uses, which is started and tried for that; empty where it uses none."""
+        """Which sandbox it uses, for the record of a run; empty where it uses none."""
         return str(getattr(self.function, "sandbox_report", ""))
 
     def close(self) -> None:

@@ -5,11 +5,9 @@ Legend: P prompts, G completions per prompt, B = P*G.
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import math
 import warnings
-from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import chdir
 from typing import Any
 
@@ -18,11 +16,11 @@ import torch
 from coterie.errors import RewardError, UserError
 from coterie.rewards.arguments import Copies, Entry, columns_of, entries_of, own_options
 from coterie.rewards.base import Reward
-from coterie.rewards.limits import TookTooLong, time_limit
+from coterie.rewards.time_limit import TookTooLong, time_limit
 from coterie.sections import section
 from coterie.stopping import may_stop
 from coterie.types import Group, Prompt, RewardFailure, Scored
-from coterie.user_code import described, in_place
+from coterie.user_code import awaited, described, in_place
 
 
 class _CountError(UserError):
@@ -187,14 +185,8 @@ def _run(reward: Reward, columns: dict[str, list[Any]], count: int) -> list[Any]
     """One call, awaited if it is async, within the time limit. Raises what the function raises, and TookTooLong."""
     # where it leaves the run's folder, or turns gradients off, that ends with the call
     with chdir("."), torch.set_grad_enabled(torch.is_grad_enabled()), time_limit(reward.timeout):
-        answer = reward.function(**columns, **own_options(reward.options))
-        if inspect.isawaitable(answer):
-            answer = asyncio.run(_awaited(answer))
+        answer = awaited(reward.function(**columns, **own_options(reward.options)))
         return _checked_length(reward, answer, count)
-
-
-async def _awaited(answer: Awaitable[Any]) -> Any:
-    return await answer
 
 
 def _checked_length(reward: Reward, answer: Any, num_completions: int) -> list[Any]:

@@ -10,10 +10,11 @@ import importlib
 import json
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from coterie.errors import UserError, nearest
 
@@ -104,24 +105,28 @@ class SandboxError(Exception):
     """A sandbox can't be used, or can't be used any more. The message says why."""
 
 
-class Sandbox(Protocol):
-    """Runs programs. `report` is a line for the log: which sandbox this is and what it was seen to hold."""
+class Sandbox(ABC):
+    """Runs programs, several at a time. `report` is a line for the log: which sandbox this is and what it was seen to hold."""
 
     report: str
 
+    def __init__(self, num_workers: int) -> None:
+        self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="sandbox")
+
+    @abstractmethod
     def run(self, program: Program) -> Outcome: ...
 
     def submit(self, program: Program) -> Future[Outcome]:
         """Run it when there is a place."""
-        ...
+        return self._threads.submit(self.run, program)
 
     def run_all(self, programs: Sequence[Program]) -> list[Outcome]:
         """Several at a time, in the order given."""
-        ...
+        return list(self._threads.map(self.run, programs))
 
     def close(self) -> None:
-        """End its processes and connections."""
-        ...
+        """End its processes and connections, once the programs that run are done."""
+        self._threads.shutdown(cancel_futures=True)
 
 
 def make_sandbox(name: str = "auto", *, num_workers: int | None = None) -> Sandbox:

@@ -2,44 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import queue
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
-from coterie.sandbox.base import Outcome, Program, SandboxError
+from coterie.processes import Crew
+from coterie.sandbox.base import Outcome, Program, Sandbox, SandboxError
 from coterie.sandbox.inside import confine
-from coterie.sandbox.probes import probe
+from coterie.sandbox.probes import can_compute, probe
 from coterie.sandbox.server import ForkServer
 
 _INSIDE = Path(__file__).parent / "inside"
 _PACKAGES = ("site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo", "ensurepip")
 
 
-class _Forked:
+class _Forked(Sandbox):
     """Fork servers, one for each program that runs at the same time; they are started when they are first needed."""
 
     name: ClassVar[str]
 
     def __init__(self, *, num_workers: int | None = None) -> None:
         """Raises SandboxError where this machine can't, or where a hostile program gets through."""
-        self._num_workers = num_workers or _num_cores()
-        self._servers: queue.LifoQueue[ForkServer | None] = queue.LifoQueue()
-        for _ in range(self._num_workers):
-            self._servers.put(None)
-        # A server dies with the thread that starts it, so that is one that lasts.
-        self._starter = ThreadPoolExecutor(1, thread_name_prefix="sandbox-starter")
-        self._runners = ThreadPoolExecutor(self._num_workers, thread_name_prefix="sandbox")
+        super().__init__(num_workers or _num_cores())
+        self._crew = Crew(self._start, num_workers or _num_cores())
         self._closed = False
         try:
-            self._servers.get_nowait()
-            self._servers.put(self._start())
             self.report = f"{self.name}: {self._test()}"
         except BaseException:
             self.close()
@@ -54,57 +44,31 @@ class _Forked:
 
     def _start(self) -> ForkServer:
         command, options = self._command()
-        return self._starter.submit(ForkServer, command, options, self._readable()).result()
+        return ForkServer(command, options, self._readable())
 
     def _readable(self) -> list[str]:
-        """What a program may read: the standard library without the packages installed in it, and the time zones."""
-        folders = _libraries()
-        entries = [entry for folder in folders for entry in sorted(folder.iterdir()) if entry.name not in _PACKAGES]
-        return [
-            *map(str, entries),
-            "/usr/share/zoneinfo",
-            os.devnull,
-        ]  # no folder above: its rights would go for all below
+        """What a program may read: the standard library without the packages installed in it, and the time zones.
 
-    @contextlib.contextmanager
-    def _server(self) -> Iterator[ForkServer]:
-        """One that nobody else uses meanwhile. One that failed is ended, and the next program gets a new one."""
-        server = self._servers.get()
-        try:
-            server = server or self._start()
-            yield server
-        except BaseException:
-            if server is not None:
-                server.close()
-            server = None
-            raise
-        finally:
-            self._servers.put(server)
+        No folder above them is among these: its rights would go for all below.
+        """
+        entries = [
+            entry for folder in _libraries() for entry in sorted(folder.iterdir()) if entry.name not in _PACKAGES
+        ]
+        return [*map(str, entries), "/usr/share/zoneinfo", os.devnull]
 
     def run(self, program: Program) -> Outcome:
         if self._closed:
             return Outcome(failed="the sandbox is closed")
         try:
-            with self._server() as server:
+            with self._crew.server() as server:
                 return server.run(program)
         except SandboxError as failure:
             return Outcome(failed=str(failure))
 
-    def submit(self, program: Program) -> Future[Outcome]:
-        return self._runners.submit(self.run, program)
-
-    def run_all(self, programs: Sequence[Program]) -> list[Outcome]:
-        return list(self._runners.map(self.run, programs))
-
     def close(self) -> None:
         self._closed = True
-        self._runners.shutdown(cancel_futures=True)
-        for _ in range(self._num_workers):
-            with contextlib.suppress(queue.Empty):
-                server = self._servers.get_nowait()
-                if server is not None:
-                    server.close()
-        self._starter.shutdown()
+        super().close()
+        self._crew.close()
 
 
 class Landlock(_Forked):
@@ -139,6 +103,7 @@ class Subprocess(_Forked):
         return _python(_INSIDE.parent), {"confined": False, "landlock": False, "parent": os.getpid()}
 
     def _test(self) -> str:
+        can_compute(self.run)
         return "asked for by name; it holds nothing"
 
 

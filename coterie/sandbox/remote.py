@@ -12,15 +12,14 @@ import argparse
 import hmac
 import json
 import os
+import random
 import threading
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import httpx
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
 from coterie.deadline import running
 from coterie.redact import conceal
@@ -42,17 +41,17 @@ _OVERHEAD = 1000  # its bytes for each input beside
 _WAIT = 60.0  # seconds in which a server must find time for a program, beside the program's own
 
 
-class Remote:
+class Remote(Sandbox):
     """Programs run by a server that speaks the protocol. What that server holds is its owner's affair."""
 
     def __init__(self, url: str, *, num_workers: int | None = None, attempts: int = 3) -> None:
         """Raises SandboxError where nobody answers there, or not in this protocol."""
+        super().__init__(num_workers or 16)
         token = os.environ.get(TOKEN_VARIABLE)
         conceal(TOKEN_VARIABLE)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._client = httpx.Client(base_url=url, headers=headers, timeout=30.0)
         self._attempts = attempts
-        self._runners = ThreadPoolExecutor(num_workers or 16, thread_name_prefix="sandbox-remote")
         try:
             hello = self._client.get("/").raise_for_status().json()
             if not isinstance(hello, dict) or hello.get("protocol") != PROTOCOL:
@@ -67,16 +66,17 @@ class Remote:
 
     def run(self, program: Program) -> Outcome:
         """One request, tried again where the connection fails."""
-        retrying = Retrying(
-            stop=stop_after_attempt(self._attempts),
-            wait=wait_exponential_jitter(initial=0.2, max=5),
-            retry=retry_if_exception_type((httpx.TransportError, _BusyError)),
-            reraise=True,
-        )
-        try:
-            return retrying(self._ask, program)
-        except (httpx.HTTPError, _BusyError, ValueError, TypeError, KeyError, RecursionError) as error:
-            return Outcome(failed=f"the sandbox server: {type(error).__name__}: {error}"[:300])
+        failure: Exception | None = None
+        for attempt in range(self._attempts):
+            time.sleep(min(5.0, 0.1 * 2**attempt + random.random()) if attempt else 0.0)
+            try:
+                return self._ask(program)
+            except (httpx.TransportError, _BusyError) as error:
+                failure = error
+            except (httpx.HTTPError, ValueError, TypeError, KeyError, RecursionError) as error:
+                failure = error
+                break
+        return Outcome(failed=f"the sandbox server: {type(failure).__name__}: {failure}"[:300])
 
     def _ask(self, program: Program) -> Outcome:
         body = {"programs": [asdict(program)]}
@@ -97,14 +97,8 @@ class Remote:
         (one,) = json.loads(data)["outcomes"]
         return _read_outcome(one, len(program.inputs))
 
-    def submit(self, program: Program) -> Future[Outcome]:
-        return self._runners.submit(self.run, program)
-
-    def run_all(self, programs: Sequence[Program]) -> list[Outcome]:
-        return list(self._runners.map(self.run, programs))
-
     def close(self) -> None:
-        self._runners.shutdown(cancel_futures=True)
+        super().close()
         self._client.close()
 
 

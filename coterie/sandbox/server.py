@@ -22,7 +22,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from coterie.processes import Server
 from coterie.sandbox.base import Outcome, Output, Program, SandboxError
+from coterie.sandbox.inside.runner import memory_file
 
 _START_SECONDS = 60.0
 _GRACE = 10.0  # seconds in which a killed program must be gone
@@ -31,22 +33,20 @@ _SLACK = 0.5  # seconds in which a program is started, and the kernel ends one t
 _ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PYTHONDONTWRITEBYTECODE": "1", "LANG": "C.UTF-8"}
 
 
-class ForkServer:
+class ForkServer(Server):
     """One process that programs are forked from, one at a time."""
 
     def __init__(self, command: Sequence[str], options: dict[str, Any], readable: Sequence[str]) -> None:
         """Start it; `readable` is what its programs may read. Raises SandboxError where it does not come up."""
-        ours, theirs = socket.socketpair()
-        self._control = ours
+        self._control, theirs = socket.socketpair()
         with tempfile.TemporaryFile() as complaints:
             try:
-                self._process = subprocess.Popen(
+                super().__init__(
                     [*command, json.dumps(options)],
                     stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=complaints, env=_ENVIRONMENT, cwd="/",
-                    start_new_session=True,
                 )  # fmt: skip
             except OSError as error:
-                ours.close()
+                self._control.close()
                 raise SandboxError(f"{command[0]} does not start: {error}") from error
             finally:
                 theirs.close()
@@ -142,14 +142,9 @@ class ForkServer:
         return int(struct.unpack("<i", status)[0])
 
     def close(self) -> None:
-        """End it, and with it what it runs."""
+        """End it, and with it what it runs: it ends by itself when nobody speaks to it any more."""
         self._control.close()
-        try:
-            self._process.wait(2)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(OSError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        self.kill(patience=2.0)
 
 
 def _offer_when_memory_runs_out(pid: int) -> int:
@@ -177,15 +172,7 @@ def _job_file(program: Program, mark: str) -> int:
         "mark": mark,
         "limits": limits,
     }
-    data = memoryview(json.dumps(job).encode("ascii"))
-    if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("job")
-    else:
-        with tempfile.TemporaryFile() as file:
-            descriptor = os.dup(file.fileno())
-    while data:
-        data = data[os.write(descriptor, data) :]
-    return descriptor
+    return memory_file(json.dumps(job).encode("ascii"))
 
 
 def _say_end(status: int) -> str:

@@ -528,7 +528,7 @@ def test_python_code_that_never_ends_is_interrupted(loops):
 
 def test_what_spins_in_c_ends_the_process_and_says_where():
     program = (
-        "import coterie.rewards.limits as limits\n"
+        "import coterie.rewards.time_limit as limits\n"
         "limits._GRACE = 0.5\n"
         "with limits.time_limit(0.5):\n"
         "    sum(range(10**12))\n"

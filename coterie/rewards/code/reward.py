@@ -8,13 +8,14 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import httpx
 
 from coterie.errors import RewardError, UserError
 from coterie.rewards.code.blocks import program_in
-from coterie.rewards.code.verdict import Policy, Test, passes, read_tests
+from coterie.rewards.code.tests import Equality, Test, passes, read_tests
 from coterie.rewards.text_of import Chat, completion_text
 from coterie.sandbox.base import TOKEN_VARIABLE, Limits, Outcome, Program, Sandbox, make_sandbox
 from coterie.trust import check_risk, check_sending
@@ -29,14 +30,6 @@ _UNASKED = {
 }
 
 
-@dataclass
-class _Holder:
-    """The sandbox, from the first call on, and the programs of a step that it was given."""
-
-    sandbox: Sandbox | None = None
-    under_way: dict[str, Future[Outcome]] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class Code:
     """The share of a row's tests that the program in a completion passes, or with score "all" 1 for every one of them.
@@ -48,8 +41,8 @@ class Code:
     a sandbox that fails abstains. Equal programs with equal inputs are run once a step.
 
     sandbox: auto, bubblewrap, landlock, subprocess, or the address of a sandbox server. seconds: for all tests of a completion,
-    computing or asleep; where a busy machine keeps it waiting up to three times as many pass. wall_seconds: in place of that, of any kind. tolerance, ints_are_floats,
-    tuples_are_lists, exact_text: what counts as equal, as verdict.Policy says.
+    computing or asleep; where a busy machine keeps it waiting up to three times as many pass. wall_seconds: in place of that, of any
+    kind. tolerance, ints_are_floats, tuples_are_lists, exact_text: what counts as equal, as tests.Equality says.
     """
 
     function: str = ""
@@ -64,7 +57,8 @@ class Code:
     tuples_are_lists: bool = True
     exact_text: bool = False
     workers: int = 0
-    _holder: _Holder = field(default_factory=_Holder, init=False, repr=False, compare=False)
+    # The programs of a step that the sandbox was given
+    _under_way: dict[str, Future[Outcome]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.score not in ("share", "all"):
@@ -104,14 +98,13 @@ class Code:
         function: Sequence[str | None] | None = None,
     ) -> list[float | Exception | None]:
         programs = self._programs(completions, tests, function)
-        under_way = self._holder.under_way
         try:
             texts = [self._submit(program) for program, _ in programs]
-            outcomes = {text: under_way[text].result() for text in texts}
+            outcomes = {text: self._under_way[text].result() for text in texts}
         finally:
-            for outcome in under_way.values():
+            for outcome in self._under_way.values():
                 outcome.cancel()
-            under_way.clear()
+            self._under_way.clear()
         return [self._judge(outcomes[text], row) for text, (_, row) in zip(texts, programs, strict=True)]
 
     def begin(
@@ -132,8 +125,8 @@ class Code:
     def _submit(self, program: Program) -> str:
         """Have a program run, once where it comes again. Returns what it is known by."""
         text = json.dumps([program.source, program.inputs, program.function])
-        if text not in self._holder.under_way:
-            self._holder.under_way[text] = self._sandbox().submit(program)
+        if text not in self._under_way:
+            self._under_way[text] = self._started.submit(program)
         return text
 
     @property
@@ -170,21 +163,21 @@ class Code:
     def _judge(self, outcome: Outcome, tests: Sequence[Test]) -> float | Exception:
         if outcome.failed is not None:
             return RewardError(f"the sandbox failed: {outcome.failed}")
-        policy = Policy(self.tolerance, self.ints_are_floats, self.tuples_are_lists, self.exact_text)
-        passed = [passes(output, test, policy) for output, test in zip(outcome.outputs, tests, strict=True)]
+        equality = Equality(self.tolerance, self.ints_are_floats, self.tuples_are_lists, self.exact_text)
+        passed = [passes(output, test, equality) for output, test in zip(outcome.outputs, tests, strict=True)]
         return float(all(passed)) if self.score == "all" else sum(passed) / len(passed)
 
-    def _sandbox(self) -> Sandbox:
-        if self._holder.sandbox is None:
-            self._holder.sandbox = make_sandbox(self.sandbox, num_workers=self.workers or None)
-        return self._holder.sandbox
+    @cached_property
+    def _started(self) -> Sandbox:
+        """The sandbox, from the first call on."""
+        return make_sandbox(self.sandbox, num_workers=self.workers or None)
 
     @property
     def sandbox_report(self) -> str:
-        """Which sandbox is used and what it was seen to hold. It is started for that where it does not run yet."""
-        return self._sandbox().report
+        """Which sandbox is used and what it was seen to hold."""
+        return self._started.report
 
     def close(self) -> None:
-        if self._holder.sandbox is not None:
-            self._holder.sandbox.close()
-            self._holder.sandbox = None
+        sandbox = self.__dict__.pop("_started", None)
+        if sandbox is not None:
+            sandbox.close()

@@ -7,7 +7,7 @@ import hashlib
 import os
 import sqlite3
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _TABLE = "CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, verdict TEXT, checksum TEXT) WITHOUT ROWID"
@@ -28,54 +28,50 @@ class Cache:
     def __init__(self, folder: Path) -> None:
         self._path = folder / "verdicts.sqlite"
         self._db: sqlite3.Connection | None = None
-        try:
+        with self._done_without():
             folder.mkdir(parents=True, exist_ok=True)
-            self._db = self._opened()
-        except (sqlite3.Error, OSError) as error:
-            self._give_up(error)
-
-    def _opened(self) -> sqlite3.Connection:
-        try:
-            return _connection(self._path)
-        except sqlite3.OperationalError:  # in use, or no place to write to
-            raise
-        except sqlite3.DatabaseError:  # damaged: it holds nothing that can't be asked again
-            self._path.unlink()
-            return _connection(self._path)
+            try:
+                self._db = _connection(self._path)
+            except sqlite3.OperationalError:  # in use, or no place to write to
+                raise
+            except sqlite3.DatabaseError:  # damaged: it holds nothing that can't be asked again
+                self._path.unlink()
+                self._db = _connection(self._path)
 
     def read(self, keys: Iterable[str]) -> dict[str, str]:
         """The verdicts that are there and whole."""
         found: dict[str, str] = {}
-        if self._db is None:
-            return found
-        try:
-            for key in keys:
-                row = self._db.execute("SELECT verdict, checksum FROM verdicts WHERE key = ?", (key,)).fetchone()
-                if row is not None and row[1] == _checksum(key, row[0]):
-                    found[key] = row[0]
-        except sqlite3.Error as error:
-            self._give_up(error)
+        if self._db is not None:
+            with self._done_without():
+                for key in keys:
+                    row = self._db.execute("SELECT verdict, checksum FROM verdicts WHERE key = ?", (key,)).fetchone()
+                    if row is not None and row[1] == _checksum(key, row[0]):
+                        found[key] = row[0]
         return found
 
     def write(self, key: str, verdict: str) -> None:
-        if self._db is None:
-            return
-        try:
-            row = (key, verdict, _checksum(key, verdict))
-            self._db.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?)", row)
-        except sqlite3.Error as error:
-            self._give_up(error)
+        with self._done_without():
+            if self._db is not None:
+                row = (key, verdict, _checksum(key, verdict))
+                self._db.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?)", row)
 
     def close(self) -> None:
         if self._db is not None:
             self._db.close()
             self._db = None
 
-    def _give_up(self, error: Exception) -> None:
-        warnings.warn(f"the judge's cache {self._path} can't be used: {error}; every question is asked", stacklevel=3)
-        with contextlib.suppress(sqlite3.Error):
-            self.close()
-        self._db = None
+    @contextlib.contextmanager
+    def _done_without(self) -> Iterator[None]:
+        """Where the file can't be used there is a warning, and it is closed."""
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            said = f"the judge's cache {self._path} can't be used: {error}; every question is asked"
+            warnings.warn(said, stacklevel=4)
+            db, self._db = self._db, None
+            with contextlib.suppress(sqlite3.Error):
+                if db is not None:
+                    db.close()
 
 
 def _connection(path: Path) -> sqlite3.Connection:

@@ -9,43 +9,39 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import email.utils
+import itertools
 import json
 import math
 import random
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from typing import Any
 
 import httpx
-from tenacity import (
-    AsyncRetrying,
-    RetryCallState,
-    retry_if_exception_type,
-    wait_random_exponential,
-)
 
 from coterie.deadline import running
 from coterie.errors import RewardError
 from coterie.redact import MASK, hidden
 from coterie.rewards.judge.request import Question, QuotationError, ReplyError
+from coterie.rewards.judge.service import Service
 
 MAX_BODY = 1_000_000  # bytes of an answer
 _PARTING = 5.0  # seconds for connections to close
-_OF_THE_TEXT = re.compile(  # what servers say of a request whose texts are too long, or not to be read
+# What servers say of a request whose texts are too long, or not to be read; of one whose `extra` asks for too many tokens; and how a
+# reply in words begins that gives no verdict
+_OF_THE_TEXT = re.compile(
     r"context.?(?:length|window|size|limit)|too (?:long|large|many (?:input )?tokens)|content.?(?:policy|filter|management)"
     r"|moderation|flagged|inappropriate|unsafe|sensitive content|reduce the length"
     r"|\binputs?\b.{0,40}\btokens\b.{0,80}(?:exceed|must be (?:<|less|at most))|prompt.{0,40}exceed",
     re.IGNORECASE,
 )
-_OF_THE_LIMIT = re.compile(
-    r"max_(?:completion_|new_|output_)?tokens\W{0,3}\s*(?:is|:)?\s*too large", re.IGNORECASE
-)  # of `extra`
-_DECLINES = re.compile(  # how a reply in words begins that gives no verdict
+_OF_THE_LIMIT = re.compile(r"max_(?:completion_|new_|output_)?tokens\W{0,3}\s*(?:is|:)?\s*too large", re.IGNORECASE)
+_DECLINES = re.compile(
     r"\W*(?:(?:unfortunately|apologies|as an ai)\b|(?:i['’]?m|i am)(?: very| so| really)? (?:sorry|unable|not able)\b|sorry\b|i apologi[sz]e\b"
     r"|i (?:can(?:no|['’])t|can not|won['’]t|will not|must decline|decline)\b|抱歉|很抱歉|对不起|我无法|我不能)",
     re.IGNORECASE,
@@ -53,55 +49,29 @@ _DECLINES = re.compile(  # how a reply in words begins that gives no verdict
 _FORMATS = ("json_schema", "json_object", "plain")  # each for servers that refuse the one before
 
 
-class AgainError(Exception):
-    """The service did not answer, and may if it is asked again. after: the seconds that it asks to wait."""
+@dataclass(eq=False)
+class NoVerdictError(Exception):
+    """Why an attempt gave no verdict.
 
-    def __init__(self, reason: str, after: float | None = None) -> None:
-        super().__init__(reason)
-        self.after = after
+    again: another may. is_up: the service works, which is all that the breaker asks. declined: it is for the text that was to be judged.
+    after: the seconds that the service asks to wait.
+    """
 
-
-class UnreadableError(AgainError):
-    """The service answered, and not what it was asked for. Another try may give something better."""
-
-
-class QuotedError(UnreadableError):
-    """Its verdict stands in what it was given to judge, word for word: it may be a quotation."""
-
-
-class UnjudgedError(Exception):
-    """The service refuses this question, and would again."""
+    reason: str
+    _: KW_ONLY
+    again: bool = False
+    is_up: bool = False
+    declined: bool = False
+    after: float | None = None
 
 
-class UnfitError(UnjudgedError):
-    """The service refuses this question for the text that it is to judge: too long, or nothing that it wants to read."""
+def _unreadable(reason: str, *, declined: bool = False) -> NoVerdictError:
+    """The service answered, and not what it was asked for."""
+    return NoVerdictError(f"gave a reply {reason}", again=True, is_up=True, declined=declined)
 
 
 class DeclinedError(RewardError):
     """There is no verdict because of what was to be judged, and not because of an outage."""
-
-
-class RefusedError(Exception):
-    """The service refuses every question, and would again."""
-
-
-@dataclass(frozen=True)
-class Service:
-    """Where the judge is, and how much is asked of it.
-
-    url: ends before /chat/completions. fields: what goes into every request. concurrency: requests at the same time. attempts:
-    for each question. request_seconds, step_seconds: for one attempt; for all questions of a step together.
-    failures_in_a_row: so many questions without an answer, and none is asked for `pause_seconds`.
-    """
-
-    url: str
-    fields: Mapping[str, Any]
-    concurrency: int
-    attempts: int
-    request_seconds: float
-    step_seconds: float
-    failures_in_a_row: int
-    pause_seconds: float
 
 
 class Breaker:
@@ -121,13 +91,10 @@ class Breaker:
         """Whether a pause has passed and no answer has come since."""
         return self._open_until is not None and not self.open
 
-    def succeeded(self) -> None:
-        self._num_failed, self._open_until = 0, None
-
-    def failed(self) -> None:
-        self._num_failed += 1
-        if self._num_failed >= self._limit:
-            self._open_until = self._clock() + self._pause
+    def heard(self, *, is_up: bool) -> None:
+        """What came of a question: the service works, or it does not."""
+        self._num_failed = 0 if is_up else self._num_failed + 1
+        self._open_until = self._clock() + self._pause if self._num_failed >= self._limit else None
 
     @property
     def reason(self) -> str:
@@ -140,8 +107,8 @@ class Client:
     A thread of its own does the asking, so that it goes on beside other work.
     """
 
-    def __init__(self, service: Service, key: str = "") -> None:
-        self._service, self._key = service, key
+    def __init__(self, service: Service) -> None:
+        self._service, self._key = service, service.key
         self._breaker = Breaker(service.failures_in_a_row, service.pause_seconds)
         self._format = 0  # of _FORMATS: the first that the service has not refused
         self._resume_at = -math.inf  # on the monotonic clock: the service asked for quiet until then
@@ -209,30 +176,19 @@ class Client:
 
     async def _ask(self, question: Question, until: float) -> Any | RewardError:
         """One question, asked again where that may help."""
-
-        def enough(state: RetryCallState) -> bool:
-            return state.attempt_number >= self._service.attempts or running() + state.upcoming_sleep >= until
-
-        retrying = AsyncRetrying(
-            retry=retry_if_exception_type(AgainError),
-            stop=enough,
-            wait=_wait,
-            reraise=True,
-        )
-        try:
-            verdict: Any = await retrying(self._attempt, question, until)
-        except RewardError as error:  # not asked at all
-            return error
-        except (QuotedError, UnfitError) as error:
-            self._breaker.succeeded()
-            return DeclinedError(self._clean(f"the judge {error}"))
-        except (UnreadableError, UnjudgedError) as error:  # it is up, and that is what the breaker asks
-            self._breaker.succeeded()
-            return RewardError(self._clean(f"the judge {error}"))
-        except (AgainError, RefusedError) as error:
-            self._breaker.failed()
-            return RewardError(self._clean(f"the judge {error}"))
-        self._breaker.succeeded()
+        for attempt in itertools.count(1):
+            try:
+                verdict: Any = await self._attempt(question, until)
+                break
+            except RewardError as error:  # not asked at all
+                return error
+            except NoVerdictError as error:
+                pause = _backoff(attempt) if error.after is None else error.after + _spread(error.after)
+                if not error.again or attempt >= self._service.attempts or running() + pause >= until:
+                    self._breaker.heard(is_up=error.is_up)
+                    return (DeclinedError if error.declined else RewardError)(self._clean(f"the judge {error.reason}"))
+            await asyncio.sleep(pause)
+        self._breaker.heard(is_up=True)
         return verdict
 
     async def _attempt(self, question: Question, until: float) -> Any:
@@ -247,9 +203,11 @@ class Client:
                 async with asyncio.timeout(self._service.request_seconds):
                     return await self._exchange(question)
             except (TimeoutError, httpx.TimeoutException):
-                raise AgainError(f"gave no answer within {self._service.request_seconds:g} s") from None
+                late = f"gave no answer within {self._service.request_seconds:g} s"
+                raise NoVerdictError(late, again=True) from None
             except (httpx.HTTPError, httpx.InvalidURL) as error:
-                raise AgainError(f"can't be reached: {str(error) or type(error).__name__}") from None
+                lost = f"can't be reached: {str(error) or type(error).__name__}"
+                raise NoVerdictError(lost, again=True) from None
 
     async def _exchange(self, question: Question) -> Any:
         """Ask in the strictest form that the service takes, and read what it answers."""
@@ -262,10 +220,8 @@ class Client:
         self._format = max(self._format, number)
         try:
             return question.read(_reply_in(body), prose=_FORMATS[number] == "plain")
-        except QuotationError as error:
-            raise QuotedError(f"gave a reply that {error}") from None
         except ReplyError as error:
-            raise UnreadableError(f"gave a reply that {error}") from None
+            raise _unreadable(f"that {error}", declined=isinstance(error, QuotationError)) from None
 
     async def _post(self, question: Question, form: str) -> tuple[int, httpx.Headers, bytes]:
         """Status, headers and body, of which no more than a megabyte is read."""
@@ -279,29 +235,29 @@ class Client:
         url = url.copy_with(path=f"{url.path.rstrip('/')}/chat/completions")
         async with self._http.stream("POST", url, content=json.dumps(fields).encode()) as answer:
             if answer.headers.get("Content-Encoding", "identity") != "identity":
-                raise UnreadableError("gave a compressed reply, which was not asked for")
+                raise _unreadable("that is compressed, which was not asked for")
             body = b""
             async for chunk in answer.aiter_raw():
                 body += chunk
                 if len(body) > MAX_BODY:
-                    raise UnreadableError(f"gave a reply of more than {MAX_BODY:,} bytes")
+                    raise _unreadable(f"of more than {MAX_BODY:,} bytes")
             return answer.status_code, answer.headers, body
 
-    def _refusal(self, status: int, headers: httpx.Headers, body: bytes) -> Exception:
+    def _refusal(self, status: int, headers: httpx.Headers, body: bytes) -> NoVerdictError:
         if status in (408, 409, 425, 429) or status >= 500:
             after = _seconds_in(headers.get("Retry-After"))
             if after is not None:
                 self._resume_at = max(self._resume_at, time.monotonic() + after)
-            return AgainError(f"answered {status}", after)
+            return NoVerdictError(f"answered {status}", again=True, after=after)
         if status in (401, 403):
-            return RefusedError(f"answered {status}: the key is missing, or not accepted")
+            return NoVerdictError(f"answered {status}: the key is missing, or not accepted")
         if 300 <= status < 400:
-            return RefusedError(f"answered {status}, a redirect, which is not followed")
+            return NoVerdictError(f"answered {status}, a redirect, which is not followed")
         said = " ".join(self._clean(body[:4000].decode("utf-8", "replace")).split())
-        of_the_text = _OF_THE_TEXT.search(said) and not _OF_THE_LIMIT.search(said)
-        unfit = status == 413 or (status in (400, 422) and of_the_text)
-        kind = UnfitError if unfit else UnjudgedError if status in (400, 422) else RefusedError
-        return kind(f"answered {status}: {said[:200]}")
+        of_this_question = status in (400, 422)
+        of_the_text = _OF_THE_TEXT.search(said) is not None and _OF_THE_LIMIT.search(said) is None
+        declined = status == 413 or (of_this_question and of_the_text)
+        return NoVerdictError(f"answered {status}: {said[:200]}", is_up=of_this_question or declined, declined=declined)
 
     def _clean(self, reason: str) -> str:
         """A reason without the key, which a server may repeat."""
@@ -309,20 +265,20 @@ class Client:
 
 
 def _reply_in(body: bytes) -> str:
-    """What the model wrote, in a chat completion. Raises UnreadableError, and UnfitError where it did not want to."""
+    """What the model wrote, in a chat completion. Raises NoVerdictError."""
     try:
         (choice,) = json.loads(body)["choices"]
         message = choice["message"]
         content, refusal, ended = message["content"], message.get("refusal"), choice.get("finish_reason")
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        raise UnreadableError("gave a reply that is no chat completion") from None
+        raise _unreadable("that is no chat completion") from None
     in_words = isinstance(content, str) and "{" not in content and _DECLINES.match(content)
     if refusal or in_words or ended == "content_filter":
-        raise UnfitError("does not want to judge this")
+        raise NoVerdictError("does not want to judge this", is_up=True, declined=True)
     if ended == "length":
-        raise UnreadableError("gave a reply that its length limit cut")
+        raise _unreadable("that its length limit cut")
     if not isinstance(content, str):
-        raise UnreadableError("gave a reply without text")
+        raise _unreadable("without text")
     return content
 
 
@@ -340,15 +296,14 @@ def _seconds_in(retry_after: str | None) -> float | None:
     return max(seconds, 0.0) if math.isfinite(seconds) else None
 
 
-_backoff = wait_random_exponential(multiplier=0.5, max=20)  # seconds
+def _backoff(attempt: int) -> float:
+    """Seconds before the next attempt: longer each time, and not the same for all that wait."""
+    return random.uniform(0, min(20.0, 0.5 * 2 ** (attempt - 1)))
 
 
-def _wait(state: RetryCallState) -> float:
-    """As long as the service asks for, and a little more, so that not everyone comes back at once; else longer each time."""
-    error = state.outcome.exception() if state.outcome is not None else None
-    if isinstance(error, AgainError) and error.after is not None:
-        return error.after + random.uniform(0, min(1.0, 0.1 * error.after))
-    return _backoff(state)
+def _spread(after: float) -> float:
+    """Seconds beyond those that the service asks for, so that not everyone comes back at once."""
+    return random.uniform(0, min(1.0, 0.1 * after))
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:

@@ -30,7 +30,7 @@ class QuotationError(ReplyError):
 
 
 @dataclass(frozen=True)
-class Score:
+class Scale:
     """One number on a scale, ends included."""
 
     lowest: float
@@ -105,7 +105,7 @@ class Ranking:
         return list(value)
 
 
-Form = Score | Winner | Ranking
+Form = Scale | Winner | Ranking
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class Question:
 _END = "The data has ended."
 
 TASKS = {
-    Score: "You judge one answer to a prompt.",
+    Scale: "You judge one answer to a prompt.",
     Winner: "You compare two answers to the same prompt, and say which is better, or that they are equally good.",
     Ranking: "You rank several answers to the same prompt, from the best to the worst.",
 }

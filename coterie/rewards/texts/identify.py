@@ -9,27 +9,15 @@ from typing import Any
 _LEAST_LETTERS = 24  # below, only common words tell
 _MOST_LETTERS = 2000  # more tell no more
 _SURE = 0.6  # the probability that a language needs; a text's length is in it
-_LATIN = frozenset({"Latin"})
 _BY_SCRIPTS = {
-    frozenset({"Cyrillic"}): "be bg kk ky mk mn ru uk",
-    frozenset({"Cyrillic", "Latin"}): "sr",
-    frozenset({"Arabic"}): "ar fa ps ug ur",
-    frozenset({"Devanagari"}): "hi mr ne",
-    frozenset({"Han"}): "zh",
-    frozenset({"Han", "Kana"}): "ja",
-    frozenset({"Bengali"}): "as bn",
-    **{
-        frozenset({script}): code
-        for script, code in (
-            ("Hangul", "ko"), ("Greek", "el"), ("Hebrew", "he"), ("Thai", "th"), ("Lao", "lo"), ("Khmer", "km"), ("Tamil", "ta"),
-            ("Telugu", "te"), ("Kannada", "kn"), ("Malayalam", "ml"), ("Gujarati", "gu"), ("Gurmukhi", "pa"), ("Oriya", "or"),
-            ("Sinhala", "si"), ("Armenian", "hy"), ("Georgian", "ka"), ("Ethiopic", "am"), ("Tibetan", "dz"),
-        )
-    },
-    _LATIN: "af an az br bs ca cs cy da de en eo es et eu fi fo fr ga gl hr ht hu id is it jv ku la lb lt lv mg ms mt nb nl nn "
+    "Cyrillic": "be bg kk ky mk mn ru uk", "Cyrillic Latin": "sr", "Arabic": "ar fa ps ug ur", "Devanagari": "hi mr ne", "Han": "zh",
+    "Han Kana": "ja", "Bengali": "as bn", "Hangul": "ko", "Greek": "el", "Hebrew": "he", "Thai": "th", "Lao": "lo", "Khmer": "km",
+    "Tamil": "ta", "Telugu": "te", "Kannada": "kn", "Malayalam": "ml", "Gujarati": "gu", "Gurmukhi": "pa", "Oriya": "or", "Sinhala": "si",
+    "Armenian": "hy", "Georgian": "ka", "Ethiopic": "am", "Tibetan": "dz",
+    "Latin": "af an az br bs ca cs cy da de en eo es et eu fi fo fr ga gl hr ht hu id is it jv ku la lb lt lv mg ms mt nb nl nn "
     "no oc pl pt qu ro rw se sk sl sq sv sw tl tr vi vo wa xh zu",
 }  # fmt: skip
-SCRIPTS: dict[str, frozenset[str]] = {code: scripts for scripts, codes in _BY_SCRIPTS.items() for code in codes.split()}
+SCRIPTS = {code: frozenset(scripts.split()) for scripts, codes in _BY_SCRIPTS.items() for code in codes.split()}
 # The others in Latin script are hardly ever meant, and noise in short texts.
 _LIKELY = "ca cs da de en es fi fr hr hu id it la lt nl no pl pt ro sk sl sv sw tl tr vi"
 _FAMILIES = (
@@ -49,10 +37,7 @@ _COMMON = {
     "pt": "o a os as é são e de que um uma com por para do da não se em no na como qual então resposta porque quando "
     "meu primeiro depois sim cada",
 }
-_OF_WORD: dict[str, list[str]] = {}
-for _language, _words in _COMMON.items():
-    for _word in _words.split():
-        _OF_WORD.setdefault(_word, []).append(_language)
+_WORDS = {language: frozenset(words.split()) for language, words in _COMMON.items()}
 
 
 def family(language: str) -> set[str]:
@@ -81,14 +66,10 @@ def _codes(script: str) -> frozenset[str]:
 
 def _by_common_words(words: Sequence[str]) -> str:
     """The language most of whose common words stand there, if no other comes near."""
-    hits: dict[str, int] = {}
-    for word in words:
-        for language in _OF_WORD.get(word.lower(), ()):
-            hits[language] = hits.get(language, 0) + 1
-    best = sorted(hits.items(), key=lambda pair: (-pair[1], pair[0]))[:2]
-    if not best or best[0][1] < max(1, len(words) / 5):
-        return ""
-    return best[0][0] if len(best) == 1 or best[0][1] >= 2 * best[1][1] else ""
+    lower = [word.lower() for word in words]
+    hits = {language: sum(word in common for word in lower) for language, common in _WORDS.items()}
+    first, second = sorted(hits, key=lambda language: (-hits[language], language))[:2]
+    return first if hits[first] >= max(1, len(words) / 5, 2 * hits[second]) else ""
 
 
 def _by_letters(codes: frozenset[str], text: str) -> tuple[str, float]:

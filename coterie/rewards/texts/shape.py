@@ -9,7 +9,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import regex
 
@@ -20,8 +20,6 @@ _MAX_CHARACTERS = 200_000  # of a longer completion `repetition` reads the end, 
 _LONGEST_WORD = 12  # what is longer is cut, so that a loop without spaces is no single word
 _SEEN = regex.compile(r"[^\s\p{Cf}]")  # what is neither space nor a mark without width
 _BOX = "\\boxed{"
-Unit = Literal["tokens", "characters"]
-Score = Literal["all", "share"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Format:
     sections: Sequence[str] = ()
     boxed: bool = False
     pattern: str = ""
-    score: Score = "all"
+    score: Literal["all", "share"] = "all"
     seconds: float = 0.2  # for the pattern; a completion that takes longer is a failure
     longest: int = 100_000  # characters; a longer completion does not have the pattern
 
@@ -55,7 +53,7 @@ class Format:
             raise UserError("rewards: format needs at least one of tags, sections, boxed and pattern")
         if self.opened and not self.tags:
             raise UserError("rewards: format: opened is about the first of the tags, and there are none")
-        _check_choice("format", "score", self.score, get_args(Score))
+        _check_choice("format: score", self.score, "all", "share")
         _compiled(self.pattern)
 
     def __call__(self, completions: Sequence[Any], **_: Any) -> list[float | Exception]:
@@ -161,10 +159,10 @@ class Length:
     at_most: int | None = None
     at_least: int = 0
     margin: int = 0
-    unit: Unit = "tokens"
+    unit: Literal["tokens", "characters"] = "tokens"
 
     def __post_init__(self) -> None:
-        _check_choice("length", "unit", self.unit, get_args(Unit))
+        _check_choice("length: unit", self.unit, "tokens", "characters")
         for option in ("at_most", "at_least", "margin"):
             value = getattr(self, option)
             if value is not None and (type(value) is not int or value < 0):
@@ -232,6 +230,6 @@ def repeated_share(text: str, n: int) -> float:
     return 1 - len(set(zip(*(units[i : i + count] for i in range(n)), strict=True))) / count
 
 
-def _check_choice(reward: str, option: str, value: object, allowed: Sequence[str]) -> None:
+def _check_choice(option: str, value: object, *allowed: str) -> None:
     if value not in allowed:
-        raise UserError(f"rewards: {reward}: {option} is one of {', '.join(allowed)}, got {value!r}")
+        raise UserError(f"rewards: {option} is one of {', '.join(allowed)}, got {value!r}")

@@ -7,31 +7,26 @@ trainer would run on reading it.
 
 from __future__ import annotations
 
-import asyncio
-import ctypes
-import inspect
 import json
 import os
 import pickle
 import resource
-import signal
 import struct
-import sys
 import traceback
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from coterie.errors import UserError
-from coterie.user_code import described, load_function
+from coterie.sandbox.inside.confine import die_with_parent
+from coterie.user_code import awaited, described, load_function
 
 LENGTH = struct.Struct(">I")
 FAILURE = "__reward_failure__"  # the key of a dict that stands for an exception
-_PR_SET_PDEATHSIG = 1
 
 
 def main(target: str, megabytes: str, parent: str) -> None:
     """Serve `target`. megabytes: of address space, 0 for no limit. parent: the process that this one must not outlive."""
-    _die_with(int(parent))
+    die_with_parent(int(parent))
     if int(megabytes):
         resource.setrlimit(resource.RLIMIT_AS, (int(megabytes) << 20,) * 2)
     calls, answers = _own_pipes()
@@ -45,14 +40,6 @@ def main(target: str, megabytes: str, parent: str) -> None:
     while header := calls.read(LENGTH.size):
         arguments = pickle.loads(calls.read(*LENGTH.unpack(header)))
         _send(answers, _answer(function, arguments))
-
-
-def _die_with(parent: int) -> None:
-    """Be killed by the kernel when the parent ends, even while stopped or spinning. Where it ended already, end now."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def _own_pipes() -> tuple[BinaryIO, BinaryIO]:
@@ -73,19 +60,13 @@ def _send(answers: BinaryIO, text: str) -> None:
 
 def _answer(function: Callable[..., Any], arguments: dict[str, Any]) -> str:
     try:
-        value = function(**arguments)
-        if inspect.isawaitable(value):
-            value = asyncio.run(_awaited(value))
+        value = awaited(function(**arguments))
     except Exception as error:
         return json.dumps({"raised": described(error), "traceback": "".join(traceback.format_exception(error))})
     try:
         return json.dumps({"value": value}, default=_plain)
     except (TypeError, ValueError, RecursionError) as error:
         return json.dumps({"unsendable": f"returned a {type(value).__name__}, which is no plain value: {error}"})
-
-
-async def _awaited(value: Any) -> Any:
-    return await value
 
 
 def _plain(value: Any) -> Any:

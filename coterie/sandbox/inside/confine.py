@@ -23,14 +23,8 @@ _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
 _SECCOMP, _CAPSET = {"x86_64": (317, 126), "aarch64": (277, 91)}.get(platform.machine(), (-1, -1))
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446  # the same on both architectures
 _READ_FILE, _READ_DIR = 1 << 2, 1 << 3
-_FILE_RIGHTS = (
-    0,
-    13,
-    14,
-    15,
-    15,
-    16,
-)  # how many rights over files each version of Landlock knows; later ones as the last
+# How many rights over files each version of Landlock knows; later ones as the last
+_FILE_RIGHTS = (0, 13, 14, 15, 15, 16)
 _STACK = 64 << 20
 
 

@@ -3,9 +3,10 @@
 It runs no program itself and never reads one: a job comes as file descriptors, which only the forked child reads. So a child finds
 nothing in its memory but this code and its own job. Standard input is a socket to the process that started it.
 
-Protocol on the socket: it is sent one line of JSON, a list of what may be read, and answers one, {"ready": ...} or {"error": ...}. A request is the byte `r` with two descriptors: a file
-with the job as JSON, and the pipe that records go to. The byte `k` kills the program that runs. When it has ended, for whichever
-reason, its wait status comes back as four bytes. The end of the socket is the end of this process.
+Protocol on the socket: it is sent one line of JSON, a list of what may be read, and answers one, {"ready": ...} or {"error": ...}.
+A request is the byte `r` with two descriptors: a file with the job as JSON, and the pipe that records go to. The byte `k` kills the
+program that runs. When it has ended, for whichever reason, its wait status comes back as four bytes. The end of the socket is the end
+of this process.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import select
 import signal
 import socket
 import struct
-import sys
 from typing import Any
 
 from . import confine, runner
@@ -179,7 +179,3 @@ def _close_all_but(kept: list[int]) -> None:
         os.closerange(start, descriptor)
         start = descriptor + 1
     os.closerange(start, 1 << 20)
-
-
-if __name__ == "__main__":
-    serve(json.loads(sys.argv[1]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import io
+import fcntl
 import json
 import os
 import random
@@ -30,9 +30,7 @@ class Channel:
         self.mark = mark
 
     def say(self, **record: Any) -> None:
-        left = memoryview(f"\n{self.mark} {json.dumps(record)}\n".encode("ascii"))
-        while left:
-            left = left[os.write(self.descriptor, left) :]
+        _write(self.descriptor, f"\n{self.mark} {json.dumps(record)}\n".encode("ascii"))
 
 
 def run(job: dict[str, Any], channel: Channel, inputs: list[int]) -> None:
@@ -133,19 +131,28 @@ def plain(value: Any, depth: int = 0) -> Any:
 
 def input_file(text: str) -> int:
     """A file descriptor that holds the text and can't be written to."""
-    data = text.encode("utf-8", "replace")
-    if not hasattr(os, "memfd_create"):
-        read, write = os.pipe()  # small inputs only; without memfd there is no confinement either
-        os.write(write, data[: io.DEFAULT_BUFFER_SIZE])
-        os.close(write)
-        return read
-    import fcntl
+    descriptor = memory_file(text.encode("utf-8", "replace"))
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    if hasattr(os, "memfd_create"):  # without it there is no confinement either
+        seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+    return descriptor
 
-    descriptor = os.memfd_create("stdin", os.MFD_ALLOW_SEALING)
+
+def memory_file(data: bytes) -> int:
+    """A file descriptor, at its end, of a file without a name that holds the data."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("data", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    else:
+        import tempfile
+
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    _write(descriptor, data)
+    return descriptor
+
+
+def _write(descriptor: int, data: bytes) -> None:
     left = memoryview(data)
     while left:
         left = left[os.write(descriptor, left) :]
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
-    return descriptor

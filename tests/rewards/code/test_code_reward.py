@@ -13,7 +13,7 @@ import coterie
 from coterie.errors import RewardError, UserError
 from coterie.rewards.builtin import make_builtin
 from coterie.rewards.code.reward import Code
-from coterie.rewards.code.verdict import Policy, Test, equal, passes, read_tests
+from coterie.rewards.code.tests import Equality, Test, equal, passes, read_tests
 from coterie.sandbox.base import Outcome, Output, make_sandbox
 
 WHOLE = [{"stdin": "1 2\n", "stdout": "3\n"}, {"stdin": "5 -9\n", "stdout": "-4\n"}]
@@ -95,7 +95,7 @@ class Counting:
 
 def test_equal_programs_run_once_and_each_has_its_own_tests():
     code = Code(function="f")
-    code._holder.sandbox = box = Counting()
+    code.__dict__["_started"] = box = Counting()
     two, other, three, real = (
         [{"args": [given], "expected": expected}] for given, expected in ((1, 2), (5, 2), (1, 3), (1.0, 2))
     )
@@ -107,7 +107,7 @@ def test_equal_programs_run_once_and_each_has_its_own_tests():
 
 def test_programs_that_were_begun_run_once_in_a_step():
     code = Code(function="f")
-    code._holder.sandbox = box = Counting()
+    code.__dict__["_started"] = box = Counting()
     tests = [{"args": [1], "expected": 2}]
     code.begin(["a", "b"], [tests] * 2)
     assert [source for source, *_ in box.ran] == ["a", "b"]
@@ -134,7 +134,7 @@ def test_a_sandbox_that_fails_abstains(reward):
             return done(fine if program.source.strip() == "y" else Outcome(failed="no memory"))
 
     code = Code(function="add")
-    code._holder.sandbox = Broken()
+    code.__dict__["_started"] = Broken()
     failed, fine = code(["x", "y"], [ADD] * 2)
     assert isinstance(failed, RewardError)
     assert "no memory" in str(failed)
@@ -206,22 +206,22 @@ def test_a_row_that_names_no_function_is_refused():
     ],
 )  # fmt: skip
 def test_equal_means_equal_in_value_and_type(data, expected, right):
-    assert equal(data, expected, Policy()) is right
+    assert equal(data, expected, Equality()) is right
 
 
 def test_what_counts_as_equal_can_be_said():
-    assert equal(2, 2.0, Policy(ints_are_floats=True))
-    assert equal(2.0, 2, Policy(ints_are_floats=True))
-    assert not equal(True, 1.0, Policy(ints_are_floats=True))
-    assert not equal(10**400, 1.0, Policy(ints_are_floats=True))
-    assert equal(2.01, 2.0, Policy(tolerance=0.1))
-    assert not equal({"tuple": [1]}, [1], Policy(tuples_are_lists=False))
-    assert not equal([1], (1,), Policy(tuples_are_lists=False))
+    assert equal(2, 2.0, Equality(ints_are_floats=True))
+    assert equal(2.0, 2, Equality(ints_are_floats=True))
+    assert not equal(True, 1.0, Equality(ints_are_floats=True))
+    assert not equal(10**400, 1.0, Equality(ints_are_floats=True))
+    assert equal(2.01, 2.0, Equality(tolerance=0.1))
+    assert not equal({"tuple": [1]}, [1], Equality(tuples_are_lists=False))
+    assert not equal([1], (1,), Equality(tuples_are_lists=False))
     test = Test("", "a \n\nb\n", whole=True)
-    assert passes(Output(text="a\n\nb"), test, Policy())
-    assert not passes(Output(text="a\nb"), test, Policy())
-    assert not passes(Output(text="a\n\nb"), test, Policy(exact_text=True))
-    assert not passes(Output(text="a \n\nb\n", error="exit status 1"), test, Policy())
+    assert passes(Output(text="a\n\nb"), test, Equality())
+    assert not passes(Output(text="a\nb"), test, Equality())
+    assert not passes(Output(text="a\n\nb"), test, Equality(exact_text=True))
+    assert not passes(Output(text="a \n\nb\n", error="exit status 1"), test, Equality())
 
 
 @pytest.mark.parametrize(
@@ -236,4 +236,4 @@ def test_what_counts_as_equal_can_be_said():
 def test_floats_are_compared_at_their_size_and_0_at_the_test_s(value, expected, given, right):
     output = Output(json.dumps([value]))
     test = Test([given], [expected], whole=False)
-    assert passes(output, test, Policy()) is right
+    assert passes(output, test, Equality()) is right

@@ -23,8 +23,8 @@ from coterie.recipe.settings import RewardSpec
 from coterie.rewards.judge import client
 from coterie.rewards.judge.client import Breaker, _seconds_in
 from coterie.rewards.judge.reward import Judge, _rounds
-from coterie.rewards.limits import TookTooLong, time_limit
 from coterie.rewards.load import load_rewards
+from coterie.rewards.time_limit import TookTooLong, time_limit
 
 KEY = "sk-test-0123456789abcdef"
 FENCED = re.compile(r"^(\[[0-9a-f]{32}\]) ([a-z0-9 ]+) begins\n(.*?)\n\1 \2 ends$", re.DOTALL | re.MULTILINE)
@@ -121,7 +121,7 @@ def by_length(handler, fields):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(client, "_backoff", lambda state: 0.01)
+    monkeypatch.setattr(client, "_backoff", lambda attempt: 0.01)
     running = Server()
     thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
@@ -560,19 +560,19 @@ def test_no_more_requests_at_the_same_time_than_allowed(server, make_judge):
 def test_failures_in_a_row_open_the_breaker_an_answer_closes_it():
     now = [0.0]
     breaker = Breaker(2, 10.0, clock=lambda: now[0])
-    breaker.failed()
-    breaker.succeeded()
-    breaker.failed()
+    breaker.heard(is_up=False)
+    breaker.heard(is_up=True)
+    breaker.heard(is_up=False)
     assert not breaker.open
-    breaker.failed()
+    breaker.heard(is_up=False)
     assert breaker.open
     now[0] = 10.0
     assert not breaker.open
     assert breaker.on_trial
-    breaker.failed()  # one is enough now
+    breaker.heard(is_up=False)  # one is enough now
     assert breaker.open
     now[0] = 20.0
-    breaker.succeeded()
+    breaker.heard(is_up=True)
     assert not breaker.open
     assert not breaker.on_trial
 
@@ -941,7 +941,7 @@ def test_an_answer_that_was_begun_is_kept(server, make_judge):
     until(lambda: server.asked)
     until(
         lambda: make_judge()._cache.read(
-            [make_judge()._cache_key(q) for q in make_judge()._plans(["p"], ["four"], {})[0].questions]
+            [make_judge()._cache_key(q) for q in make_judge()._plans(["p"], ["four"], {})[0].comparisons[0].questions]
         )
     )
     assert make_judge()(["p"], ["four"]) == [3 / 9]

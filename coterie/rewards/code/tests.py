@@ -19,13 +19,13 @@ _ROUNDING = 1e-4  # of the tolerance, where there is nothing to be relative to
 
 
 @dataclass(frozen=True)
-class Policy:
+class Equality:
     """What counts as equal.
 
     tolerance: between floats, relative to the expected one. Where 0.0 is expected, a ten-thousandth of the tolerance times the
-    largest float of the test, at least 1: what rounding leaves of numbers of that size. ints_are_floats: 2 is 2.0; a bool never is a number. tuples_are_lists:
-    (1, 2) is [1, 2], which JSON can't tell apart. exact_text: what is printed is compared to the last blank; otherwise blanks
-    at the ends of lines and empty lines at the end are passed over.
+    largest float of the test, at least 1: what rounding leaves of numbers of that size. ints_are_floats: 2 is 2.0; a bool never is a
+    number. tuples_are_lists: (1, 2) is [1, 2], which JSON can't tell apart. exact_text: what is printed is compared to the last
+    blank; otherwise blanks at the ends of lines and empty lines at the end are passed over.
     """
 
     tolerance: float = 1e-9
@@ -77,20 +77,20 @@ def _read_test(test: Any) -> Test:
     )
 
 
-def passes(output: Output, test: Test, policy: Policy) -> bool:
+def passes(output: Output, test: Test, equality: Equality) -> bool:
     """Whether the program gave what the test expects. An error never is right, whatever is expected."""
     if output.error is not None:
         return False
     if test.whole:
-        return _lines(output.text, policy) == _lines(test.expected, policy)
+        return _lines(output.text, equality) == _lines(test.expected, equality)
     try:
-        return equal(output.value, test.expected, policy, scale=_largest_float([test.given, test.expected]))
+        return equal(output.value, test.expected, equality, scale=_largest_float([test.given, test.expected]))
     except RecursionError:
         return False
 
 
-def _lines(text: str, policy: Policy) -> str | list[str]:
-    return text if policy.exact_text else [line.rstrip() for line in text.rstrip().split("\n")]
+def _lines(text: str, equality: Equality) -> str | list[str]:
+    return text if equality.exact_text else [line.rstrip() for line in text.rstrip().split("\n")]
 
 
 def _largest_float(value: Any) -> float:
@@ -101,8 +101,8 @@ def _largest_float(value: Any) -> float:
     return max(map(_largest_float, inner), default=0.0)
 
 
-def equal(value: Any, expected: Any, policy: Policy, *, scale: float = 1.0) -> bool:
-    """Whether a value as Output holds it is `expected`, a value of Python. Types must agree as the policy says.
+def equal(value: Any, expected: Any, equality: Equality, *, scale: float = 1.0) -> bool:
+    """Whether a value as Output holds it is `expected`, a value of Python. Types must agree as the equality says.
 
     scale: the size of the floats that it comes from, for what rounding leaves where 0.0 is expected.
     Costs no more than a walk over `expected`: nothing is put into a dict or a set whose hashes the program could choose.
@@ -110,16 +110,16 @@ def equal(value: Any, expected: Any, policy: Policy, *, scale: float = 1.0) -> b
     if isinstance(expected, bool) or expected is None or isinstance(expected, str):
         return type(value) is type(expected) and bool(value == expected)
     if isinstance(expected, int | float):
-        return _equal_numbers(value, expected, policy, scale)
+        return _equal_numbers(value, expected, equality, scale)
     if isinstance(expected, list | tuple):
         kind, items = _opened(value)
-        if kind != type(expected).__name__ and not (policy.tuples_are_lists and kind in ("list", "tuple")):
+        if kind != type(expected).__name__ and not (equality.tuples_are_lists and kind in ("list", "tuple")):
             return False
         return len(items) == len(expected) and all(
-            equal(one, other, policy, scale=scale) for one, other in zip(items, expected, strict=True)
+            equal(one, other, equality, scale=scale) for one, other in zip(items, expected, strict=True)
         )
     if isinstance(expected, Mapping):
-        return _equal_mappings(value, expected, policy, scale)
+        return _equal_mappings(value, expected, equality, scale)
     if isinstance(expected, set | frozenset):
         kind, items = _opened(value)
         if kind != "set" or len(items) != len(expected):
@@ -130,8 +130,8 @@ def equal(value: Any, expected: Any, policy: Policy, *, scale: float = 1.0) -> b
     )
 
 
-def _equal_numbers(value: Any, expected: float, policy: Policy, scale: float) -> bool:
-    if type(value) not in (int, float) or (type(value) is not type(expected) and not policy.ints_are_floats):
+def _equal_numbers(value: Any, expected: float, equality: Equality, scale: float) -> bool:
+    if type(value) not in (int, float) or (type(value) is not type(expected) and not equality.ints_are_floats):
         return False
     if type(value) is int and type(expected) is int:
         return value == expected
@@ -143,11 +143,11 @@ def _equal_numbers(value: Any, expected: float, policy: Policy, scale: float) ->
         return math.isnan(one)
     if math.isinf(one) or math.isinf(other):
         return one == other
-    near = policy.tolerance * (abs(other) or _ROUNDING * max(scale, 1.0))
+    near = equality.tolerance * (abs(other) or _ROUNDING * max(scale, 1.0))
     return abs(one - other) <= near
 
 
-def _equal_mappings(value: Any, expected: Mapping[Any, Any], policy: Policy, scale: float) -> bool:
+def _equal_mappings(value: Any, expected: Mapping[Any, Any], equality: Equality, scale: float) -> bool:
     """Keys have to agree exactly, in any order."""
     kind, pairs = _opened(value)
     if kind != "dict" or len(pairs) != len(expected):
@@ -157,7 +157,7 @@ def _equal_mappings(value: Any, expected: Mapping[Any, Any], policy: Policy, sca
         if not isinstance(pair, list) or len(pair) != 2:
             return False
         inner = wanted.pop(_key(pair[0]), _MISSING)
-        if inner is _MISSING or not equal(pair[1], inner, policy, scale=scale):
+        if inner is _MISSING or not equal(pair[1], inner, equality, scale=scale):
             return False
     return not wanted
 
