@@ -1,5 +1,6 @@
 # `make demo` trains a model in minutes; `make programs` and `make dialogue` train other tasks. `make test` runs the quick tests, `make test-all`
-# all of them, `make faults` breaks runs on purpose, and `make docs` builds the documentation as a site. Each sets up what it needs.
+# all of them, `make gpu` those that need a GPU, `make faults` breaks runs on purpose, `make release` compares the pages with what was measured,
+# and `make docs` builds the documentation as a site. Each sets up what it needs.
 PYTHON ?= python3
 VENV ?= .venv
 SOURCES := pyproject.toml constraints.txt
@@ -7,7 +8,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
 
 REWARD_MODEL := runs/dialogue_reward_model
 
-.PHONY: demo programs dialogue test test-slow test-all faults lint docs clean
+.PHONY: demo programs dialogue test test-slow test-all gpu faults release lint docs clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/coterie train recipes/equations.yaml
@@ -23,20 +24,29 @@ $(REWARD_MODEL)/summary.json: | $(VENV)/.installed
 	if [ -d $(REWARD_MODEL) ]; then $(VENV)/bin/coterie train --resume $(REWARD_MODEL); \
 	else $(VENV)/bin/coterie train recipes/dialogue_reward_model.yaml; fi
 
-# Two processes with one thread each: twice as fast on two cores, and the same everywhere
-PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
+# Two processes with one thread each: twice as fast on two cores, and the same everywhere. What measures time runs alone, after the others.
+ALONE = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+TWO = $(ALONE) -n 2
 
 test: $(VENV)/.installed-dev
-	$(PYTEST) -m "not slow"
+	$(TWO) -m "not slow and not timed"
+	$(ALONE) -m "timed and not slow"
 
 test-slow: $(VENV)/.installed-dev
-	$(PYTEST) -m slow
+	$(TWO) -m "slow and not timed"
+	$(ALONE) -m "timed and slow"
 
 test-all: test test-slow
+
+gpu: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest -m gpu
 
 faults: $(VENV)/.installed-dev
 	$(VENV)/bin/python benchmarks/faults.py
 	$(VENV)/bin/python benchmarks/saving.py
+
+release: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest benchmarks/test_results.py
 
 # The pages that are made from the code, then the site: open site/index.html
 docs: $(VENV)/.installed-dev

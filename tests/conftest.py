@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from small_runs import TINY, trained
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coterie.fast.kernels.build import library
@@ -42,6 +43,15 @@ SHAPES = {
     "bloom": {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4},
     "doge": SMALL,
 }  # fmt: skip
+
+
+LETTERS = """
+def letters(completions, **columns):
+    return [sum(c.isalpha() for c in completion[0]["content"]) for completion in completions]
+
+def short(completions, **columns):
+    return [-len(completion[0]["content"]) / 10 for completion in completions]
+"""
 
 
 def some_quick(names, *quick):
@@ -95,16 +105,19 @@ def make_model():
 
 
 @pytest.fixture
-def tiny_recipe(tmp_path):
-    """The equations recipe, made so small that it runs in seconds: overrides for `load_recipe` and `train`."""
-    return [
-        "model={type: qwen3, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 2, "
-        "num_key_value_heads: 1, head_dim: 16, max_position_embeddings: 128, tie_word_embeddings: true}",
-        "cold_start={steps: 6, rows_per_step: 16, learning_rate: 3.0e-3, warmup_steps: 2}",
-        "steps=6",
-        "prompts_per_step=3",
-        "group_size=4",
-        "sampling.max_new_tokens=12",
-        "evaluation={prompts: 8, samples: 1, every: 3}",
-        "checkpoint={every: 2, keep_last: 3}",
-    ]
+def tiny_recipe():
+    """Overrides that make the equations recipe run in seconds."""
+    return list(TINY)
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Train four steps of the tiny recipe with rewards that an untrained model earns, into a folder of this name."""
+    file = tmp_path / "letters.py"
+    file.write_text(LETTERS)
+    given = [f"rewards=['{file}:letters', '{file}:short']", "loss=", "steps=4", "optimiser={learning_rate: 1.0e-3}"]
+
+    def run(name, *overrides, **options):
+        return trained(tmp_path / name, *given, *overrides, **options)
+
+    return run

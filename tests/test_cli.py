@@ -64,6 +64,7 @@ def own_task(tmp_path_factory):
     return home, trained.stdout
 
 
+@pytest.mark.timed
 def test_help_comes_at_once_and_shows_examples(tmp_path):
     """The best of five, so that a busy machine does not fail it."""
     seconds = []
@@ -330,18 +331,21 @@ def test_what_check_finds_is_not_buried_in_settings(tmp_path):
     assert "micro_batch_tokens" in run("check", "recipe.yaml", cwd=tmp_path).stdout
 
 
-def test_a_hub_that_can_t_be_reached_is_told_of_at_once(tmp_path):
+@pytest.mark.parametrize(
+    ("setting", "of"),
+    [("model=someone/model", "model"), pytest.param("task.data=someone/rows", "task.data", marks=pytest.mark.slow)],
+)
+def test_a_hub_that_can_t_be_reached_is_told_of_at_once(tmp_path, setting, of):
     """With nothing listening there; the hub's own client would try six times for each file."""
     own(tmp_path)
     away = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    for setting, of in (("model=someone/model", "model"), ("task.data=someone/rows", "task.data")):
-        shown = subprocess.run(
-            [COTERIE, "check", "recipe.yaml", "--set", setting], cwd=tmp_path, env=away, capture_output=True, text=True,
-            timeout=120, check=False,
-        )  # fmt: skip
-        assert_refused(shown, of, "http://127.0.0.1:9 can't be reached", "not among what was downloaded before")
-        assert "Retry" not in shown.stderr
-        assert len(shown.stderr.splitlines()) == 1
+    shown = subprocess.run(
+        [COTERIE, "check", "recipe.yaml", "--set", setting], cwd=tmp_path, env=away, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert_refused(shown, of, "http://127.0.0.1:9 can't be reached", "not among what was downloaded before")
+    assert "Retry" not in shown.stderr
+    assert len(shown.stderr.splitlines()) == 1
 
 
 def test_debug_shows_the_traceback(tmp_path):
@@ -349,6 +353,7 @@ def test_debug_shows_the_traceback(tmp_path):
     assert "Traceback" in shown.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_run_goes_on_from_there(tmp_path):
     import signal
 
@@ -404,25 +409,25 @@ def f(completions, **columns):
 """
 
 
-def test_no_text_steers_the_terminal_or_shows_a_key(tmp_path):
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param([], id="plain"),
+        pytest.param(["--debug"], id="debug", marks=pytest.mark.slow),
+        pytest.param(["--set", "preset=\x1b[31m"], id="preset"),
+        pytest.param(["--set", "model=\x1b[31m"], id="model", marks=pytest.mark.slow),
+        pytest.param(["--set", "\x1b[31m=1"], id="setting"),
+    ],
+)
+def test_no_text_steers_the_terminal_or_shows_a_key(tmp_path, more):
     """Whether it comes by a warning, a log, a thread, a reward's error or the last line."""
-    (tmp_path / "code.py").write_text(HOSTILE_REWARD)
-    (tmp_path / "data.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
-    recipe = {"model": {"type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}, "tokenizer": "bytes",
-              "task": {"data": "data.jsonl"}, "rewards": "code.py:f", "sampling": {"max_new_tokens": 4}}  # fmt: skip
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    for more in ([], ["--debug"], ["--set", "preset=\x1b[31m"], ["--set", "model=\x1b[31m"], ["--set", "\x1b[31m=1"]):
-        done = subprocess.run(
-            [COTERIE, "check", "recipe.yaml", *more],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            timeout=120,
-            check=False,
-        )
-        said = done.stdout + done.stderr
-        assert done.returncode == 2
-        assert not {"\x1b", "\x07", "\x9b"}.intersection(said), said
-        assert "sk-abcdefgh" not in said
-        if not more:
-            assert [word for word in ("warned", "logged", "died", "raised") if word not in said] == []
+    write(tmp_path, "code.py", HOSTILE_REWARD)
+    write(tmp_path, "data.jsonl", GOOD_ROWS)
+    write(tmp_path, "recipe.yaml", json.dumps({**OWN, "rewards": "code.py:f"}))
+    done = run_apart("check", "recipe.yaml", *more, cwd=tmp_path)
+    said = done.stdout + done.stderr
+    assert done.returncode == 2
+    assert not {"\x1b", "\x07", "\x9b"}.intersection(said), said
+    assert "sk-abcdefgh" not in said
+    if not more:
+        assert [word for word in ("warned", "logged", "died", "raised") if word not in said] == []

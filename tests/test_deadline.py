@@ -47,6 +47,8 @@ def stop():
 """
 
 
+@pytest.mark.slow
+@pytest.mark.timed
 @pytest.mark.parametrize(
     "code",
     [
@@ -62,6 +64,8 @@ def test_time_for_which_the_process_is_stopped_does_not_count(code):
     assert seconds > 2
 
 
+@pytest.mark.slow
+@pytest.mark.timed
 def test_what_ran_into_its_limit_after_a_stop_ends_all_the_same():
     code = "stop()\ntry:\n    with time_limit(1.5): time.sleep(30)\nexcept TookTooLong: print('late')"
     done, seconds = run(IMPORT + STOPPED + code)
@@ -88,6 +92,7 @@ def test_without_a_compiler_it_ends_too():
     assert (done.returncode, "Timeout" in done.stderr) == (1, True)
 
 
+@pytest.mark.slow
 def test_what_a_run_that_failed_leaves_behind_ends_nobody(tmp_path):
     """An exception is kept, as a notebook does: the step's time limit must not outlive the run with it."""
     code = f"""

@@ -129,6 +129,7 @@ def test_a_variable_whose_value_is_sent_is_hidden_by_any_name(monkeypatch):
     assert hidden("open sesame") == "open ***"
 
 
+@pytest.mark.timed
 def test_a_long_text_is_looked_through_at_once():
     for text in (
         "://a:b" * 20_000,

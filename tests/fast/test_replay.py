@@ -27,7 +27,7 @@ def tokens_of(groups):
 
 
 @pytest.mark.parametrize("architecture", SERVED)
-@pytest.mark.parametrize("copied", [0, 1000])
+@pytest.mark.parametrize("copied", [0, pytest.param(1000, marks=pytest.mark.slow)])
 def test_static_steps_sample_the_same_tokens(make_model, monkeypatch, architecture, copied):
     monkeypatch.setattr(native, "_COPIED_PROMPT", copied)
     model, prompts, keys = make_model(architecture), some_prompts(9), some_keys(9, 3)

@@ -360,6 +360,7 @@ def test_a_template_s_name_that_leads_elsewhere_is_refused(name):
         Codec.of(tokenizer)
 
 
+@pytest.mark.timed
 def test_a_template_that_makes_millions_of_characters_is_refused():
     tokenizer = FAMILIES["chatml"].tokenizer()
     tokenizer.chat_template += "{{ 'ab' * 3000000 }}"

@@ -615,6 +615,7 @@ HUGE = {
 }
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("name", HUGE)
 @pytest.mark.parametrize("where", ["file", "set"])
 def test_a_recipe_of_any_size_is_refused_at_once_and_briefly(tmp_path, name, where):

@@ -463,6 +463,7 @@ def test_a_reward_that_changes_its_options_changes_nothing():
         same(score(groups, [reward]).rewards, [[6, 5]])
 
 
+@pytest.mark.timed
 def test_big_columns_are_copied_no_more_than_they_can_be_changed():
     """A text of 100 MB for each of 64 completions, and a list of a million numbers."""
     text, numbers = "x" * 100_000_000, list(range(1_000_000))
@@ -483,6 +484,7 @@ def test_the_same_groups_are_scored_the_same_twice():
     assert first.groups == GROUPS
 
 
+@pytest.mark.timed
 def test_a_reward_that_sleeps_is_stopped_for_one_completion_only():
     def sleeps_for_bb(completions):
         for text in completions:

@@ -84,6 +84,7 @@ def test_a_failed_transaction_leaves_nothing_in_memory_either(held):
     assert [row["step"] for row in store.read("SELECT step FROM metrics")] == [1]
 
 
+@pytest.mark.timed
 def test_it_costs_a_step_no_time(held):
     store, _, _ = held
     store.metrics("train", 2, {"a": 2.0})
@@ -141,6 +142,7 @@ def test_what_a_database_lacks_is_added_and_what_it_has_is_left(tmp_path, harm):
     store.close()
 
 
+@pytest.mark.timed
 def test_a_store_that_lacks_nothing_is_opened_without_a_write(tmp_path):
     """A resume that is refused changes nothing, and one waits for nobody who only holds the file."""
     Store(tmp_path / "run.db").close()

@@ -99,6 +99,7 @@ def test_a_server_that_fails_is_a_failure_and_no_score(answers, says):
     server.server_close()
 
 
+@pytest.mark.timed
 def test_a_server_that_dribbles_is_given_up(monkeypatch):
     """Each byte comes in time, and all of them would take minutes."""
     monkeypatch.setattr("coterie.sandbox.remote._WAIT", 0.3)

@@ -134,6 +134,7 @@ def test_limits_are_those_of_the_program(box):
     assert box.run(large).outputs[0].value == 100 << 20
 
 
+@pytest.mark.timed
 @pytest.mark.slow
 def test_a_program_that_sleeps_holds_its_worker_to_its_limit(box):
     sleeps = "import time\ndef f():\n    time.sleep(60)"
@@ -147,6 +148,7 @@ def test_a_program_that_sleeps_holds_its_worker_to_its_limit(box):
     assert longer.outputs[0].value == 1
 
 
+@pytest.mark.timed
 @pytest.mark.slow
 def test_a_program_that_a_busy_machine_holds_up_has_its_time(box):
     """Six that spin share what cores there are with it, and what it computes is all that counts."""

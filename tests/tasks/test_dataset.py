@@ -324,6 +324,7 @@ def test_rows_are_read_with_where_they_stand(jsonl):
     assert list(read_rows(DatasetTask(data=path))) == [(f"{path}:1", GOOD), (f"{path}:3", {"prompt": "b"})]
 
 
+@pytest.mark.timed
 def test_long_prompts_load_fast(jsonl):
     """10 ms for a row of a thousand characters: a hundred thousand of them take minutes, not an hour."""
     path = jsonl(*({"prompt": f"{number} " + "word " * 200} for number in range(20)))
@@ -362,6 +363,7 @@ LARGE = {
 }  # fmt: skip
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("name", LARGE)
 def test_a_row_of_any_size_is_refused_at_once_by_its_place(tmp_path, name):
     row, reason = LARGE[name]
@@ -376,6 +378,7 @@ def test_a_row_of_any_size_is_refused_at_once_by_its_place(tmp_path, name):
     assert time.perf_counter() - start < 5
 
 
+@pytest.mark.timed
 def test_an_object_of_many_keys_in_a_column_is_read(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps({"prompt": "a", "tests": {f"key {n}": [n] for n in range(50_000)}}) + "\n")

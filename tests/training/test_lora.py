@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import some_quick
 from safetensors.torch import load_file
-from test_methods import METHODS, digests, metrics, recorded, train  # noqa: F401
+from small_runs import METHODS, digests, metrics, plan, recorded
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import coterie
@@ -54,7 +54,7 @@ def some_logprobs(policy):
 
 
 @pytest.mark.parametrize("method", some_quick(CHOSEN, "grpo"))
-def test_every_method_trains_lora_and_resumes_to_the_same_bits(train, method):  # noqa: F811
+def test_every_method_trains_lora_and_resumes_to_the_same_bits(train, method):
     whole = train("whole", *METHODS[method], LORA)
     weights = saved(whole, 0)
     matrices = saved(whole, 4)
@@ -75,15 +75,15 @@ def test_every_method_trains_lora_and_resumes_to_the_same_bits(train, method):  
 
 
 @pytest.mark.parametrize("method", some_quick(["grpo", "ppo", "dpo", "sft", "reward_model"], "grpo"))
-@pytest.mark.parametrize("lora", [(), (LORA,)])
-def test_activation_checkpointing_ends_with_the_same_bits(train, method, lora):  # noqa: F811
+@pytest.mark.parametrize("lora", [pytest.param((), marks=pytest.mark.slow), (LORA,)])
+def test_activation_checkpointing_ends_with_the_same_bits(train, method, lora):
     plain = train("plain", *METHODS[method], *lora)
     folder = train("recomputed", *METHODS[method], *lora, "optimiser.activation_checkpointing=true")
     assert digests(folder) == digests(plain)
     assert recorded(folder) == recorded(plain)
 
 
-def test_the_first_step_starts_at_the_reference(train):  # noqa: F811
+def test_the_first_step_starts_at_the_reference(train):
     folder = train("grpo", *METHODS["grpo"], LORA)
     assert metrics(folder, 1)["policy/ratio_max"] == 1
     assert metrics(folder, 1)["policy/kl"] == pytest.approx(0, abs=1e-8)  # the sampler's rounding
@@ -93,7 +93,7 @@ def test_the_first_step_starts_at_the_reference(train):  # noqa: F811
     assert metrics(folder, 1)["preference/margin"] == 0
 
 
-def test_the_model_at_the_end_is_the_trained_policy(train, capsys):  # noqa: F811
+def test_the_model_at_the_end_is_the_trained_policy(train, capsys):
     folder = train("run", *METHODS["grpo"], LORA, "optimiser={learning_rate: 1.0e-2}")
     start = saved(folder, 0)
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
@@ -112,7 +112,7 @@ def test_the_model_at_the_end_is_the_trained_policy(train, capsys):  # noqa: F81
     assert "--- 2" in printed
 
 
-def test_a_moving_reference_is_saved_as_matrices_of_its_own(train):  # noqa: F811
+def test_a_moving_reference_is_saved_as_matrices_of_its_own(train):
     folder = train("run", *METHODS["anchored"], LORA, "reference.decay=0.5", "checkpoint={every: 1, keep_last: 9}")
     average = {name: matrix for name, matrix in saved(folder, 1).items() if name.endswith("lora_B")}
     average = {name: 0.5 * matrix for name, matrix in average.items()}  # it starts at zero
@@ -124,7 +124,7 @@ def test_a_moving_reference_is_saved_as_matrices_of_its_own(train):  # noqa: F81
             torch.testing.assert_close(held[name], matrix, rtol=1e-5, atol=1e-7)
 
 
-def test_ppo_s_value_model_is_a_head_and_matrices_of_its_own(train):  # noqa: F811
+def test_ppo_s_value_model_is_a_head_and_matrices_of_its_own(train):
     folder = train("run", *METHODS["ppo"], LORA)
     policy, value = saved(folder, 4), saved(folder, 4, "value")
     assert value.keys() - policy.keys() == {"score.weight"}
@@ -132,7 +132,7 @@ def test_ppo_s_value_model_is_a_head_and_matrices_of_its_own(train):  # noqa: F8
     assert all(not torch.equal(policy[name], value[name]) for name in policy)
 
 
-def test_a_reward_model_is_merged_too(train):  # noqa: F811
+def test_a_reward_model_is_merged_too(train):
     folder = train(
         "run", *METHODS["reward_model"], LORA, "steps=40", "prompts_per_step=16", "optimiser.learning_rate=0.01"
     )
@@ -143,7 +143,8 @@ def test_a_reward_model_is_merged_too(train):  # noqa: F811
     assert last > 0.6
 
 
-def test_grpo_with_matrices_alone_learns(train):  # noqa: F811
+@pytest.mark.slow
+def test_grpo_with_matrices_alone_learns(train):
     folder = train(
         "run", "preset=dr_grpo", LORA, "steps=30", "prompts_per_step=8", "group_size=8", "optimiser.learning_rate=0.02",
         "evaluation={prompts: 100, samples: 1}", "cold_start={steps: 60, rows_per_step: 16, learning_rate: 5.0e-3}",
@@ -153,37 +154,22 @@ def test_grpo_with_matrices_alone_learns(train):  # noqa: F811
 
 
 @pytest.fixture
-def pretrained(train):  # noqa: F811
+def pretrained(train):
     return train(
         "pretrained", "preset=sft", "cold_start=", "group_size=", "rewards=", "evaluation={prompts: 8, samples: 1}"
     )
 
 
-def test_a_loaded_model_s_cold_start_trains_and_merges_matrices(train, pretrained, monkeypatch):  # noqa: F811
+@pytest.mark.slow
+def test_a_loaded_model_s_cold_start_trains_and_merges_matrices(train, pretrained, monkeypatch):
     """It dies in the cold start, loses the model that it came from, dies again in the stage after, and ends with the same bits."""
-    from coterie.training import grpo, sft
-
-    class DiedError(Exception):
-        pass
-
-    def dying(real, count):
-        calls = iter(range(count))
-
-        def call(*args, **kwargs):
-            if next(calls, None) is None:
-                raise DiedError
-            return real(*args, **kwargs)
-
-        return call
-
     moved = pretrained.with_name("moved")
     shutil.copytree(pretrained / "model", moved)
     settings = ("preset=grpo", LORA, "checkpoint={every: 2, keep_last: 2}")
     whole = train("whole", *settings, f"model={pretrained / 'model'}")
-    with monkeypatch.context() as patched:
-        patched.setattr(sft, "fit", dying(sft.fit, 5))
-        with pytest.raises(DiedError):
-            train("died", *settings, f"model={moved}")
+    plan("before_step:6:raise", monkeypatch.setattr)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        train("died", *settings, f"model={moved}")
     folder = whole.with_name("died")
     names = {path.name for path in (folder / "checkpoints").iterdir()}
     assert names == {"cold_start_000000", "cold_start_000002", "cold_start_000004"}
@@ -199,10 +185,9 @@ def test_a_loaded_model_s_cold_start_trains_and_merges_matrices(train, pretraine
     other.save_pretrained(moved)
     with pytest.raises(UserError, match="--allow model"):
         coterie.train(resume=str(folder))
-    with monkeypatch.context() as patched:
-        patched.setattr(grpo, "optimise", dying(grpo.optimise, 3))
-        with pytest.raises(DiedError):
-            coterie.train(resume=str(folder), allow=["model"])
+    plan("before_step:4:raise", monkeypatch.setattr)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        coterie.train(resume=str(folder), allow=["model"])
     assert any(not torch.equal(saved(folder, 0)[name], base[name]) for name in base)  # what the cold start learned
     coterie.train(resume=str(folder))
     assert digests(folder) == digests(whole)
@@ -210,14 +195,14 @@ def test_a_loaded_model_s_cold_start_trains_and_merges_matrices(train, pretraine
     assert not (folder / "checkpoints" / "cold_start_000000").exists()
 
 
-def test_the_cold_start_of_a_fresh_model_trains_all_of_it(train):  # noqa: F811
+def test_the_cold_start_of_a_fresh_model_trains_all_of_it(train):
     folder = train("run", "preset=grpo", LORA, "checkpoint={every: 2, keep_last: 9}")
     whole = load_file(folder / "checkpoints" / "cold_start_000006" / "model.safetensors")
     assert not any(".lora_" in name for name in whole)
     assert all(torch.equal(weight, saved(folder, 0)[name]) for name, weight in whole.items())
 
 
-def test_a_wrong_target_is_refused_before_there_is_a_folder(train, tmp_path):  # noqa: F811
+def test_a_wrong_target_is_refused_before_there_is_a_folder(train, tmp_path):
     with pytest.raises(UserError, match=r"lora\.targets: 'query' matches no linear layer"):
         train("run", "preset=grpo", "lora={targets: query}")
     assert not (tmp_path / "run").exists()
@@ -229,7 +214,7 @@ def test_check_says_how_much_is_trained(tiny_recipe, capsys):
     assert f"{2 * 2 * (64 + 80)} parameters are trained" in capsys.readouterr().out
 
 
-def test_a_bfloat16_model_learns_through_float32_matrices(train, capsys):  # noqa: F811
+def test_a_bfloat16_model_learns_through_float32_matrices(train, capsys):
     settings = ("preset=grpo", "dtype=bfloat16", "cold_start=", "checkpoint={every: 4}")
     folder = train("lora", *settings, LORA)
     assert "keep 8 bits" not in capsys.readouterr().out

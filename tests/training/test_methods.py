@@ -1,6 +1,5 @@
 """Every preset and method trains, records its metrics, and resumes to the same bits."""
 
-import hashlib
 import json
 import math
 import sqlite3
@@ -11,79 +10,19 @@ import pytest
 import torch
 from conftest import some_quick
 from safetensors.torch import load_file
+from small_runs import METHODS, digests, metrics, plan, recorded
 from transformers import AutoModelForSequenceClassification
 
 import coterie
 from coterie.errors import UserError
-from coterie.recipe.presets import PRESETS
 
-REWARD = """
-def letters(completions, **columns):
-    return [sum(c.isalpha() for c in completion[0]["content"]) for completion in completions]
-
-def short(completions, **columns):
-    return [-len(completion[0]["content"]) / 10 for completion in completions]
-"""
 OF_SAMPLING = {
     "reward/mean", "policy/entropy", "policy/kl", "completion/tokens_mean", "completion/truncated_share",
     "group/no_signal_share", "reward/letters_group_std", "policy/ratio_max", "loss/total", "optimiser/grad_norm", "optimiser/learning_rate",
 }  # fmt: skip
 
 
-@pytest.fixture
-def train(tiny_recipe, tmp_path):
-    """Train the tiny recipe with rewards that an untrained model earns, and say where the run is."""
-    (tmp_path / "letters.py").write_text(REWARD)
-    rewards = f"rewards=['{tmp_path}/letters.py:letters', '{tmp_path}/letters.py:short']"
-
-    def run(name, *overrides, **options):
-        given = [*tiny_recipe, rewards, "loss=", "steps=4", "optimiser={learning_rate: 1.0e-3}", *overrides]
-        return coterie.train("equations", overrides=given, out=str(tmp_path / name), **options).folder
-
-    return run
-
-
-METHODS = {
-    **{preset: [f"preset={preset}"] for preset, values in PRESETS.items() if "method" not in values},
-    "ppo": ["preset=ppo", "value.learning_rate=1.0e-3"],
-    "dpo": ["preset=dpo", "group_size=", "rewards="],
-    "reward_model": ["preset=reward_model", "group_size=", "sampling=", "rewards=", "evaluation={prompts: 50, every: 2}"],
-    "sft": ["preset=sft", "cold_start=", "group_size=", "rewards=", "evaluation={prompts: 8, samples: 1}"],
-    "replaced": ["preset=grpo", "reference={kind: replaced, every: 2}"],
-    "adaptive": [
-        "preset=grpo", "kl={target: 0.001}", "entropy={weight: 0.01, target: 5.0}", "loss={kl_weight: 0.1}",
-    ],
-    "exact": ["preset=grpo", "kl={estimator: exact}", "loss={kl_weight: 0.1}"],
-    "corrected": ["preset=grpo", "correction={kind: truncate, level: sequence}"],
-    "left_out": ["preset=grpo", "overlong={treatment: leave_out}", "sampling.max_new_tokens=30"],
-    "reinforce": ["preset=reinforce++", "group_size=1"],
-    "ppo_in_loss": ["preset=ppo", "kl={place: loss, estimator: k3}"],
-}  # fmt: skip
-
-
-def digests(folder):
-    tensors = load_file(folder / "model" / "model.safetensors")
-    return {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
-
-
-def recorded(folder):
-    """Everything in run.db that does not depend on the clock."""
-    queries = (
-        "SELECT * FROM metrics WHERE name NOT LIKE 'time/%' ORDER BY stage, step, name",
-        "SELECT * FROM completions ORDER BY stage, step, prompt_number, completion_number",
-        "SELECT * FROM evaluations ORDER BY stage, step, mode, name",
-    )
-    with sqlite3.connect(folder / "run.db") as db:
-        return [db.execute(query).fetchall() for query in queries]
-
-
-def metrics(folder, step):
-    with sqlite3.connect(folder / "run.db") as db:
-        rows = db.execute("SELECT name, value FROM metrics WHERE stage = 'train' AND step = ?", (step,))
-        return dict(rows.fetchall())
-
-
-@pytest.mark.parametrize("method", some_quick(METHODS, "grpo", "ppo", "dpo"))
+@pytest.mark.parametrize("method", some_quick(METHODS, "ppo", "dpo"))
 def test_every_method_trains_and_resumes_to_the_same_bits(train, method):
     whole = train("whole", *METHODS[method])
     first, last = (load_file(whole / "checkpoints" / f"step_00000{n}" / "model.safetensors") for n in (0, 4))
@@ -288,40 +227,22 @@ def test_what_is_wrong_with_a_users_function_is_said(train, tmp_path, body, sett
         train("run", "preset=dr_grpo", setting.replace("FILE", f"{tmp_path}/mine.py"))
 
 
-DIED = {
-    "ppo": METHODS["ppo"],
-    "anchored": METHODS["anchored"],
-    "reward_model": METHODS["reward_model"],
-    "grpo": METHODS["grpo"],
-}
-
-
-@pytest.mark.parametrize("method", DIED)
+@pytest.mark.parametrize("method", some_quick(["ppo", "anchored", "reward_model", "grpo"], "ppo"))
 def test_a_run_that_died_before_its_first_checkpoint_resumes(train, method, monkeypatch):
     """Only the start of the method's own stage is saved, which holds the policy alone."""
-    from coterie.runs.recorder import Recorder
-
-    class DiedError(Exception):
-        pass
-
-    def dies(self, stage, step, *arguments, **more):
-        if stage == "train" and step == 2:
-            raise DiedError
-        record(self, stage, step, *arguments, **more)
-
-    late = "checkpoint={every: 100}"
-    whole = train("whole", *DIED[method], late)
-    record = Recorder.record
-    with monkeypatch.context() as patched:
-        patched.setattr(Recorder, "record", dies)
-        with pytest.raises(DiedError):
-            train("died", *DIED[method], late)
-    coterie.train(resume=str(whole.parent / "died"))
-    assert digests(whole.parent / "died") == digests(whole)
-    assert recorded(whole.parent / "died") == recorded(whole)
+    settings = [*METHODS[method], "checkpoint={every: 100}", "cold_start.steps=1"]
+    whole = train("whole", *settings)
+    plan("in_record:2:raise", monkeypatch.setattr)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        train("died", *settings)
+    died = whole.with_name("died")
+    assert [path.name for path in (died / "checkpoints").glob("step_*")] == ["step_000000"]
+    coterie.train(resume=str(died))
+    assert digests(died) == digests(whole)
+    assert recorded(died) == recorded(whole)
 
 
-@pytest.mark.parametrize("method", ["rloo", "ppo", "grpo", "gdpo"])
+@pytest.mark.parametrize("method", some_quick(["rloo", "ppo", "grpo", "gdpo"], "rloo", "ppo"))
 def test_steps_in_which_every_completion_abstains_are_survived(train, tmp_path, method):
     """The first call is in the evaluation before training, each other one in a step."""
     (tmp_path / "late.py").write_text(
@@ -350,6 +271,7 @@ def test_dynamic_sampling_keeps_a_group_that_differs_in_its_parts_alone(train, t
     assert metrics(folder, 1)["group/no_signal_share"] == 0
 
 
+@pytest.mark.slow
 def test_more_steps_given_to_a_resumed_run_are_kept(train):
     folder = train("run", "preset=dr_grpo", "steps=2")
     coterie.train(resume=str(folder), overrides=["steps=6"], stop_after=4)

@@ -34,7 +34,7 @@ def metrics(run, name):
         return [v for (v,) in db.execute("SELECT value FROM metrics WHERE name = ? ORDER BY stage, step", (name,))]
 
 
-@pytest.mark.parametrize("as_messages", [False, True])
+@pytest.mark.parametrize("as_messages", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("preset", ["sft", "dpo", "reward_model"])
 def test_methods_learn_from_the_user_s_rows(tmp_path, preset, as_messages):
     values = {**COMMON, "preset": preset, "task": rows(tmp_path / "rows.jsonl", as_messages)}

@@ -6,7 +6,9 @@ from contextlib import closing
 from dataclasses import dataclass
 
 import pytest
+import small_runs
 import torch
+from conftest import some_quick
 from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
@@ -73,7 +75,7 @@ def results(folder):
         return load_file(folder / "model" / "model.safetensors"), [db.execute(query).fetchall() for query in queries]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", some_quick(METHODS, "grpo", "dpo"))
 def test_a_profiled_run_is_the_same_run_and_its_sections_add_up(train, method, capsys):
     plain = train("plain", *METHODS[method])
     assert not (plain / "profile.json").exists()
@@ -136,6 +138,7 @@ def test_short_runs_are_profiled_as_far_as_they_go(train, steps):
     assert "<h2>Where a step goes</h2>" in (folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_runs_profile_what_they_see(train, capsys):
     whole = train("whole", "preset=grpo")
     folder = train("run", "preset=grpo", profile=True, stop_after=3)
@@ -152,19 +155,9 @@ def test_stopped_and_resumed_runs_profile_what_they_see(train, capsys):
 
 
 def test_a_traced_step_that_fails_leaves_nothing_behind(train, monkeypatch):
-    from coterie.training import grpo
-
-    class DiedError(Exception):
-        pass
-
-    def dies(*arguments, **more):
-        raise DiedError
-
-    calls = iter([grpo.optimise] * 5)
-    with monkeypatch.context() as patched:
-        patched.setattr(grpo, "optimise", lambda *a, **m: next(calls, dies)(*a, **m))
-        with pytest.raises(DiedError) as held:  # which keeps the frames of the failed step alive
-            train("run", "preset=grpo", profile=True)
+    small_runs.plan("before_step:6:raise", monkeypatch.setattr)
+    with pytest.raises(RuntimeError, match="on purpose") as held:  # which keeps the frames of the failed step alive
+        train("run", "preset=grpo", "cold_start.steps=5", profile=True)
     assert held.value
     assert not torch.autograd._profiler_enabled()
     assert sections._running.get() is None

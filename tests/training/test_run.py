@@ -1,17 +1,17 @@
 """A run, its folder, and its exact resume."""
 
-import hashlib
-import importlib
 import json
 import shutil
 import signal
 import sqlite3
 import threading
-from pathlib import Path
 
 import pytest
+import small_runs
 import torch
+from conftest import some_quick
 from safetensors.torch import load_file
+from small_runs import digests, plan, recorded, select, trained
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import coterie
@@ -22,41 +22,9 @@ from coterie.runs.checkpoint import find_checkpoint
 from coterie.runs.store import Store
 
 
-def trained(tiny_recipe, folder, *more, **options):
-    return coterie.train("equations", overrides=[*tiny_recipe, *more], out=str(folder), **options).folder
-
-
-def digests(folder):
-    """sha256 of every tensor of the final model."""
-    tensors = load_file(folder / "model" / "model.safetensors")
-    return {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
-
-
-def recorded(folder):
-    """Everything in run.db that does not depend on the clock."""
-    with sqlite3.connect(folder / "run.db") as db:
-        tables = {
-            "metrics": "SELECT * FROM metrics WHERE name NOT LIKE 'time/%' ORDER BY stage, step, name",
-            "completions": "SELECT * FROM completions ORDER BY stage, step, prompt_number, completion_number",
-            "evaluations": "SELECT * FROM evaluations ORDER BY stage, step, mode, name",
-            "examples": "SELECT * FROM examples ORDER BY stage, step, number",
-        }
-        return {name: db.execute(query).fetchall() for name, query in tables.items()}
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    from conftest import tiny_recipe as fixture
-
-    overrides = fixture.__wrapped__(None) if hasattr(fixture, "__wrapped__") else fixture.__pytest_wrapped__.obj(None)
-    return trained(overrides, tmp_path_factory.mktemp("runs") / "whole")
-
-
 @pytest.fixture
-def plan(monkeypatch):
-    """Plans a fault: see benchmarks/planned_fault.py."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    return importlib.import_module("planned_fault").plan
+def finished():
+    return small_runs.finished()
 
 
 def test_the_run_folder_holds_what_it_promises(finished):
@@ -138,48 +106,32 @@ def test_the_report_opens_offline(finished):
     assert "Step 6" in page
 
 
-@pytest.mark.parametrize("stop_after", [1, 3, 5])
-def test_stopped_and_resumed_ends_with_the_same_bits(finished, tiny_recipe, tmp_path, stop_after):
-    folder = trained(tiny_recipe, tmp_path / "run", stop_after=stop_after)
+@pytest.mark.parametrize("stop_after", some_quick([1, 3, 5], 3))
+def test_stopped_and_resumed_ends_with_the_same_bits(finished, tmp_path, stop_after):
+    folder = trained(tmp_path / "run", stop_after=stop_after)
     assert not (folder / "model").exists()
     coterie.train(resume=str(folder))
     assert digests(folder) == digests(finished)
     assert recorded(folder) == recorded(finished)
 
 
-def test_a_run_that_died_between_checkpoints_repeats_lost_steps(finished, tiny_recipe, tmp_path, monkeypatch):
-    """It dies in step 4 of the GRPO stage, after a save at step 2 and records of step 3; then in the cold start too."""
-    from coterie.training import grpo, sft
-
-    class DiedError(Exception):
-        pass
-
-    def dying(real, count):
-        calls = iter(range(count))
-
-        def call(*args, **kwargs):
-            if next(calls, None) is None:
-                raise DiedError
-            return real(*args, **kwargs)
-
-        return call
-
+def test_a_run_that_died_between_checkpoints_repeats_lost_steps(finished, tmp_path, monkeypatch):
+    """It dies in the cold start, and then in step 4 of the GRPO stage, after a save at step 2 and the record of step 3."""
     folder = tmp_path / "run"
-    with monkeypatch.context() as patched:
-        patched.setattr(sft, "fit", dying(sft.fit, 4))
-        with pytest.raises(DiedError):
-            trained(tiny_recipe, folder)
-    with monkeypatch.context() as patched:
-        patched.setattr(grpo, "optimise", dying(grpo.optimise, 3))
-        with pytest.raises(DiedError):
-            coterie.train(resume=str(folder))
+    plan("before_step:5:raise", monkeypatch.setattr)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trained(folder)
+    plan("before_step:4:raise", monkeypatch.setattr)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        coterie.train(resume=str(folder))
+    assert (folder / "checkpoints" / "step_000002").exists()
     coterie.train(resume=str(folder))
     assert digests(folder) == digests(finished)
     assert recorded(folder) == recorded(finished)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(finished, tiny_recipe, tmp_path, capsys):
-    folder = trained(tiny_recipe, tmp_path / "run", stop_after=5)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(finished, tmp_path, capsys):
+    folder = trained(tmp_path / "run", stop_after=5)
     weights = folder / "checkpoints" / "step_000005" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-3] ^= 1
@@ -216,31 +168,31 @@ def test_all_damaged_is_a_refusal_that_names_them(finished, tmp_path):
         find_checkpoint(tmp_path / "checkpoints", lambda _: None)
 
 
-def test_a_folder_in_use_is_refused(finished, tiny_recipe):
+def test_a_folder_in_use_is_refused(finished):
     with pytest.raises(UserError, match=f"is in use.*--resume {finished}"):
-        trained(tiny_recipe, finished)
+        trained(finished)
 
 
-def test_a_folder_without_a_run_is_no_run_to_go_on_with(tiny_recipe, tmp_path):
+def test_a_folder_without_a_run_is_no_run_to_go_on_with(tmp_path):
     (tmp_path / "recipe.yaml").write_text("steps: 3")
     with pytest.raises(UserError, match=r"is in use; give another folder$"):
-        trained(tiny_recipe, tmp_path)
+        trained(tmp_path)
 
 
 @pytest.mark.slow
-def test_a_fresh_model_trains_with_no_cold_start(tiny_recipe, tmp_path):
-    folder = trained(tiny_recipe, tmp_path / "zero", "cold_start=null", "steps=2", "preset=dapo")
+def test_a_fresh_model_trains_with_no_cold_start(tmp_path):
+    folder = trained(tmp_path / "zero", "cold_start=null", "steps=2", "preset=dapo")
     assert (folder / "model" / "model.safetensors").exists()
 
 
-def test_seeds_differ(finished, tiny_recipe, tmp_path):
-    assert digests(trained(tiny_recipe, tmp_path / "other", "seed=1")) != digests(finished)
+def test_seeds_differ(finished, tmp_path):
+    assert digests(trained(tmp_path / "other", "seed=1")) != digests(finished)
 
 
 @pytest.mark.slow
-def test_a_record_that_is_lost_is_no_small_matter(tiny_recipe, tmp_path):
+def test_a_record_that_is_lost_is_no_small_matter(tmp_path):
     """run.db deleted, an older copy put back, or no database at all: refused, and gone on with where that is allowed."""
-    folder = trained(tiny_recipe, tmp_path / "run", stop_after=4)
+    folder = trained(tmp_path / "run", stop_after=4)
     database, copy = folder / "run.db", tmp_path / "copy.db"
     shutil.copy(database, copy)
     with sqlite3.connect(database) as db:
@@ -279,22 +231,22 @@ def test_a_run_killed_at_its_very_end_is_not_taken_for_finished(finished, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("point", ["after_sample", "in_reward", "before_backward"])
-def test_a_signal_leaves_a_step_that_has_changed_nothing_yet(tiny_recipe, tmp_path, monkeypatch, plan, point):
+def test_a_signal_leaves_a_step_that_has_changed_nothing_yet(tmp_path, monkeypatch, point):
     """And saves what was there before it, also where that is not one of the steps that are saved anyway."""
     plan(f"{point}:4:term", monkeypatch.setattr)
     folder = tmp_path / "run"
-    trained(tiny_recipe, folder, "cold_start=null", "steps=5", "checkpoint.every=50")
+    trained(folder, "cold_start=null", "steps=5", "checkpoint.every=50")
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000000", "step_000003"]
     assert not any(step == 4 for _, step, *_ in recorded(folder)["metrics"])
     coterie.train(resume=str(folder))
-    whole = trained(tiny_recipe, tmp_path / "whole", "cold_start=null", "steps=5", "checkpoint.every=50")
+    whole = trained(tmp_path / "whole", "cold_start=null", "steps=5", "checkpoint.every=50")
     assert digests(folder) == digests(whole)
     assert recorded(folder) == recorded(whole)
 
 
-def test_a_signal_lets_a_step_end_whose_weights_move(tiny_recipe, tmp_path, monkeypatch, plan):
+def test_a_signal_lets_a_step_end_whose_weights_move(tmp_path, monkeypatch):
     plan("before_step:4:term", monkeypatch.setattr)
-    folder = trained(tiny_recipe, tmp_path / "run", "cold_start=null", "checkpoint.every=50")
+    folder = trained(tmp_path / "run", "cold_start=null", "checkpoint.every=50")
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000000", "step_000004"]
 
 
@@ -312,14 +264,16 @@ def letters(completions, **columns):
 """
 
 
-@pytest.mark.parametrize("ends", ["raise RuntimeError('a process ended')", "time.sleep(60)"])
-def test_a_reward_that_a_stop_has_broken_is_no_failure(tiny_recipe, tmp_path, monkeypatch, ends):
+@pytest.mark.parametrize(
+    "ends", some_quick(["raise RuntimeError('a process ended')", "time.sleep(60)"], "time.sleep(60)")
+)
+def test_a_reward_that_a_stop_has_broken_is_no_failure(tmp_path, monkeypatch, ends):
     """A scheduler's signal goes to every process of a job: a reward's own die of it, and the reward raises, or waits for them."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "reward.py").write_text(ENDED.replace("ENDS", ends))
     (tmp_path / "asked").write_text("no")
     more = ["cold_start=null", f"rewards=[{{function: '{tmp_path}/reward.py:letters', timeout: 1}}]"]
-    trained(tiny_recipe, tmp_path / "run", *more, stop_after=2)
+    trained(tmp_path / "run", *more, stop_after=2)
     (tmp_path / "asked").unlink()
     run = coterie.train(resume=str(tmp_path / "run"))
     assert run.stopped
@@ -330,11 +284,11 @@ def test_a_reward_that_a_stop_has_broken_is_no_failure(tiny_recipe, tmp_path, mo
         assert db.execute("SELECT MAX(step) FROM metrics WHERE stage = 'train'").fetchone() == (2,)
         assert db.execute("SELECT COUNT(*) FROM events WHERE kind = 'reward_failure'").fetchone() == (0,)
     coterie.train(resume=str(tmp_path / "run"))
-    assert digests(tmp_path / "run") == digests(trained(tiny_recipe, tmp_path / "whole", *more))
+    assert digests(tmp_path / "run") == digests(trained(tmp_path / "whole", *more))
 
 
-def test_groups_that_do_not_fit_into_the_record_are_counted(tiny_recipe, tmp_path):
-    folder = trained(tiny_recipe, tmp_path / "run", "cold_start=null", "steps=2", "record.max_megabytes_per_step=1e-6")
+def test_groups_that_do_not_fit_into_the_record_are_counted(tmp_path):
+    folder = trained(tmp_path / "run", "cold_start=null", "steps=2", "record.max_megabytes_per_step=1e-6")
     found = recorded(folder)
     counted = {step: value for _, step, name, value in found["metrics"] if name == "record/num_left_out_groups"}
     assert counted == {1: 2.0, 2: 2.0}  # of three; one is always kept
@@ -343,8 +297,8 @@ def test_groups_that_do_not_fit_into_the_record_are_counted(tiny_recipe, tmp_pat
         assert db.execute(query).fetchall() == [(1, 1, 4), (2, 1, 4)]
 
 
-def test_a_resume_reads_its_checkpoint_for_damage_once(tiny_recipe, tmp_path, monkeypatch):
-    folder = trained(tiny_recipe, tmp_path / "run", stop_after=3)
+def test_a_resume_reads_its_checkpoint_for_damage_once(tmp_path, monkeypatch):
+    folder = trained(tmp_path / "run", stop_after=3)
     hashed = []
     real = checkpoint._sha256
     monkeypatch.setattr(checkpoint, "_sha256", lambda file: hashed.append(file) or real(file))
@@ -353,18 +307,18 @@ def test_a_resume_reads_its_checkpoint_for_damage_once(tiny_recipe, tmp_path, mo
     assert read == ["model.safetensors", "optimiser.safetensors", "position.json"]
 
 
-def test_steps_that_are_skipped_are_counted_across_a_resume(tiny_recipe, tmp_path, monkeypatch):
+def test_steps_that_are_skipped_are_counted_across_a_resume(tmp_path):
     objective = tmp_path / "objective.py"
     objective.write_text("def never(terms):\n    return terms.policy_logprobs * float('nan')\n")
     more = ["cold_start=null", f"loss={{objective: '{objective}:never', kl_weight: 0}}", "limits.skipped_steps=4"]
-    folder = trained(tiny_recipe, tmp_path / "run", *more, stop_after=2)
+    folder = trained(tmp_path / "run", *more, stop_after=2)
     with pytest.raises(RunFailedError, match="4 steps in a row"):
         coterie.train(resume=str(folder))
     assert {step for _, step, name, _ in recorded(folder)["metrics"] if name == "loss/total"} == {1, 2, 3, 4}
 
 
-def test_a_limit_passed_all_along_is_one_event_across_a_resume(tiny_recipe, tmp_path):
-    folder = trained(tiny_recipe, tmp_path / "run", "cold_start=null", "limits.entropy=100", stop_after=3)
+def test_a_limit_passed_all_along_is_one_event_across_a_resume(tmp_path):
+    folder = trained(tmp_path / "run", "cold_start=null", "limits.entropy=100", stop_after=3)
     coterie.train(resume=str(folder))
     with sqlite3.connect(folder / "run.db") as db:
         assert db.execute("SELECT step FROM events WHERE kind = 'limit'").fetchall() == [(1,)]
@@ -399,19 +353,17 @@ def test_another_writer_is_waited_for(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_without_a_compiler_says_so_and_resumes_exactly(
-    tiny_recipe, tmp_path, without_kernels, monkeypatch, capsys
-):
+def test_a_run_without_a_compiler_says_so_and_resumes_exactly(tmp_path, without_kernels, monkeypatch, capsys):
     monkeypatch.setattr("coterie.training.train.why_missing", lambda dtype: "no C compiler (cc) was found")
-    whole = trained(tiny_recipe, tmp_path / "whole")
+    whole = trained(tmp_path / "whole")
     assert "no C compiler" in capsys.readouterr().out
-    trained(tiny_recipe, tmp_path / "cut", stop_after=2)
+    trained(tmp_path / "cut", stop_after=2)
     coterie.train(resume=str(tmp_path / "cut"))
     assert digests(tmp_path / "cut") == digests(whole)
     assert recorded(tmp_path / "cut") == recorded(whole)
 
 
-def test_a_reward_that_begins_during_sampling_changes_nothing(tiny_recipe, tmp_path, monkeypatch):
+def test_a_reward_that_begins_during_sampling_changes_nothing(tmp_path, monkeypatch):
     """One that asks elsewhere is given each group before it is called; the run is the same without."""
     events = []
 
@@ -431,9 +383,8 @@ def test_a_reward_that_begins_during_sampling_changes_nothing(tiny_recipe, tmp_p
     found = []
     for function in (Elsewhere(), plain):
         monkeypatch.setattr("coterie.training.problem.load_rewards", lambda *_, f=function: [Reward("length", f)])
-        run = coterie.train("equations", overrides=tiny_recipe, out=str(tmp_path / str(len(found))))
-        with sqlite3.connect(run.folder / "run.db") as db:
-            found.append(db.execute("SELECT step, text, reward FROM completions ORDER BY 1, 2").fetchall())
+        folder = trained(tmp_path / str(len(found)))
+        found.append(select(folder, "SELECT step, text, reward FROM completions ORDER BY 1, 2"))
     assert found[0] == found[1]
     steps = [i for i, event in enumerate(events) if event[0] == "begun"]
     assert len(steps) == 6 * 3  # steps, groups of each

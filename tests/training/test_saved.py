@@ -1,11 +1,13 @@
 """The models that a run has saved: at its end and at its checkpoints, to measure, sample and export."""
 
+import functools
 import json
 import shutil
 import sqlite3
 
 import pytest
 import torch
+from conftest import some_quick
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
@@ -25,23 +27,30 @@ GRPO = [*SMALL, "cold_start=null", "sampling.max_new_tokens=8", "group_size=4", 
 LORA = "lora={rank: 4, alpha: 8}"
 
 
+KINDS = {
+    "plain": ("equations_sft", SMALL),
+    "lora": ("equations_sft", [*SMALL, LORA]),
+    "scorer": ("equations_reward_model", [*SMALL, "cold_start.steps=6"]),
+    "lora_scorer": ("equations_reward_model", [*SMALL, "cold_start.steps=6", LORA]),
+}
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def run_of(tmp_path_factory):
+    """The folder of a finished run of a kind, which is trained when it is first asked for."""
     home = tmp_path_factory.mktemp("runs")
-    kinds = {
-        "plain": ("equations_sft", SMALL),
-        "lora": ("equations_sft", [*SMALL, LORA]),
-        "scorer": ("equations_reward_model", [*SMALL, "cold_start.steps=6"]),
-        "lora_scorer": ("equations_reward_model", [*SMALL, "cold_start.steps=6", LORA]),
-    }
-    for name, (recipe, overrides) in kinds.items():
-        coterie.train(recipe, overrides=overrides, out=str(home / name))
-    return home
+
+    @functools.cache
+    def train(kind):
+        recipe, overrides = KINDS[kind]
+        return coterie.train(recipe, overrides=overrides, out=str(home / kind)).folder
+
+    return train
 
 
-@pytest.mark.parametrize("name", ["plain", "lora", "scorer", "lora_scorer"])
-def test_the_last_checkpoint_exported_is_the_model_at_the_end(runs, name, tmp_path, capsys):
-    run = runs / name
+@pytest.mark.parametrize("name", some_quick(KINDS, "plain", "lora", "scorer"))
+def test_the_last_checkpoint_exported_is_the_model_at_the_end(run_of, name, tmp_path, capsys):
+    run = run_of(name)
     assert saved_steps(run) == [0, 2, 4]
     export_model(str(run), tmp_path / "last", 4, False)
     export_model(str(run), tmp_path / "end", None, False)
@@ -60,8 +69,8 @@ def test_the_last_checkpoint_exported_is_the_model_at_the_end(runs, name, tmp_pa
         assert GenerationConfig.from_pretrained(tmp_path / "middle").eos_token_id is not None
 
 
-def test_a_checkpoint_is_measured_and_sampled_like_its_export(runs, tmp_path, capsys):
-    run = str(runs / "lora")
+def test_a_checkpoint_is_measured_and_sampled_like_its_export(run_of, tmp_path, capsys):
+    run = str(run_of("lora"))
     export_model(run, tmp_path / "out", 2, False)
     capsys.readouterr()
 
@@ -81,8 +90,8 @@ def test_a_checkpoint_is_measured_and_sampled_like_its_export(runs, tmp_path, ca
     assert f"accuracy, {run}, step 4 minus {run}, step 0, paired by prompt" in compared
 
 
-def test_a_missing_checkpoint_is_answered_with_those_there_are(runs, tmp_path, monkeypatch, capsys):
-    run = str(runs / "plain")
+def test_a_missing_checkpoint_is_answered_with_those_there_are(run_of, tmp_path, monkeypatch, capsys):
+    run = str(run_of("plain"))
     for wrong, words in (
         ({"step": 3}, "no checkpoint of step 3; its checkpoints: --step 0, --step 2, --step 4"),
         ({"best": True}, "no checkpoint was evaluated; set evaluation.every"),
@@ -97,9 +106,9 @@ def test_a_missing_checkpoint_is_answered_with_those_there_are(runs, tmp_path, m
     with pytest.raises(UserError, match="no model yet; it is written at the end of training"):
         Saved.of(str(bare))
     with pytest.raises(UserError, match="is no run, so it has no checkpoints"):
-        Saved.of(str(runs / "plain" / "model"), 2)
+        Saved.of(str(run_of("plain") / "model"), 2)
     with pytest.raises(UserError, match="writes no text; it is a reward model"):
-        sample_model(str(runs / "scorer"), "Solve x = 3", 1, {}, None, 0, step=2)
+        sample_model(str(run_of("scorer")), "Solve x = 3", 1, {}, None, 0, step=2)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
     for arguments, words in (
@@ -122,9 +131,9 @@ def evaluated(folder, figures, name="accuracy"):
             db.execute("INSERT INTO evaluations VALUES ('train', ?, 'sampled', ?, ?, 0, 1, 8)", (step, name, value))
 
 
-def test_the_best_checkpoint_has_the_best_held_out_evaluation(runs, tmp_path):
+def test_the_best_checkpoint_has_the_best_held_out_evaluation(run_of, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(runs / "plain", run)
+    shutil.copytree(run_of("plain"), run)
     evaluated(run, {0: 0.1, 2: 0.5, 4: 0.3})
     assert Saved.of(str(run), best=True) == Saved(run, 2)
     evaluated(run, {0: 0.1, 2: 0.5, 4: 0.5})

@@ -103,6 +103,7 @@ def test_a_right_function_before_an_example_gets_its_reward():
         code.close()
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(
     "piece", ["```python\n", "import ", "A:", "```\n~~~\n", "def f", "x=\n", "from a import b,\n  "]
 )

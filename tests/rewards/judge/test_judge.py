@@ -239,8 +239,8 @@ PASSING = {
     "429 without a word": (answers(b"", 429), "answered 429"),
     "500": (answers(b"oh", 500), "answered 500"),
     "503": (answers(b"", 503, Retry_After="soon"), "answered 503"),
-    "hangs": (hangs, "no answer within 1 s"),
-    "dribbles": (dribbles, "no answer within 1 s"),
+    "hangs": (hangs, "no answer within 0.5 s"),
+    "dribbles": (dribbles, "no answer within 0.5 s"),
     "closes the connection": (closes, "can't be reached"),
     "half a body": (half_a_body, "can't be reached"),
     "no JSON": (answers(b"<html>busy</html>"), "no chat completion"),
@@ -299,7 +299,7 @@ DECLINED = {
 @pytest.mark.parametrize("way", PASSING)
 def test_what_may_pass_is_tried_again_before_it_abstains(server, make_judge, way):
     behave, reason = PASSING[way]
-    judge = make_judge(attempts=2, request_seconds=1 if "within 1 s" in reason else 30)
+    judge = make_judge(attempts=2, request_seconds=0.5 if "within 0.5 s" in reason else 30)
     server.behave = lambda handler, fields: (behave if len(server.asked) == 1 else by_length)(handler, fields)
     assert judge(["p"], ["1234567890"]) == [1.0]
     assert len(server.asked) == 2
@@ -450,6 +450,7 @@ def test_retry_after_is_kept_by_all_that_wait(server, make_judge):
     assert all(later - times[0] >= 0.5 for later in times[1:])
 
 
+@pytest.mark.timed
 def test_a_wait_longer_than_the_step_is_not_waited_for(server, make_judge):
     server.behave = answers(b"", 429, Retry_After="3600")
     began = time.monotonic()
@@ -467,6 +468,7 @@ def test_retry_after_may_be_a_date():
     assert _seconds_in("soon") is _seconds_in("nan") is _seconds_in("inf") is _seconds_in(None) is None
 
 
+@pytest.mark.timed
 def test_a_step_has_a_deadline_and_keeps_what_came_before_it(server, make_judge):
     def hangs_for_b(handler, fields):
         (hangs if parts_of(fields)["answer"] == "b" else by_length)(handler, fields)
@@ -488,6 +490,7 @@ judge.close()
 """
 
 
+@pytest.mark.slow
 def test_time_while_the_process_is_stopped_counts_for_no_step(server, tmp_path):
     def stops(handler, fields):
         process.send_signal(signal.SIGSTOP)
@@ -913,6 +916,7 @@ def test_what_was_begun_and_what_comes_later_share_the_places(server, make_judge
     assert server.most == 3
 
 
+@pytest.mark.timed
 def test_a_hanging_judge_is_given_up_when_interrupted_or_closed(server, make_judge):
     def hang(handler, fields):
         server.released.wait(30)

@@ -126,6 +126,7 @@ def towers():
         yield rf"\boxed{{\binom{{10^{{{i}0}}}}{{5 \cdot 10^9}}}}"
 
 
+@pytest.mark.timed
 def test_sixty_four_answers_that_blow_up_cost_seconds(quick):
     texts = list(towers())
     assert len(set(texts)) == 64
@@ -153,6 +154,7 @@ def test_a_tower_in_disguise_is_not_worked_out(quick, text):
     assert quick._pool[0]._workers == workers  # none had to be killed for it
 
 
+@pytest.mark.timed
 def test_an_answer_over_its_time_scores_0_and_costs_no_other(quick):
     slow = r"\boxed{\sum_{n=1}^{10^{15}} \frac{1}{n^n}}"
     began = time.monotonic()

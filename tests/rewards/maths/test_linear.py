@@ -272,6 +272,7 @@ def test_guess_terse_and_complete_for_any_whole_numbers(factor, offset, solution
     assert points(f"x = {solution + 1}", equation) == 0
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(
     "text",
     [

@@ -129,6 +129,7 @@ def test_equal_texts_get_equal_shares():
     assert [share(text, language) for language, text in rows] == [share(text, language) for language, text in rows]
 
 
+@pytest.mark.timed
 def test_short_texts_are_judged_fast():
     """A floor far below what is measured, for machines under load."""
     texts = [(language, text) for _, language, text, _ in TEXTS]
@@ -163,6 +164,7 @@ def test_code_and_formulas_are_still_in_no_language():
     assert share("结果：\n```\nred\ngreen\nblue\n```\n\\begin{cases} x + y &= 3 \\\\ 2x &= 4 \\end{cases}", "zh") == 1
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("piece", ["```a b c d\n", "`a b c d` ", "$\\text{a", "# a\n", "\\text{ab cd ef gh}"])
 def test_hostile_fences_cost_one_pass(piece):
     began = time.monotonic()

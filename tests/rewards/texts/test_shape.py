@@ -106,6 +106,7 @@ def test_a_pattern_of_the_user_s_own():
     assert value(Format(pattern=r"\A(?s:.*)\Z", longest=10), "x" * 11) == 0
 
 
+@pytest.mark.timed
 def test_a_pattern_that_backtracks_endlessly_costs_its_limit():
     """(a|a)*$ takes 2^40 steps here."""
     begin = time.perf_counter()
@@ -226,6 +227,7 @@ OPTIONS = {"format": {"tags": ["think"], "sections": ["# A"], "boxed": True}, "l
 MINE = ("format", "language", "length", "repetition", "self_correction", "steps")
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("name", MINE)
 def test_hostile_completions_are_answered_in_linear_time(name):
     """A megabyte of openings, NUL bytes, lone surrogates or equals signs: two seconds each at the very most."""

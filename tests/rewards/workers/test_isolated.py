@@ -69,6 +69,7 @@ def groups(*texts, letter="a"):
     ]
 
 
+@pytest.mark.timed
 def test_whatever_one_completion_does_the_others_get_theirs(load):
     bad = {
         5: ("sleep", "took longer than 1 s"),

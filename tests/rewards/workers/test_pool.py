@@ -110,6 +110,7 @@ def test_answers_come_back_in_order_from_several_workers(pool):
     assert set(pool.map([{"what": "pid"}] * 6)) == set(pids), "workers are kept from call to call"
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("what", ["sleep", "spin", "power", "ignore", "stop"])
 def test_a_call_over_its_time_is_killed_and_its_worker_replaced(pool, what):
     before = set(pool.map([{"what": "pid"}] * 6))
