@@ -192,4 +192,5 @@ def test_a_recipe_that_holds_the_value_of_a_key_is_refused(monkeypatch):
 
 def test_words_about_keys_are_no_keys():
     options = {"key_variable": "OPENAI_API_KEY", "token": "</answer>", "url": "https://example.org/v1", "max_tokens": 3}
-    make_recipe({**VALUES, "rewards": [{"function": "mine:f", "options": options}]})
+    recipe = make_recipe({**VALUES, "rewards": [{"function": "mine:f", "options": options}]})
+    assert recipe.rewards[0].options == options

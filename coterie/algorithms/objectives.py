@@ -204,7 +204,7 @@ def policy_gradient(terms: TokenTerms, *, ratio: str) -> Tensor:
 def anchored(
     terms: TokenTerms, *, anchor_alpha: float, anchor_beta: float, anchor_level: str, anchor_weight: str
 ) -> Tensor:
-    """The account's loss: per sequence as written ("sequence") or per token, weighted by the raw reward or the advantage.
+    """The anchored loss: per sequence as it was first written ("sequence") or per token, weighted by the raw reward or the advantage.
 
     A sequence's loss stands at each of its tokens, so that "sequence_mean" gives it back whole.
     """

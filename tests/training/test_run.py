@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import coterie
 from coterie.errors import RunFailedError, UserError
-from coterie.rewards.base import Reward
 from coterie.runs import checkpoint
 from coterie.runs.checkpoint import find_checkpoint
 from coterie.runs.store import Store
@@ -363,29 +362,39 @@ def test_a_run_without_a_compiler_says_so_and_resumes_exactly(tmp_path, without_
     assert recorded(tmp_path / "cut") == recorded(whole)
 
 
-def test_a_reward_that_begins_during_sampling_changes_nothing(tmp_path, monkeypatch):
+EARLY = """
+import pathlib
+
+def note(what, completions):
+    with pathlib.Path(__file__).with_name("events").open("a") as file:
+        file.write(f"{what} {len(completions)}\\n")
+
+def plain(completions):
+    return [float(len(completion[0]["content"])) for completion in completions]
+
+class Elsewhere:
+    uses_cores = False
+
+    def __call__(self, completions):
+        note("called", completions)
+        return plain(completions)
+
+    def begin(self, completions):
+        note("begun", completions)
+
+elsewhere = Elsewhere()
+"""
+
+
+def test_a_reward_that_begins_during_sampling_changes_nothing(tmp_path):
     """One that asks elsewhere is given each group before it is called; the run is the same without."""
-    events = []
-
-    def plain(completions):
-        events.append(("called", len(completions)))
-        return [float(len(text)) for text in completions]
-
-    class Elsewhere:
-        uses_cores = False
-
-        def __call__(self, completions):
-            return plain(completions)
-
-        def begin(self, completions):
-            events.append(("begun", len(completions)))
-
-    found = []
-    for function in (Elsewhere(), plain):
-        monkeypatch.setattr("coterie.training.problem.load_rewards", lambda *_, f=function: [Reward("length", f)])
-        folder = trained(tmp_path / str(len(found)))
-        found.append(select(folder, "SELECT step, text, reward FROM completions ORDER BY 1, 2"))
+    (tmp_path / "early.py").write_text(EARLY)
+    query = "SELECT step, text, reward FROM completions ORDER BY 1, 2"
+    found = [
+        select(trained(tmp_path / name, f"rewards={tmp_path}/early.py:{name}"), query)
+        for name in ("elsewhere", "plain")
+    ]
     assert found[0] == found[1]
-    steps = [i for i, event in enumerate(events) if event[0] == "begun"]
-    assert len(steps) == 6 * 3  # steps, groups of each
-    assert all(events[i] == ("begun", 4) for i in steps)
+    events = (tmp_path / "events").read_text().split("\n")
+    assert events.count("begun 4") == 6 * 3  # steps, groups of each
+    assert not any(event.startswith("begun") and event != "begun 4" for event in events)
