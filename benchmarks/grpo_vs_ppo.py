@@ -23,9 +23,10 @@ from coterie.fast.serve import Policy
 from coterie.models.heads import Scorer
 from coterie.recipe import make_recipe
 from coterie.rollouts.pack import Row, make_stream
-from coterie.training.policy_update import UpdateSettings, optimise
+from coterie.training.policy_update import optimise
 from coterie.training.ppo import advantages_and_returns, fit_values, values_of, whitened
 from coterie.training.step import make_optimiser
+from coterie.training.weights import first_weights
 from coterie.types import BatchTotals
 
 SIZES = {
@@ -75,7 +76,7 @@ def measure(method: str, size: str) -> dict:
         AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", tie_word_embeddings=True, **shape)), "stream"
     )
     optimiser = make_optimiser(policy.model)
-    settings = UpdateSettings.of(recipe, kl_weight=0.0, entropy_weight=0.0, temperature=1.0)
+    weights = first_weights(recipe)
     trained = [(policy.model, optimiser)]
     if method == "ppo":
         value = Scorer.from_policy(policy)
@@ -92,13 +93,14 @@ def measure(method: str, size: str) -> dict:
                 optimiser,
                 streams,
                 totals,
-                settings,
+                recipe,
+                weights,
                 sampled_by_policy=True,
                 token_advantages=whitened(advantages),
             )
             fit_values(value, value_optimiser, streams, totals, old_values, returns, recipe)
         else:
-            optimise(policy, optimiser, streams, totals, settings, sampled_by_policy=True)
+            optimise(policy, optimiser, streams, totals, recipe, weights, sampled_by_policy=True)
         seconds.append(time.perf_counter() - started)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     state = {"parameters": 0, "gradients": 0, "optimiser": 0}

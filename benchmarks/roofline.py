@@ -28,8 +28,8 @@ import torch
 from measure import (
     DTYPES,
     RECIPE,
-    SETTINGS,
     SIZES,
+    WEIGHTS,
     Place,
     in_turn,
     make_parser,
@@ -124,7 +124,7 @@ def all_at_once(policy: Policy, streams: list[Stream]) -> None:
 
 def training_step(policy: Policy, streams: list[Stream], totals: BatchTotals, place: Place) -> Measure:
     optimiser = make_optimiser(policy.model, learning_rate=1e-6)
-    step = partial(optimise, policy, optimiser, streams, totals, SETTINGS, sampled_by_policy=True)
+    step = partial(optimise, policy, optimiser, streams, totals, RECIPE, WEIGHTS, sampled_by_policy=True)
     step()
     return lambda: {"seconds": median_seconds(step, place)}
 

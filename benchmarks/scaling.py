@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from measure import (
     RECIPE,
-    SETTINGS,
+    WEIGHTS,
     Place,
     apart,
     exponent,
@@ -185,7 +185,7 @@ def stream_step(
         micro_batch_tokens=RECIPE.optimiser.micro_batch_tokens,
         drop_silent=False,
     )
-    optimise(policy, optimiser, streams, totals, SETTINGS, sampled_by_policy=True)
+    optimise(policy, optimiser, streams, totals, RECIPE, WEIGHTS, sampled_by_policy=True)
 
 
 def copies_step(

@@ -11,7 +11,7 @@ _HOMES = {
     "train": "coterie.training.train",
     "update": "coterie.training.update",
     "NativeEngine": "coterie.fast.native",
-    "Sampling": "coterie.recipe",
+    "Sampling": "coterie.recipe.settings",
     "Policy": "coterie.fast.serve",
     "load_recipe": "coterie.recipe",
 }

@@ -19,7 +19,9 @@ from pydantic_core import PydanticUndefined
 
 import coterie
 from coterie.algorithms import objectives
-from coterie.recipe import Recipe, presets, settings
+from coterie.recipe import Recipe, Sampled, methods, presets, settings
+from coterie.recipe.kinds import SET, Idle, OneOf, Settings
+from coterie.recipe.objectives import LOSSES, Loss
 from coterie.runs import store
 
 DOCS = Path(__file__).parent
@@ -35,22 +37,68 @@ BOUNDS = {"gt": "above {}", "ge": "at least {}", "lt": "below {}", "le": "at mos
 
 
 def settings_page() -> str:
-    sections = [owner for owner in vars(settings).values()
-                if isinstance(owner, type) and issubclass(owner, settings.Settings) and owner is not settings.Settings]  # fmt: skip
-    parts = [SETTINGS_HEAD, "## Recipe\nThe first level.\n", _settings_table(Recipe)]
-    for owner in sections:
-        parts += [f"\n## {owner.__name__}\n{' '.join((owner.__doc__ or '').split())}\n", _settings_table(owner)]
+    """The first level of every method, then its own; then the sections, `loss` with the objectives in which each setting acts."""
+    parts = [SETTINGS_HEAD, f"## Recipe\n{_words(Recipe)}\n", _settings_table(Recipe.model_fields)]
+    for owner in (Sampled, *methods.METHODS.kinds.values()):
+        own = {name: field for name, field in owner.model_fields.items() if name not in _inherited(owner)}
+        if own:
+            method = owner.model_fields["method"].default
+            title = f"With `method: {method}`" if isinstance(method, str) else "With `method: grpo` and `ppo`"
+            parts += [f"\n### {title}\n{_words(owner)}\n", _settings_table(own)]
+    for owner in vars(settings).values():
+        if isinstance(owner, type) and issubclass(owner, Settings) and owner is not Settings:
+            parts += [f"\n## {owner.__name__}\n{_words(owner)}\n", _settings_table(owner.model_fields)]
+            if owner.__name__ == "Advantage":
+                parts += [f"\n## Loss\n{_words(Loss)}\n", _settings_table(LOSSES.fields(), LOSSES)]
     return "\n".join(parts) + "\n"
 
 
-def _settings_table(owner: type[settings.Settings]) -> str:
+def _words(owner: type[Settings]) -> str:
+    """The first paragraph of what a class says of itself."""
+    return " ".join((owner.__doc__ or "").split("\n\n")[0].split())
+
+
+def _inherited(owner: type[Settings]) -> set[str]:
+    return {"method"}.union(*(base.model_fields for base in owner.__bases__ if issubclass(base, Settings)))
+
+
+def _settings_table(fields: dict[str, Any], choice: OneOf | None = None) -> str:
     rows = []
-    for name, field in owner.model_fields.items():
+    for name, field in fields.items():
         if name == "made_with":
             continue
         allowed = "; ".join([_kind(field.annotation), *dict.fromkeys(_bounds(field.annotation, field.metadata))])
-        rows.append((f"`{name}`", allowed, _default(field), field.description or _about(field.annotation)))
+        about = field.description or _about(field.annotation)
+        if (choice is not None and f"loss.{name}" == choice.key) or name == "method":
+            one_of = choice or methods.METHODS
+            allowed = ", ".join(f"`{kind}`" for kind in one_of.kinds) + (
+                ", or your own as file.py:function" if one_of.own else ""
+            )
+            rows.append((f"`{name}`", allowed, f"`{next(iter(one_of.kinds))}`", about or ABOUT[one_of.key]))
+            continue
+        rows.append(
+            (f"`{name}`", allowed, _default(field), "; ".join(filter(None, [about, *_acting(name, field, choice)])))
+        )
     return table(("setting", "allowed", "default", "what it is"), rows)
+
+
+ABOUT = {"method": "the trainer, from the preset", "loss.objective": "what gives a loss to each token"}
+
+
+def _acting(name: str, field: Any, choice: OneOf | None) -> list[str]:
+    """When a setting acts, where that depends on others."""
+    said = [f"no effect while {_conditions(mark)}" for mark in field.metadata if isinstance(mark, Idle)]
+    if choice is not None and any(name not in kind.model_fields for kind in choice.kinds.values()):
+        said.append("in " + ", ".join(f"`{key}`" for key, kind in choice.kinds.items() if name in kind.model_fields))
+    return said
+
+
+def _conditions(mark: Idle) -> str:
+    words, shown = {None: "not set", SET: "set", (): "empty"}, []
+    for name, values in mark.conditions:
+        wanted = values if isinstance(values, tuple) and values else (values,)
+        shown.append(f"`{name}` is {' or '.join(str(words.get(value, value)) for value in wanted)}")
+    return " and ".join(shown).replace("`loss.needs_reference` is False", "the objective needs no reference")
 
 
 def _kind(annotation: Any) -> str:
@@ -64,7 +112,7 @@ def _kind(annotation: Any) -> str:
         return " or ".join(_kind(part) for part in get_args(annotation) if part is not type(None))
     if origin is tuple:
         return f"a list of {_kind(get_args(annotation)[0])}"
-    if isinstance(annotation, type) and issubclass(annotation, settings.Settings):
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
         return f"[settings](#{annotation.__name__.lower()})"
     return {int: "whole number", float: "number", str: "text", bool: "true or false"}.get(
         annotation, "settings by name"
@@ -88,7 +136,7 @@ def _bounds(annotation: Any, metadata: list[Any]) -> list[str]:
 def _default(field: Any) -> str:
     if field.default is PydanticUndefined:
         return "needed"
-    if isinstance(field.default, settings.Settings):
+    if isinstance(field.default, Settings):
         return "as there"
     if isinstance(field.default, tuple) and field.default:
         return f"`[{', '.join(field.default)}]`"
@@ -100,7 +148,7 @@ def _default(field: Any) -> str:
 def _about(annotation: Any) -> str:
     """Of a section what it says of itself, in its first sentence."""
     kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
-    said = next((kind.__doc__ for kind in kinds if issubclass(kind, settings.Settings)), None) or ""
+    said = next((kind.__doc__ for kind in kinds if issubclass(kind, Settings)), None) or ""
     return " ".join(said.split("\n\n")[0].split()).partition(". ")[0].rstrip(".")
 
 
@@ -117,7 +165,7 @@ OBJECTIVE_PAGES = {"dual_clip": "clip"}  # what has no page of its own
 def presets_page() -> str:
     rows = []
     for name in objectives.OBJECTIVES:
-        acting = ", ".join(f"`{setting}`" for setting in sorted(presets.OBJECTIVE_SETTINGS[name]))
+        acting = ", ".join(f"`{setting}`" for setting in sorted(LOSSES.kinds[name]().keywords))
         page = f"objectives/{OBJECTIVE_PAGES.get(name, name)}.md"
         rows.append((f"[`{name}`]({page})", acting, _first_words(_formula(name))))
     columns = ("objective", "settings of `loss` that act", "loss of a token")
@@ -317,7 +365,7 @@ def python_page() -> str:
     for name in sorted(coterie.__all__, key=str.lower):
         offered = getattr(coterie, name)
         parts.append(f"## coterie.{name}\n")
-        if isinstance(offered, type) and issubclass(offered, settings.Settings):
+        if isinstance(offered, type) and issubclass(offered, Settings):
             parts += [_prose(offered), "", SETTINGS_LINK.format(name.lower()), ""]
             continue
         if isinstance(offered, type):

@@ -1,7 +1,7 @@
 """Policy objectives: one loss per token, to be aggregated elsewhere.
 
 Legend: N completion tokens of a stream, B rows. Above stand the formulas, functions of tensors; below, the objectives that a
-recipe names: each takes the same `TokenTerms`, and as keywords those settings of the recipe's `loss` section that act in it.
+recipe names: each takes the same `TokenTerms`, and as keywords the settings of its class in `coterie/recipe/objectives.py`.
 """
 
 from __future__ import annotations
@@ -219,12 +219,43 @@ def anchored(
     return loss[row]
 
 
-OBJECTIVES: dict[str, Callable[..., Tensor]] = {
-    "clip": clip,
-    "dual_clip": dual_clip,
-    "cispo": cispo,
-    "sapo": sapo,
-    "gmpo": gmpo,
-    "policy_gradient": policy_gradient,
-    "anchored": anchored,
+Clipped = tuple[Tensor, Tensor]
+
+
+def ratio_clipped(
+    terms: TokenTerms, *, ratio: str, clip_low: float, clip_high: float, clip_bounds: str, **others: object
+) -> Clipped:
+    low, high = terms.bounds(clip_bounds, clip_low, clip_high)
+    return clipped_at(terms.ratio(ratio), terms.advantages, low=low, high=high)
+
+
+def weight_clipped(terms: TokenTerms, *, ratio: str, clip_low: float, clip_high: float) -> Clipped:
+    """A bound holds the weight, whatever the advantage's sign."""
+    weight = terms.ratio(ratio)
+    return weight < 1 - clip_low, weight > 1 + clip_high
+
+
+def log_ratio_clipped(terms: TokenTerms, *, clip_low: float, clip_high: float) -> Clipped:
+    return clipped_at(1 + terms.log_ratio, terms.advantages, low=clip_low, high=clip_high)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss for each token, and where its bounds act: (lower [N], upper [N]), bool; None where it has none.
+
+    Both take the settings of the objective as keywords.
+    """
+
+    loss: Callable[..., Tensor]
+    clipped: Callable[..., Clipped] | None = None
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "clip": Objective(clip, ratio_clipped),
+    "dual_clip": Objective(dual_clip, ratio_clipped),
+    "cispo": Objective(cispo, weight_clipped),
+    "sapo": Objective(sapo),
+    "gmpo": Objective(gmpo, log_ratio_clipped),
+    "policy_gradient": Objective(policy_gradient),
+    "anchored": Objective(anchored),
 }

@@ -15,7 +15,7 @@ from coterie.models.heads import Scorer
 from coterie.models.load import choose_device, start_model
 from coterie.models.policy import Policy, quiet_transformers
 from coterie.models.template import Chat
-from coterie.recipe import Recipe, load_recipe
+from coterie.recipe import DPO, GRPO, SFT, Recipe, RewardModel, Sampled, load_recipe
 from coterie.recipe.settings import Sampling
 from coterie.rewards.base import Reward
 from coterie.rewards.load import closing_all, load_rewards
@@ -54,12 +54,13 @@ def check_recipe(name: str, overrides: Sequence[str]) -> None:
         f"model: {type(model).__name__}, {num_parameters:,} parameters, prompts are shared: {policy.served == 'stream'}"
     )
     policy = as_trained(policy, recipe, console)
-    if recipe.method in ("dpo", "reward_model"):
+    if isinstance(recipe, DPO | RewardModel):
         shown = _check_pair(recipe, codec, task, policy)
-    elif recipe.method == "sft":
+    elif isinstance(recipe, SFT):
         prompt, answer = task.demonstrations(1, seed=recipe.seed, step=1)[0]
         shown = [f"--- a demonstration\n{codec.decode(prompt)}{codec.decode(answer)}"]
     else:
+        assert isinstance(recipe, Sampled)
         with closing_all(rewards):
             shown = _check_group(recipe, rewards, codec, task, policy)
     for text in (recipe.to_yaml(), *shown):
@@ -68,7 +69,7 @@ def check_recipe(name: str, overrides: Sequence[str]) -> None:
         console.say("everything that can be checked without training works")
 
 
-def _check_group(recipe: Recipe, rewards: Sequence[Reward], codec: Codec, task: Task, policy: Policy) -> list[str]:
+def _check_group(recipe: Sampled, rewards: Sequence[Reward], codec: Codec, task: Task, policy: Policy) -> list[str]:
     """Sample, score and compare the completions of one prompt. Returns what to show of them."""
     load_objective(recipe.loss)
     prompts = draw(task, 1, seed=recipe.seed, step=1)
@@ -76,7 +77,7 @@ def _check_group(recipe: Recipe, rewards: Sequence[Reward], codec: Codec, task: 
     groups = collect(engine, prompts, codec, recipe.sampling, num_completions=recipe.group_size, noise=noise)
     scored = score(groups, rewards, max_failed_share=recipe.max_failed_rewards)
     advantages: list[float] | None = None
-    if recipe.method == "grpo":
+    if isinstance(recipe, GRPO):
         advantages = load_advantages(recipe, rewards)(scored)[0].tolist()
     else:
         Scorer.from_policy(policy)
@@ -108,7 +109,7 @@ def _what_teaches_nothing(scored: Scored) -> list[str]:
 def _check_pair(recipe: Recipe, codec: Codec, task: Task, policy: Policy) -> list[str]:
     """One preference pair, scored where that is what is trained. Returns what to show of it."""
     pair = task.preferences(1, seed=recipe.seed, step=1)
-    if recipe.method == "reward_model":
+    if isinstance(recipe, RewardModel):
         (stream,) = pair_streams(pair, recipe.optimiser.micro_batch_tokens)
         Scorer.from_policy(policy).scores(stream.to(policy.device))
     names = ("prompt", "chosen", "rejected")

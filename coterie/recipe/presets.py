@@ -142,16 +142,3 @@ PRESETS: dict[str, dict[str, Any]] = {
     "reward_model": {"method": "reward_model"},
     "sft": {"method": "sft"},
 }
-
-# Which settings of the `loss` section act in which objective, beside those that act in all. A test holds this to the
-# signatures in objectives.py.
-OBJECTIVE_SETTINGS: dict[str, frozenset[str]] = {
-    "clip": frozenset({"ratio", "clip_low", "clip_high", "clip_bounds"}),
-    "dual_clip": frozenset({"ratio", "clip_low", "clip_high", "clip_bounds", "clip_ceiling"}),
-    "cispo": frozenset({"ratio", "clip_low", "clip_high"}),
-    "sapo": frozenset({"ratio", "gate_positive", "gate_negative"}),
-    "gmpo": frozenset({"clip_low", "clip_high"}),
-    "policy_gradient": frozenset({"ratio"}),
-    "anchored": frozenset({"anchor_alpha", "anchor_beta", "anchor_level", "anchor_weight"}),
-}
-CHOSEN_BY_OBJECTIVE = frozenset().union(*OBJECTIVE_SETTINGS.values())

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator
 
-from coterie.errors import nearest
-from coterie.recipe.presets import OBJECTIVE_SETTINGS
+from coterie.recipe.kinds import SET, Idle, Settings
 
 
 def _not_bool(value: Any) -> Any:
@@ -40,12 +39,6 @@ Preset = Literal[
 ]  # fmt: skip
 
 
-class Settings(BaseModel):
-    """A frozen group of settings that refuses keys it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
 class ModelShape(Settings):
     """A fresh model with random weights, from a transformers configuration."""
 
@@ -63,18 +56,24 @@ class DatasetTask(Settings):
     chosen: str | None = Field(None, description="the column with the preferred answer, for dpo and reward_model")
     rejected: str | None = Field(None, description="the column with the other answer of the pair")
     split: str = Field("train", description="which split of a hub data set")
-    heldout: Share = Field(0.1, description="share of the rows kept for evaluation, chosen by content")
+    heldout: Annotated[Share, Idle(("task.evaluation", SET))] = Field(
+        0.1, description="share of the rows kept for evaluation, chosen by content"
+    )
     evaluation: str | None = Field(
         None, description="rows to evaluate on in place of those: a .jsonl or .parquet file, or a hub data set id"
     )
-    evaluation_split: str = Field("test", description="of evaluation: which split of a hub data set")
+    evaluation_split: Annotated[str, Idle(("task.evaluation", None))] = Field(
+        "test", description="of evaluation: which split of a hub data set"
+    )
     lenient: bool = Field(
         False, description="leave out rows that can't be used, counted by reason, in place of refusing them"
     )
     max_left_out: Share = Field(
         0.05, description="of lenient: share of the rows above which the data is refused after all"
     )
-    correct_above: Finite | None = Field(None, description="total reward above which a completion counts as correct")
+    correct_above: Annotated[Finite | None, Idle(("method", "reward_model")), Idle(("rewards", ()))] = Field(
+        None, description="total reward above which a completion counts as correct"
+    )
 
 
 class RewardSpec(Settings):
@@ -138,41 +137,13 @@ class Advantage(Settings):
         "sample",
         description="what the difference is divided by: std of the group (over n - 1, or n), nothing, std of the batch's rewards, or of its differences",
     )
-    combine: Literal["sum", "each"] = Field(
+    combine: Annotated[Literal["sum", "each"], Idle(("advantage.function", SET))] = Field(
         "sum", description="rewards summed, then normalised; or each normalised first"
     )
-    epsilon: Positive = Field(1e-6, description="added to what the difference is divided by")
-
-
-class Loss(Settings):
-    """The objective, how its terms are summed, and the weight of the KL to the reference."""
-
-    objective: str = Field("clip", description=f"{', '.join(OBJECTIVE_SETTINGS)}, or your own as file.py:function")
-    ratio: Literal["token", "sequence", "sequence_mean", "sequence_mean_token"] = Field(
-        "token", description="of policy to sampler: for each token, or for a whole completion"
-    )
-    clip_low: Annotated[Number, Field(gt=0, le=1)] = Field(0.2, description="how far below 1 a ratio counts")
-    clip_high: Positive = Field(0.2, description="how far above 1 a ratio counts")
-    clip_bounds: Literal["fixed", "dynamic"] = Field("fixed", description="dynamic: wider for rare tokens (DCPO)")
-    clip_ceiling: Annotated[Number, Field(gt=1, allow_inf_nan=False)] = Field(3.0, description="of dual_clip")
-    gate_positive: Positive = Field(1.0, description="of sapo: how steep the gate is where the advantage is positive")
-    gate_negative: Positive = Field(1.05, description="the same where it is negative")
-    anchor_alpha: Annotated[Number, Field(ge=0, lt=1)] = Field(0.5, description="the policy's share of the anchor")
-    anchor_beta: Positive = 1.0
-    anchor_level: Literal["token", "sequence"] = "token"
-    anchor_weight: Literal["advantage", "reward"] = "advantage"
-    aggregation: Literal["sequence_mean", "sequence_sum", "token_mean", "fixed_length"] = Field(
-        "sequence_mean",
-        description="how tokens are summed: mean or sum in each completion, mean of all tokens, or sum over the length limit",
-    )
-    kl_weight: NonNegative = Field(0.0, description="of the KL to the reference; 0 for none")
-
-    @field_validator("objective")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in OBJECTIVE_SETTINGS and ":" not in name:
-            raise ValueError(f"there is no {name!r}; {nearest(name, OBJECTIVE_SETTINGS)}; your own is file.py:function")
-        return name
+    epsilon: Annotated[
+        Positive,
+        Idle(("advantage.scale", "none"), ("advantage.combine", "sum"), ("advantage.function", None)),
+    ] = Field(1e-6, description="added to what the difference is divided by")
 
 
 class KL(Settings):
@@ -181,7 +152,11 @@ class KL(Settings):
     estimator: Literal["k1", "k2", "k3", "exact"] = Field("k3", description="exact sums over the vocabulary")
     place: Literal["loss", "reward"] = Field("loss", description="a term of the loss, or taken from the reward")
     target: Positive | None = Field(None, description="nats per token that the weight adapts to; fixed if empty")
-    adapt_rate: Annotated[Number, Field(gt=0, lt=1)] = 0.1
+    adapt_rate: Annotated[Number, Field(gt=0, lt=1), Idle(("kl.target", None))] = 0.1
+
+    @property
+    def in_reward(self) -> bool:
+        return self.place == "reward"
 
 
 class Entropy(Settings):
@@ -189,7 +164,9 @@ class Entropy(Settings):
 
     weight: NonNegative = Field(0.0, description="of the bonus; 0 for none")
     target: Positive | None = Field(None, description="nats per token that the weight adapts to; fixed if empty")
-    adapt_rate: Positive = Field(1e-3, description="how much the weight grows a step and a nat below the target")
+    adapt_rate: Annotated[Positive, Idle(("entropy.target", None))] = Field(
+        1e-3, description="how much the weight grows a step and a nat below the target"
+    )
 
 
 class Reference(Settings):
@@ -198,8 +175,21 @@ class Reference(Settings):
     kind: Literal["frozen", "moving", "replaced"] = Field(
         "frozen", description="the start, an average that follows the policy, or a copy that is renewed"
     )
-    decay: Annotated[Number, Field(ge=0, lt=1)] = Field(0.99, description="of moving: share of itself it keeps a step")
-    every: PositiveInt = Field(50, description="of replaced: steps between two copies of the policy")
+    decay: Annotated[Number, Field(ge=0, lt=1), Idle(("reference.kind", ("frozen", "replaced")))] = Field(
+        0.99, description="of moving: share of itself it keeps a step"
+    )
+    every: Annotated[PositiveInt, Idle(("reference.kind", ("frozen", "moving")))] = Field(
+        50, description="of replaced: steps between two copies of the policy"
+    )
+
+    @property
+    def moves(self) -> bool:
+        return self.kind != "frozen"
+
+    def share(self, step: int) -> float:
+        """How much of the way to the policy it goes after a step."""
+        shares = {"frozen": 0.0, "moving": 1 - self.decay, "replaced": 0.0 if step % self.every else 1.0}
+        return shares[self.kind]
 
 
 class Correction(Settings):
@@ -208,16 +198,24 @@ class Correction(Settings):
     kind: Literal["none", "truncate", "mask"] = Field(
         "none", description="bound the weights, or leave out what is above the limit"
     )
-    level: Literal["token", "sequence"] = Field(
+    level: Annotated[Literal["token", "sequence"], Idle(("correction.kind", "none"))] = Field(
         "token", description="a weight for each token, or for a whole completion"
     )
-    limit: Annotated[Number, Field(gt=1, allow_inf_nan=False)] = Field(2.0, description="the largest weight")
+    limit: Annotated[Number, Field(gt=1, allow_inf_nan=False), Idle(("correction.kind", "none"))] = Field(
+        2.0, description="the largest weight"
+    )
+
+    @property
+    def acts(self) -> bool:
+        return self.kind != "none"
 
 
 class DynamicSampling(Settings):
     """Groups without signal are dropped, and new prompts drawn in their place."""
 
-    rounds: Whole = Field(0, ge=0, le=100, description="how often at most; 0 keeps every group")
+    rounds: Annotated[Whole, Idle(("group_size", 1))] = Field(
+        0, ge=0, le=100, description="how often at most; 0 keeps every group"
+    )
 
 
 class Overlong(Settings):
@@ -226,8 +224,16 @@ class Overlong(Settings):
     treatment: Literal["keep", "leave_out", "punish"] = Field(
         "keep", description="as others, out of the loss, or with a lower reward"
     )
-    margin: Share = Field(0.1, description="of punish: the last share of the limit, over which it grows")
-    penalty: Positive = Field(1.0, description="of punish: what a completion loses that is cut")
+    margin: Annotated[Share, Idle(("overlong.treatment", ("keep", "leave_out")))] = Field(
+        0.1, description="of punish: the last share of the limit, over which it grows"
+    )
+    penalty: Annotated[Positive, Idle(("overlong.treatment", ("keep", "leave_out")))] = Field(
+        1.0, description="of punish: what a completion loses that is cut"
+    )
+
+    @property
+    def punishes(self) -> bool:
+        return self.treatment == "punish"
 
 
 class Value(Settings):
@@ -275,12 +281,16 @@ class Optimiser(Settings):
     learning_rate: Positive = Field(1e-6, description="at its highest")
     warmup_steps: Whole = Field(0, ge=0, description="steps over which the learning rate rises")
     schedule: Schedule = Field("constant", description="of the learning rate after that")
-    final_share: Share = Field(0.0, description="share of the learning rate left at the end of the schedule")
+    final_share: Annotated[Share, Idle(("optimiser.schedule", "constant")), Idle(("method", "sft"))] = Field(
+        0.0, description="share of the learning rate left at the end of the schedule"
+    )
     weight_decay: NonNegative = Field(0.0, description="of AdamW")
     beta1: Annotated[Number, Field(ge=0, lt=1)] = Field(0.9, description="of AdamW")
     beta2: Annotated[Number, Field(ge=0, lt=1)] = Field(0.99, description="of AdamW")
     max_grad_norm: Positive = Field(1.0, description="a longer gradient is scaled down to it")
-    updates_per_batch: PositiveInt = Field(1, description="optimiser steps on each batch of samples")
+    updates_per_batch: Annotated[PositiveInt, Idle(("method", ("dpo", "sft", "reward_model")))] = Field(
+        1, description="optimiser steps on each batch of samples"
+    )
     micro_batch_tokens: PositiveInt = Field(16384, description="stream tokens per forward and backward pass")
     activation_checkpointing: bool = Field(
         False, description="keep only the inputs of each layer for the backward pass, and compute the rest again there"
@@ -291,8 +301,12 @@ class Evaluation(Settings):
     """Held-out evaluation before, during and after training."""
 
     prompts: PositiveInt = Field(512, description="held-out prompts used before and after; all if there are fewer")
-    samples: PositiveInt = Field(2, description="sampled completions of each")
-    every: Whole = Field(0, ge=0, description="steps between evaluations on the way; 0 for none")
+    samples: Annotated[PositiveInt, Idle(("method", "reward_model"))] = Field(
+        2, description="sampled completions of each"
+    )
+    every: Annotated[Whole, Idle(("method", "sft"))] = Field(
+        0, ge=0, description="steps between evaluations on the way; 0 for none"
+    )
 
 
 class Checkpoint(Settings):
@@ -300,7 +314,7 @@ class Checkpoint(Settings):
 
     every: PositiveInt = Field(50, description="steps between two saves")
     keep_last: PositiveInt = Field(2, description="of the newest")
-    keep_best: Whole = Field(
+    keep_best: Annotated[Whole, Idle(("method", "sft")), Idle(("evaluation.every", 0))] = Field(
         0, ge=0, description="further ones kept for the highest held-out accuracy on the way, or reward"
     )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from coterie.errors import RunFailedError
-from coterie.recipe import Recipe
+from coterie.recipe import GRPO, Recipe
 from coterie.recipe.settings import Limits
 from coterie.redact import hidden_in
 from coterie.runs.notice import Notice, Recorded
@@ -104,7 +104,8 @@ class Alarms:
     def limits(self, step: Recorded) -> Iterator[Notice]:
         """The limits that begin to be passed, those of `limits.stop_on` ending the run."""
         stop_on = set(self._recipe.limits.stop_on)
-        if self._recipe.correction.kind != "none" and self._recipe.limits.sampler_gap is None:
+        corrects = isinstance(self._recipe, GRPO) and self._recipe.correction.acts
+        if corrects and self._recipe.limits.sampler_gap is None:
             stop_on.discard("sampler_gap")  # what was sampled is weighed by how far apart the two are
         found = self._passed(step.stage, step.step, step.metrics)
         if not found:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from coterie.evals.evaluate import Evaluation, Example
-from coterie.recipe import Recipe
+from coterie.recipe import GRPO, Recipe, Sampled
 from coterie.runs.alarms import Alarms
 from coterie.runs.checkpoint import STAGES
 from coterie.runs.console import Console
@@ -56,6 +56,7 @@ class Recorder:
         with writing(self._folder), self._store.transaction():
             self._store.metrics(stage, step, metrics)
             if scored is not None and advantages is not None:
+                assert isinstance(self._recipe, Sampled)
                 limit = self._recipe.record.max_megabytes_per_step * 1e6
                 left_out = self._store.completions(stage, step, scored, advantages, pieces, max_bytes=limit)
                 if left_out:
@@ -94,7 +95,8 @@ class Recorder:
 
     def _begin_watch(self, stage: str) -> None:
         if self._watch is None and self._watches(stage):
-            punished = {"overlong": 1.0} if self._recipe.overlong.treatment == "punish" else {}
+            punishes = isinstance(self._recipe, GRPO) and self._recipe.overlong.punishes
+            punished = {"overlong": 1.0} if punishes else {}
             weights = {spec.name: spec.weight for spec in self._recipe.rewards} | punished
             self._watch = Watch.of(self._store, weights)
 

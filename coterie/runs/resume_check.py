@@ -7,15 +7,15 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel
 
 from coterie.errors import UserError
 from coterie.recipe import Recipe, make_recipe
+from coterie.recipe.methods import METHODS, place_of
 from coterie.recipe.older import moved, new_name
-from coterie.recipe.settings import DatasetTask, RewardSpec
+from coterie.recipe.settings import DatasetTask
 from coterie.runs.modules import modules_of
 
 _FREE = ("made_with", "steps")  # what may change without a word
@@ -48,13 +48,16 @@ def check_inputs(before: Mapping[str, str], now: Mapping[str, str], allowed: Col
     A file that lies elsewhere is no change while its content is the same; nor is a setting that is new since the start, at its default.
     """
     before = {new_name(name): _moved(value) if name.endswith(".function") else value for name, value in before.items()}
+    meant = _meant(now)
     changed: list[tuple[str, str]] = []
     refused: list[tuple[str, str]] = []
     lost = []
     for name in sorted({*before, *now}):
         if before.get(name) == now.get(name) or _only_moved(name.removesuffix(_CONTENT), before, now):
             continue
-        if name not in before and now[name] == _default_of(name):
+        if name not in before and now[name] == _default_of(name, meant):
+            continue
+        if name not in now and _is_of_another_kind(name, meant):
             continue
         plain, _, part = name.removesuffix(_CONTENT).partition(_PART)
         if part and name not in before:  # begun before such parts were noted; what uses a module is compared itself
@@ -115,21 +118,36 @@ def _home_of(value: str) -> str:
     return home if home.endswith(".py") else text
 
 
-def _default_of(name: str) -> str | None:
-    """The default of a setting by its dotted name, as JSON."""
-    first, *rest = name.split(".")
-    owner: type[BaseModel] | None = Recipe
-    if first == "rewards" and len(rest) > 1:
-        owner, first, rest = RewardSpec, rest[1], rest[2:]
-    elif rest and first in Recipe.model_fields:
-        kinds = [Recipe.model_fields[first].annotation, *get_args(Recipe.model_fields[first].annotation)]
-        sections = (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
-        owner, first, rest = next(sections, None), rest[0], rest[1:]
-    field = owner.model_fields.get(first) if owner is not None and not rest else None
+def _meant(now: Mapping[str, str]) -> dict[str, Any]:
+    """The recipe's values as far as they choose between kinds of settings: the first level and the one below it."""
+    found: dict[str, Any] = {}
+    for name, value in now.items():
+        section, dot, key = name.partition(".")
+        if dot and "." not in key and not name.endswith(_CONTENT):
+            found.setdefault(section, {})[key] = json.loads(value)
+        elif not dot and not name.endswith(_CONTENT):
+            found[name] = json.loads(value)
+    return found
+
+
+def _default_of(name: str, values: Mapping[str, Any]) -> str | None:
+    """The default of a setting by its dotted name in a recipe with these values, as JSON."""
+    parts = name.split(".")
+    if len(parts) > (3 if parts[0] == "rewards" else 2):
+        return None
+    field = place_of(parts, values).fields.get(parts[-1])
     if field is None or field.is_required():
         return None
     value = field.get_default(call_default_factory=True, validated_data={})
     return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False, default=str)
+
+
+def _is_of_another_kind(name: str, values: Mapping[str, Any]) -> bool:
+    """Whether an older version noted a setting that can't be set beside what was chosen, and did nothing."""
+    section, dot, key = name.partition(".")
+    return place_of((section,), values).is_shut_out(section) or (
+        bool(dot) and place_of((section, key), values).is_shut_out(key)
+    )
 
 
 def portable(recipe: Recipe, folder: Path) -> str:
@@ -191,7 +209,7 @@ def at_home(
         return f"{found[str(Path(path))]}{colon}{function}" if path and str(Path(path)) in found else value
 
     lines = [f"{own} instead of {path}: the project was moved or copied" for path, own in found.items()]
-    return Recipe.model_validate(_replaced(recipe.model_dump(), own_of)), lines
+    return METHODS.read(_replaced(recipe.model_dump(), own_of)), lines
 
 
 def _replaced(value: Any, change: Callable[[str], str]) -> Any:
@@ -223,10 +241,9 @@ def _templates(folder: Path) -> list[str]:
 
 def _homes(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Every setting that names code of the user's, with the file or module."""
-    functions = {"loss.objective": recipe.loss.objective, "advantage.function": recipe.advantage.function}
-    functions |= {f"rewards.{spec.name}.function": spec.function for spec in recipe.rewards}
-    for name, function in functions.items():
-        home = (function or "").rpartition(":")[0]
+    of_rewards = {f"rewards.{spec.name}.function": spec.function for spec in recipe.rewards}
+    for name, function in {**recipe.functions, **of_rewards}.items():
+        home = function.rpartition(":")[0]
         if home:
             yield name, home
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from coterie.algorithms.advantages import group_advantages, normalised_then_summed
 from coterie.errors import UserError
-from coterie.recipe import Recipe
+from coterie.recipe import GRPO
 from coterie.recipe.settings import Advantage
 from coterie.rewards.base import Reward
 from coterie.training.keywords import chosen_keywords
@@ -23,7 +23,7 @@ from coterie.user_code import load_function
 Advantages = Callable[[Scored], Tensor]
 
 
-def load_advantages(recipe: Recipe, rewards: Sequence[Reward]) -> Advantages:
+def load_advantages(recipe: GRPO, rewards: Sequence[Reward]) -> Advantages:
     """How scored groups become advantages [P, G]: the recipe's settings, or the user's own function."""
     settings = recipe.advantage
     if settings.function is not None:

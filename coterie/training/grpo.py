@@ -11,7 +11,7 @@ from typing import TypedDict
 from torch import Tensor
 
 from coterie.models.policy import Policy
-from coterie.recipe import Recipe
+from coterie.recipe import GRPO
 from coterie.rollouts.engine import Engine
 from coterie.rollouts.pack import pack
 from coterie.runs.checkpoint import TrainState
@@ -19,7 +19,7 @@ from coterie.training.advantages import load_advantages
 from coterie.training.evaluation import evaluate_on_the_way
 from coterie.training.gap import rounding_at_the_gap
 from coterie.training.metrics import Clock
-from coterie.training.policy_update import UpdateSettings, load_objective, optimise
+from coterie.training.policy_update import holds_reference, load_objective, optimise
 from coterie.training.problem import Problem
 from coterie.training.reference import move_reference, watch_reference
 from coterie.training.sample import groups_with_signal, sampling
@@ -39,11 +39,12 @@ from coterie.training.weights import adapt, controlled, first_weights
 def train_grpo(run: Session, problem: Problem, policy: Policy, reference: Policy, engine: Engine) -> None:
     """Every step samples, scores, updates, records, and where it is time evaluates and saves."""
     recipe, temperature = run.recipe, run.recipe.sampling.temperature
+    assert isinstance(recipe, GRPO)
     objective, advantages_of = load_objective(recipe.loss), load_advantages(recipe, problem.rewards)
     sample, with_kl = sampling(recipe, problem, engine), kl_stage(recipe, policy, reference)
     optimiser, weights = make_optimiser(policy, recipe.optimiser), first_weights(recipe)
     update = partial(optimise, policy, optimiser, objective=objective, reference=reference, sampled_by_policy=True)
-    moving = {"reference": reference} if recipe.reference.kind != "frozen" else {}
+    moving = {"reference": reference} if recipe.reference.moves else {}
     state = TrainState({"model": policy, **moving}, {"optimiser": (policy, optimiser)}, weights)
     run.restore("train", state)
     for step in run.remaining("train", recipe.steps):
@@ -52,10 +53,9 @@ def train_grpo(run: Session, problem: Problem, policy: Policy, reference: Policy
         scored = with_kl(drawn.learned, weights["kl_weight"])
         advantages = advantages_of(scored)  # [P, G]
         streams, totals = pack(scored, advantages, **packing(recipe))
-        settings = UpdateSettings.of(recipe, **weights, temperature=temperature)
-        watched = watch_reference(reference, recipe, scored, streams, step, held=settings.holds_reference)
+        watched = watch_reference(reference, recipe, scored, streams, step, held=holds_reference(recipe, weights))
         learning_rate = set_learning_rate(optimiser, step, recipe.steps, recipe.optimiser)
-        tally = update(streams, totals, settings, reference_logprobs=watched.held, gaps=gaps)
+        tally = update(streams, totals, recipe, weights, reference_logprobs=watched.held, gaps=gaps)
         move_reference(reference, policy, recipe.reference, step)
         engine.load_weights(policy, step)
         clock.lap("time/train_seconds")
@@ -81,7 +81,7 @@ class Packing(TypedDict):
     drop_silent: bool
 
 
-def packing(recipe: Recipe) -> Packing:
+def packing(recipe: GRPO) -> Packing:
     """A completion whose advantage is 0 is dropped where nothing else gives it a gradient."""
     return {
         "max_length": recipe.sampling.max_new_tokens,
@@ -90,7 +90,7 @@ def packing(recipe: Recipe) -> Packing:
     }
 
 
-def only_advantages_act(recipe: Recipe) -> bool:
+def only_advantages_act(recipe: GRPO) -> bool:
     """Whether a completion whose advantage is 0 has no gradient at all, so that it can be left out."""
-    ours = ":" not in recipe.loss.objective and recipe.loss.objective != "anchored"
-    return ours and not recipe.loss.kl_weight and not recipe.entropy.weight and recipe.entropy.target is None
+    loss, entropy = recipe.loss, recipe.entropy
+    return loss.by_advantage and not loss.kl_weight and not entropy.weight and entropy.target is None

@@ -5,82 +5,52 @@ Legend: N completion tokens of a stream, B its rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from coterie.algorithms.aggregate import aggregate
 from coterie.algorithms.kl import k3, kl_penalty
-from coterie.algorithms.objectives import OBJECTIVES, TokenTerms, clipped_at
+from coterie.algorithms.objectives import OBJECTIVES, Objective, TokenTerms, ratio_clipped
 from coterie.algorithms.ratios import importance_weights
 from coterie.distributed.reduce import sum_totals
 from coterie.errors import UserError
-from coterie.models.logprobs import token_statistics
+from coterie.models.logprobs import TokenStatistics, token_statistics
 from coterie.models.policy import Policy
-from coterie.recipe import Recipe
-from coterie.recipe.settings import KL, Correction, Loss
+from coterie.recipe import GRPO, Sampled
+from coterie.recipe.objectives import Loss
+from coterie.recipe.settings import Correction
 from coterie.training.keywords import chosen_keywords
 from coterie.training.metrics import Tally
 from coterie.training.step import take_step
 from coterie.types import BatchTotals, Stream
 from coterie.user_code import load_function
 
-Objective = Callable[[TokenTerms], Tensor]
-
-
-@dataclass(frozen=True)
-class UpdateSettings:
-    """What an update on one batch of samples needs to know.
-
-    kl_weight, entropy_weight: those of this step, which a controller may have moved. The KL's acts here only where its place
-    is the loss.
-    """
-
-    loss: Loss
-    kl: KL = field(default_factory=KL)
-    kl_weight: float = 0.0
-    entropy_weight: float = 0.0
-    correction: Correction = field(default_factory=Correction)
-    temperature: float = 1.0
-    num_updates: int = 1
-    max_grad_norm: float = 1.0
-
-    @classmethod
-    def of(cls, recipe: Recipe, *, kl_weight: float, entropy_weight: float, temperature: float) -> UpdateSettings:
-        optimiser = recipe.optimiser
-        return cls(
-            recipe.loss,
-            recipe.kl,
-            kl_weight if recipe.kl.place == "loss" else 0.0,
-            entropy_weight,
-            recipe.correction,
-            temperature,
-            optimiser.updates_per_batch,
-            optimiser.max_grad_norm,
-        )
-
-    @property
-    def holds_reference(self) -> bool:
-        """Whether the loss compares the policy with the reference at every token."""
-        return self.kl_weight > 0 or self.loss.objective == "anchored"
-
-    @property
-    def exact_kl(self) -> bool:
-        return self.kl_weight > 0 and self.kl.estimator == "exact"
-
 
 def load_objective(loss: Loss) -> Objective:
-    """The objective that a recipe names, ours or the user's own, with those of the `loss` settings that it takes as keywords.
+    """The objective that a recipe names, ours or the user's own, with its settings.
 
-    Raises UserError where the user's function is missing, or asks for a keyword that is no such setting.
+    Raises UserError where the user's function is missing, or asks for a keyword that is no setting of `loss`.
     """
-    function = OBJECTIVES.get(loss.objective)
-    if function is None:
-        function = load_function(loss.objective, "loss.objective")
+    ours = OBJECTIVES.get(loss.objective)
+    if ours is not None:
+        clipped = partial(ours.clipped, **loss.keywords) if ours.clipped is not None else None
+        return Objective(partial(ours.loss, **loss.keywords), clipped)
+    function = load_function(loss.objective, "loss.objective")
     keywords = chosen_keywords(function, loss.model_dump(), f"loss.objective: {loss.objective}")
-    return lambda terms: function(terms, **keywords)
+    return Objective(partial(function, **keywords), partial(ratio_clipped, **loss.keywords))
+
+
+def kl_weight_of(recipe: Sampled, weights: Mapping[str, float]) -> float:
+    """The weight of the KL in the loss: none where it is taken off the rewards."""
+    return 0.0 if recipe.kl.in_reward else weights["kl_weight"]
+
+
+def holds_reference(recipe: Sampled, weights: Mapping[str, float]) -> bool:
+    """Whether the loss compares the policy with the reference at every token."""
+    return kl_weight_of(recipe, weights) > 0 or recipe.loss.needs_reference
 
 
 def optimise(
@@ -88,7 +58,8 @@ def optimise(
     optimiser: torch.optim.Optimizer,
     streams: Sequence[Stream],
     totals: BatchTotals,
-    settings: UpdateSettings,
+    recipe: Sampled,
+    weights: Mapping[str, float],
     *,
     objective: Objective | None = None,
     reference: Policy | None = None,
@@ -99,78 +70,91 @@ def optimise(
 ) -> Tally:
     """One or more optimiser steps on a batch of samples, cut into micro-batches in any way.
 
-    `objective`: the one that `settings` names, unless given. `reference_logprobs`: [N] for each stream, needed where the KL
-    has a weight in the loss and where the objective asks for them; `reference` itself only for the exact KL.
-    `token_advantages`: [N] for each stream, in place of the streams' own, one per row.
-    `sampled_by_policy`: the samples come from these very weights. Then pi_old is what the first update computes, and the
-    ratio starts at exactly 1; how far the sampler's own log-probabilities lie from it is the metric
-    "policy/sampler_gap_max". A correction for the sampler makes pi_old the same, and weighs each token or row by how much
-    likelier pi_old makes it than the sampler did. `gaps`: an empty list, which gets that distance for each token, [N] of each
-    stream.
+    `weights`: those of KL and entropy in this step, as `first_weights` gives them or a controller has moved them. `objective`: the
+    one that the recipe names, unless given. `reference_logprobs`: [N] for each stream, needed where `holds_reference` says so;
+    `reference` itself only for the exact KL. `token_advantages`: [N] for each stream, in place of the streams' own, one per row.
+    `sampled_by_policy`: the samples come from these very weights. Then pi_old is what the first update computes, and the ratio
+    starts at exactly 1; how far the sampler's own log-probabilities lie from it is the metric "policy/sampler_gap_max". A correction
+    for the sampler makes pi_old the same, and weighs each token or row by how much likelier pi_old makes it than the sampler did.
+    `gaps`: an empty list, which gets that distance for each token, [N] of each stream.
     """
-    objective = objective or load_objective(settings.loss)
+    objective = objective or load_objective(recipe.loss)
     totals = sum_totals(totals)
-    recompute = sampled_by_policy or settings.correction.kind != "none"
-    tally = Tally()
+    recompute = sampled_by_policy or correction_of(recipe) is not None
+    tally, gaps = Tally(), gaps if gaps is not None else []
     old_logprobs = [stream.sampler_logprobs.to(policy.device) for stream in streams]
-    for update in range(settings.num_updates):
+    for update in range(recipe.optimiser.updates_per_batch):
         losses: list[Tensor] = []
 
         def loss_of(number: int, stream: Stream, first: bool = update == 0, losses: list[Tensor] = losses) -> Tensor:
-            statistics = token_statistics(
-                policy,
-                stream,
-                temperature=settings.temperature,
-                entropy=settings.entropy_weight > 0,
-                reference=reference if settings.exact_kl else None,
-            )
+            found = _statistics(policy, stream, recipe, weights, reference)
             if first and recompute:
-                old_logprobs[number] = statistics.logprobs.detach()
-                gap = (old_logprobs[number] - stream.sampler_logprobs).abs()
-                tally.add_maximum("policy/sampler_gap_max", gap)
-                if gaps is not None:
-                    gaps.append(gap)
-            of_rows = stream.row
-            given = token_advantages[number] if token_advantages is not None else None
-            terms = TokenTerms(
-                policy_logprobs=statistics.logprobs,
-                old_logprobs=old_logprobs[number],
-                advantages=given if given is not None else stream.advantages[of_rows],
-                rewards=stream.rewards[of_rows],
-                row=of_rows,
-                num_rows=stream.num_rows,
-                reference_logprobs=(
-                    reference_logprobs[number].to(policy.device) if reference_logprobs is not None else None
-                ),
-            )
-            per_token = _loss_per_token(
-                terms, stream, settings, objective, statistics.entropies, statistics.exact_kls, tally
-            )
-            aggregation = settings.loss.aggregation
-            loss = aggregate(per_token, of_rows, stream.row_lengths, aggregation=aggregation, totals=totals)
+                old_logprobs[number] = found.logprobs.detach()
+                gaps.append((old_logprobs[number] - stream.sampler_logprobs).abs())
+                tally.add_maximum("policy/sampler_gap_max", gaps[-1])
+            advantages = token_advantages[number] if token_advantages is not None else None
+            held = reference_logprobs[number].to(policy.device) if reference_logprobs is not None else None
+            terms = _terms(found.logprobs, old_logprobs[number], stream, advantages, held)
+            per_token = _loss_per_token(terms, stream, recipe, weights, objective, found, tally)
+            aggregation = recipe.loss.aggregation
+            loss = aggregate(per_token, stream.row, stream.row_lengths, aggregation=aggregation, totals=totals)
             losses.append(loss.detach().double())
-            _add_ratio_metrics(terms, settings, tally)
+            _add_ratio_metrics(terms, objective, recipe.loss.keywords.get("ratio", "token"), tally)
             return loss
 
-        tally.merge(take_step(optimiser, streams, loss_of, policy.device, settings.max_grad_norm))
+        tally.merge(take_step(optimiser, streams, loss_of, policy.device, recipe.optimiser.max_grad_norm))
         tally.add("loss/total", sum(losses))
     return tally
+
+
+def _statistics(
+    policy: Policy, stream: Stream, recipe: Sampled, weights: Mapping[str, float], reference: Policy | None
+) -> TokenStatistics:
+    """Log-probabilities, and what the entropy bonus and the exact KL need where they have a weight."""
+    exact = kl_weight_of(recipe, weights) > 0 and recipe.kl.estimator == "exact"
+    return token_statistics(
+        policy,
+        stream,
+        temperature=recipe.sampling.temperature,
+        entropy=weights["entropy_weight"] > 0,
+        reference=reference if exact else None,
+    )
+
+
+def correction_of(recipe: Sampled) -> Correction | None:
+    """How the samples are weighed for another sampler, if they are."""
+    return recipe.correction if isinstance(recipe, GRPO) and recipe.correction.acts else None
+
+
+def _terms(
+    policy_logprobs: Tensor, old_logprobs: Tensor, stream: Stream, advantages: Tensor | None, held: Tensor | None
+) -> TokenTerms:
+    """What the objective sees of a stream. advantages [N]: in place of its rows'. held [N]: the reference's log-probabilities."""
+    return TokenTerms(
+        policy_logprobs=policy_logprobs,
+        old_logprobs=old_logprobs,
+        advantages=advantages if advantages is not None else stream.advantages[stream.row],
+        rewards=stream.rewards[stream.row],
+        row=stream.row,
+        num_rows=stream.num_rows,
+        reference_logprobs=held,
+    )
 
 
 def _loss_per_token(
     terms: TokenTerms,
     stream: Stream,
-    settings: UpdateSettings,
+    recipe: Sampled,
+    weights: Mapping[str, float],
     objective: Objective,
-    entropies: Tensor | None,
-    exact_kls: Tensor | None,
+    found: TokenStatistics,
     tally: Tally,
 ) -> Tensor:
     """The objective, corrected for the sampler; plus the KL, less the entropy, each with its weight: [N]."""
-    per_token = _checked(objective(terms), terms)
-    if settings.correction.kind != "none":
-        correction = settings.correction
-        weights = importance_weights(
+    per_token = _checked(objective.loss(terms), terms)
+    correction, kl_weight = correction_of(recipe), kl_weight_of(recipe, weights)
+    if correction is not None:
+        importance = importance_weights(
             terms.old_logprobs,
             stream.sampler_logprobs,
             terms.row,
@@ -179,22 +163,22 @@ def _loss_per_token(
             kind=correction.kind,
             limit=correction.limit,
         )
-        tally.add_values("policy/correction_mean", weights)
-        tally.add_values("policy/correction_cut_share", (weights == 0) | (weights >= correction.limit))
-        per_token = weights * per_token
-    if exact_kls is not None:
-        per_token = per_token + settings.kl_weight * exact_kls
-    elif settings.kl_weight:
+        tally.add_values("policy/correction_mean", importance)
+        tally.add_values("policy/correction_cut_share", (importance == 0) | (importance >= correction.limit))
+        per_token = importance * per_token
+    if found.exact_kls is not None:
+        per_token = per_token + kl_weight * found.exact_kls
+    elif kl_weight:
         assert terms.reference_logprobs is not None
         penalty = kl_penalty(
             terms.policy_logprobs,
             terms.reference_logprobs,
-            estimator=settings.kl.estimator,
+            estimator=recipe.kl.estimator,
             sampler_logprobs=terms.old_logprobs,
         )
-        per_token = per_token + settings.kl_weight * penalty
-    if entropies is not None:
-        per_token = per_token - settings.entropy_weight * entropies
+        per_token = per_token + kl_weight * penalty
+    if found.entropies is not None:
+        per_token = per_token - weights["entropy_weight"] * found.entropies
     return per_token
 
 
@@ -208,18 +192,11 @@ def _checked(per_token: Tensor, terms: TokenTerms) -> Tensor:
 
 
 @torch.no_grad()
-def _add_ratio_metrics(terms: TokenTerms, settings: UpdateSettings, tally: Tally) -> None:
-    """How far the policy is from the one that sampled, and how often each clip bound acts."""
-    loss = settings.loss
-    ratio = terms.ratio(loss.ratio)
-    low, high = terms.bounds(loss.clip_bounds, loss.clip_low, loss.clip_high)
-    if loss.objective == "gmpo":  # its bounds are on the logarithm
-        at_low, at_high = clipped_at(1 + terms.log_ratio, terms.advantages, low=low, high=high)
-    elif loss.objective == "cispo":  # a bound holds the weight, whatever the advantage's sign
-        at_low, at_high = ratio < 1 - low, ratio > 1 + high
-    else:
-        at_low, at_high = clipped_at(ratio, terms.advantages, low=low, high=high)
-    if loss.objective in ("clip", "dual_clip", "cispo", "gmpo") or ":" in loss.objective:
+def _add_ratio_metrics(terms: TokenTerms, objective: Objective, kind: str, tally: Tally) -> None:
+    """How far the policy is from the one that sampled, by a kind of ratio, and how often each clip bound acts."""
+    ratio = terms.ratio(kind)
+    if objective.clipped is not None:
+        at_low, at_high = objective.clipped(terms)
         tally.add_values("policy/clip_low_share", at_low)
         tally.add_values("policy/clip_high_share", at_high)
     tally.add_values("policy/ratio_mean", ratio)

@@ -19,7 +19,7 @@ from coterie.distributed.reduce import sum_numbers, sum_totals
 from coterie.models.heads import Scorer
 from coterie.models.logprobs import logprobs_of
 from coterie.models.policy import Policy
-from coterie.recipe import Recipe
+from coterie.recipe import PPO
 from coterie.rollouts.engine import Engine
 from coterie.rollouts.pack import pack
 from coterie.runs.checkpoint import TrainState
@@ -27,7 +27,7 @@ from coterie.sections import section
 from coterie.training.evaluation import evaluate_on_the_way
 from coterie.training.gap import rounding_at_the_gap
 from coterie.training.metrics import Clock, Tally
-from coterie.training.policy_update import UpdateSettings, load_objective, optimise
+from coterie.training.policy_update import load_objective, optimise
 from coterie.training.problem import Problem
 from coterie.training.sample import sampling
 from coterie.training.session import Session
@@ -41,6 +41,7 @@ from coterie.types import BatchTotals, Stream
 def train_ppo(run: Session, problem: Problem, policy: Policy, reference: Policy, engine: Engine) -> None:
     """Every step samples, scores, values, updates both models, records, and where it is time evaluates and saves."""
     recipe, temperature = run.recipe, run.recipe.sampling.temperature
+    assert isinstance(recipe, PPO)
     objective, sample = load_objective(recipe.loss), sampling(recipe, problem, engine)
     value, weights = Scorer.from_policy(reference), first_weights(recipe)
     optimiser = make_optimiser(policy, recipe.optimiser)
@@ -62,7 +63,6 @@ def train_ppo(run: Session, problem: Problem, policy: Policy, reference: Policy,
             micro_batch_tokens=recipe.optimiser.micro_batch_tokens,
             drop_silent=False,
         )
-        settings = UpdateSettings.of(recipe, **weights, temperature=temperature)
         reference_logprobs = logprobs_of(reference, streams, temperature=temperature)
         penalties = penalties_of(streams, policy, reference, reference_logprobs, recipe, weights["kl_weight"])
         old_values = [values_of(value, stream) for stream in streams]
@@ -70,7 +70,9 @@ def train_ppo(run: Session, problem: Problem, policy: Policy, reference: Policy,
         learning_rate = set_learning_rate(optimiser, step, recipe.steps, recipe.optimiser)
         if step > recipe.value.warmup_steps:
             held, of_tokens = reference_logprobs, whitened(advantages)
-            tally = update(streams, totals, settings, reference_logprobs=held, token_advantages=of_tokens, gaps=gaps)
+            tally = update(
+                streams, totals, recipe, weights, reference_logprobs=held, token_advantages=of_tokens, gaps=gaps
+            )
         tally.merge(fit_values(value, value_optimiser, streams, totals, old_values, returns, recipe))
         engine.load_weights(policy, step)
         clock.lap("time/train_seconds")
@@ -92,11 +94,11 @@ def penalties_of(
     policy: Policy,
     reference: Policy,
     reference_logprobs: Sequence[Tensor],
-    recipe: Recipe,
+    recipe: PPO,
     weight: float,
 ) -> list[Tensor] | None:
     """What the KL takes off the reward at each token, [N] of each stream; None where the recipe has none there."""
-    if recipe.kl.place != "reward" or not recipe.loss.kl_weight:
+    if not recipe.kl_in_reward:
         return None
     estimator, temperature = recipe.kl.estimator, recipe.sampling.temperature
     kls = kl_of(streams, policy, reference, reference_logprobs, estimator=estimator, temperature=temperature)
@@ -111,7 +113,7 @@ def values_of(value: Scorer, stream: Stream) -> Tensor:
 
 
 def advantages_and_returns(
-    streams: Sequence[Stream], values: Sequence[Tensor], penalties: Sequence[Tensor] | None, recipe: Recipe
+    streams: Sequence[Stream], values: Sequence[Tensor], penalties: Sequence[Tensor] | None, recipe: PPO
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Per token: the completion's reward at its last token, less the KL's penalty at each; then GAE. [N] each."""
     advantages, returns = [], []
@@ -145,7 +147,7 @@ def fit_values(
     totals: BatchTotals,
     old_values: Sequence[Tensor],
     returns: Sequence[Tensor],
-    recipe: Recipe,
+    recipe: PPO,
 ) -> Tally:
     """As many steps of the value model as the policy takes, on the mean clipped squared error of every token."""
     tally = Tally()

@@ -18,7 +18,7 @@ from coterie.evals.statistics import grouped, share_interval
 from coterie.models.heads import Scorer
 from coterie.models.logprobs import logprobs_of, token_logprobs
 from coterie.models.policy import Policy
-from coterie.recipe import Recipe
+from coterie.recipe import DPO, Recipe
 from coterie.rollouts.engine import Engine
 from coterie.rollouts.pack import Row, make_stream, split_by_tokens
 from coterie.runs.checkpoint import TrainState
@@ -35,6 +35,7 @@ from coterie.types import Stream
 def train_dpo(run: Session, problem: Problem, policy: Policy, reference: Policy, engine: Engine) -> None:
     """The loop: pairs -> stream -> log-probabilities of policy and reference -> loss -> step. Nothing is sampled."""
     recipe = run.recipe
+    assert isinstance(recipe, DPO)
     optimiser = make_optimiser(policy, recipe.optimiser)
     state = TrainState({"model": policy}, {"optimiser": (policy, optimiser)})
     run.restore("train", state)
@@ -58,7 +59,7 @@ def fit_dpo(
     optimiser: torch.optim.Optimizer,
     streams: Sequence[Stream],
     reference_logprobs: Sequence[Tensor],
-    recipe: Recipe,
+    recipe: DPO,
 ) -> Tally:
     """One optimiser step on the mean loss over all pairs."""
     tally, settings = Tally(), recipe.preference

@@ -9,7 +9,7 @@ from coterie.models.adapters import check_lora
 from coterie.models.codec import Codec
 from coterie.models.load import choose_device, load_config
 from coterie.models.policy import context_length_of
-from coterie.recipe import Recipe
+from coterie.recipe import Recipe, RewardModel
 from coterie.rewards.base import Reward
 from coterie.rewards.load import load_rewards
 from coterie.rewards.score import check_fits
@@ -30,10 +30,8 @@ class Problem:
     def of(cls, recipe: Recipe) -> Problem:
         """What a recipe asks for. Raises UserError for what can't work, in the recipe, its data, its code or its model's files."""
         choose_device(recipe.device)
-        own = {"loss.objective": recipe.loss.objective, "advantage.function": recipe.advantage.function}
-        for setting, function in own.items():
-            if function and ":" in function:
-                check_home(function.rpartition(":")[0], setting)
+        for setting, function in recipe.functions.items():
+            check_home(function.rpartition(":")[0], setting)
         rewards = load_rewards(recipe.rewards)
         config = load_config(recipe)
         if recipe.lora is not None:
@@ -43,7 +41,7 @@ class Problem:
         check_chat(recipe, task)
         check_fits(rewards, [*task.train, *task.heldout])
         context_length = context_length_of(config)
-        if recipe.method != "reward_model":
+        if not isinstance(recipe, RewardModel):
             check_lengths(task, recipe.sampling, context_length)
         task.check_answers(context_length)
         return cls(task, rewards, codec)

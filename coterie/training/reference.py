@@ -27,17 +27,14 @@ def make_reference(policy: Policy, settings: Reference) -> Policy:
         reference = copy.deepcopy(policy)
         reference.model.requires_grad_(False)
         return reference
-    moves = settings.kind != "frozen"
-    return replace(policy, adapter=policy.adapter.copied("reference") if moves else policy.adapter.off())
+    return replace(policy, adapter=policy.adapter.copied("reference") if settings.moves else policy.adapter.off())
 
 
 @torch.no_grad()
 def move_reference(reference: Policy, policy: Policy, settings: Reference, step: int) -> None:
     """What a step changes in the reference: nothing, a little of the way to the policy, or all of it every k steps."""
-    if settings.kind == "frozen" or (settings.kind == "replaced" and step % settings.every):
-        return
-    share = 1 - settings.decay if settings.kind == "moving" else 1.0
-    pairs = zip(reference.named_parameters(), policy.named_parameters(), strict=True)
+    share = settings.share(step)
+    pairs = zip(reference.named_parameters(), policy.named_parameters(), strict=True) if share else ()
     for (_, held), (_, trained) in pairs:
         held.lerp_(trained.to(held.dtype), share)
 

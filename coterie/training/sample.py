@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from coterie.algorithms.advantages import has_signal
-from coterie.recipe import Recipe
+from coterie.recipe import GRPO, Sampled
 from coterie.recipe.settings import Advantage
 from coterie.rewards.base import Reward
 from coterie.rewards.score import score
@@ -56,19 +56,21 @@ class Drawn:
         return scored if len(self.kept) == len(self.scored.groups) else self.scored
 
 
-def sampling(recipe: Recipe, problem: Problem, engine: Engine) -> Callable[[int, Clock], Drawn]:
+def sampling(recipe: Sampled, problem: Problem, engine: Engine) -> Callable[[int, Clock], Drawn]:
     """How the steps of a run get their groups: (step, clock) -> groups, sampled and scored."""
-    return partial(sample_until_signal if recipe.dynamic_sampling.rounds else sample_once, recipe, problem, engine)
+    if isinstance(recipe, GRPO) and recipe.dynamic_sampling.rounds:
+        return partial(sample_until_signal, recipe, problem, engine)
+    return partial(sample_once, recipe, problem, engine)
 
 
-def sample_once(recipe: Recipe, problem: Problem, engine: Engine, step: int, clock: Clock) -> Drawn:
+def sample_once(recipe: Sampled, problem: Problem, engine: Engine, step: int, clock: Clock) -> Drawn:
     """Draw, sample and score the groups of a step, and learn from all of them."""
     prompts = draw(problem.task, recipe.prompts_per_step, seed=recipe.seed, step=step)
     scored = sample(recipe, problem, engine, prompts, (recipe.seed, "train", step), clock)
     return Drawn(scored, list(range(len(scored.groups))))
 
 
-def sample_until_signal(recipe: Recipe, problem: Problem, engine: Engine, step: int, clock: Clock) -> Drawn:
+def sample_until_signal(recipe: GRPO, problem: Problem, engine: Engine, step: int, clock: Clock) -> Drawn:
     """Dynamic sampling: groups without signal are dropped and others drawn in their place.
 
     It ends when there are enough or the rounds of `dynamic_sampling` are spent. Where none has signal the last ones drawn are kept, and
@@ -90,7 +92,7 @@ def sample_until_signal(recipe: Recipe, problem: Problem, engine: Engine, step: 
 
 
 def sample(
-    recipe: Recipe,
+    recipe: Sampled,
     problem: Problem,
     engine: Engine,
     prompts: Sequence[Prompt],
@@ -111,7 +113,8 @@ def sample(
     clock.lap("time/sample_seconds")
     scored = score(groups, problem.rewards, max_failed_share=recipe.max_failed_rewards)
     may_stop()
-    scored = with_overlong(scored, recipe.overlong, recipe.sampling.max_new_tokens)
+    if isinstance(recipe, GRPO):
+        scored = with_overlong(scored, recipe.overlong, recipe.sampling.max_new_tokens)
     clock.lap("time/score_seconds")
     return scored
 

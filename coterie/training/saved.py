@@ -17,7 +17,7 @@ from coterie.models.adapters import add_adapter
 from coterie.models.codec import Codec
 from coterie.models.heads import Scorer
 from coterie.models.load import start_model
-from coterie.recipe import load_recipe
+from coterie.recipe import RewardModel, load_recipe
 from coterie.runs.checkpoint import STAGES, Position, TrainState, load_checkpoint
 from coterie.runs.find import find_run
 from coterie.runs.store import Store
@@ -66,7 +66,7 @@ class Saved:
         codec = load_codec(recipe)
         model = start_model(recipe, codec, device)
         _load(self.run, 0, TrainState({"model": model}))
-        if recipe.method == "reward_model":
+        if isinstance(recipe, RewardModel):
             policy = Policy.of(model)
             scorer = Scorer.from_policy(
                 policy if recipe.lora is None else policy.with_adapter(recipe.lora, recipe.seed)

@@ -17,7 +17,7 @@ from coterie.algorithms.kl import ESTIMATORS
 from coterie.algorithms.ratios import row_sum
 from coterie.models.logprobs import logprobs_of, token_statistics
 from coterie.models.policy import Policy
-from coterie.recipe import Recipe
+from coterie.recipe import Sampled
 from coterie.recipe.settings import Overlong
 from coterie.rollouts.pack import Row, make_stream, split_by_tokens
 from coterie.sections import section
@@ -41,15 +41,15 @@ def with_overlong(scored: Scored, settings: Overlong, limit: int) -> Scored:
     return with_part(scored, "overlong", (-settings.penalty * too_long).view(scored.rewards.shape))
 
 
-def kl_stage(recipe: Recipe, policy: Policy, reference: Policy) -> Callable[[Scored, float], Scored]:
+def kl_stage(recipe: Sampled, policy: Policy, reference: Policy) -> Callable[[Scored, float], Scored]:
     """What takes the KL off the rewards, (scored, weight) -> scored; nothing where the recipe has none there."""
-    if not recipe.loss.kl_weight or recipe.kl.place != "reward":
+    if not recipe.kl_in_reward:
         return lambda scored, weight: scored
     return partial(with_kl, policy, reference, recipe)
 
 
 @section("reference")
-def with_kl(policy: Policy, reference: Policy, recipe: Recipe, scored: Scored, weight: float) -> Scored:
+def with_kl(policy: Policy, reference: Policy, recipe: Sampled, scored: Scored, weight: float) -> Scored:
     """The KL to the reference in the reward: -weight * its sum over each completion, as a part of its own."""
     if not scored.valid.any():
         return scored

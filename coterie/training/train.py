@@ -20,8 +20,8 @@ from coterie.models.adapters import num_in_experts
 from coterie.models.heads import Scorer
 from coterie.models.load import choose_device, start_model
 from coterie.models.policy import Policy, quiet_transformers
-from coterie.recipe import Recipe, find_recipe, load_recipe
-from coterie.recipe.settings import ColdStart, DatasetTask
+from coterie.recipe import DPO, GRPO, PPO, SFT, Recipe, RewardModel, find_recipe, load_recipe
+from coterie.recipe.settings import ColdStart, DatasetTask, Reference
 from coterie.redact import hidden_in
 from coterie.rewards.load import closing_all
 from coterie.runs.checkpoint import STAGES, Position, TrainState, load_checkpoint
@@ -149,7 +149,7 @@ def _train(run: Session, problem: Problem) -> None:
         console.say(f"sandbox {report}")
         run.store.event(STAGES[0], 0, "sandbox", report)
     policy = policy.recomputing() if recipe.optimiser.activation_checkpointing else policy
-    if recipe.method in ("ppo", "reward_model"):
+    if recipe.scores:
         Scorer.check(policy)  # an architecture that has no form with a score is refused before anything is trained
     if recipe.dtype == "bfloat16" and (recipe.lora is None or (recipe.cold_start and not recipe.cold_start_adapts)):
         console.warn(
@@ -157,21 +157,21 @@ def _train(run: Session, problem: Problem) -> None:
             "rate asks for"
         )
     if not (run.position and run.position.stage == "train"):
-        if recipe.cold_start is not None and recipe.method != "sft":
+        if recipe.cold_start is not None:
             _cold_start(run, recipe.cold_start, problem, policy)
             if run.stopped:
                 run.say_how_to_resume()
                 return
-        if recipe.method != "reward_model":
+        if not isinstance(recipe, RewardModel):
             evaluate_whole(run, problem, policy, 0, "before")
     _stand_at_start(run, "train", policy)
     policy = as_trained(policy, recipe, console)
-    start = make_reference(policy, recipe.reference)
+    start = make_reference(policy, recipe.reference if isinstance(recipe, GRPO) else Reference())
     trained = _train_method(run, problem, policy, start)
     if run.stopped:
         run.say_how_to_resume()
         return
-    if recipe.method != "reward_model":
+    if not isinstance(recipe, RewardModel):
         evaluate_whole(run, problem, policy, recipe.steps, "after")
     if trained.adapter is not None:
         trained.adapter.merge()
@@ -234,7 +234,7 @@ def as_trained(policy: Policy, recipe: Recipe, console: Console) -> Policy:
 def _train_method(run: Session, problem: Problem, policy: Policy, start: Policy) -> Policy | Scorer:
     """The loop that the recipe names, from weights that may be a checkpoint's. `start` is frozen. Returns what it trained."""
     recipe = run.recipe
-    if recipe.method == "reward_model":
+    if isinstance(recipe, RewardModel):
         scorer = Scorer.from_policy(start)
         if not (run.position and run.position.stage == "train" and run.position.step > 0):
             run.recorder.record_evaluation("train", 0, evaluate_pairs(scorer, problem.task, recipe))
@@ -242,10 +242,10 @@ def _train_method(run: Session, problem: Problem, policy: Policy, start: Policy)
         if not run.stopped:
             run.recorder.record_evaluation("train", recipe.steps, evaluate_pairs(scorer, problem.task, recipe))
         return scorer
-    if recipe.method == "sft":
+    if isinstance(recipe, SFT):
         train_sft(run, problem, policy, stage="train", settings=_as_sft(recipe))
     else:
-        loop = {"grpo": train_grpo, "ppo": train_ppo, "dpo": train_dpo}[recipe.method]
+        loop = {GRPO: train_grpo, PPO: train_ppo, DPO: train_dpo}[type(recipe)]
         loop(run, problem, policy, start, make_engine(policy))
     return policy
 

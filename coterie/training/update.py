@@ -14,11 +14,13 @@ from coterie.algorithms.kl import k3
 from coterie.errors import UserError
 from coterie.fast.serve import Policy
 from coterie.models.logprobs import logprobs_of
-from coterie.recipe import Recipe, make_recipe
+from coterie.recipe import GRPO, make_recipe
+from coterie.recipe.presets import PRESETS
 from coterie.rollouts.pack import pack
 from coterie.training.advantages import own_advantages
 from coterie.training.metrics import Tally
-from coterie.training.policy_update import UpdateSettings, optimise
+from coterie.training.policy_update import optimise
+from coterie.training.weights import first_weights
 from coterie.types import Completion, Group, Prompt, Scored
 
 
@@ -48,21 +50,10 @@ def update(
     Raises UserError for shapes that do not agree, empty prompts or completions, tokens that the model does not know, and rewards or
     settings out of range.
     """
-    recipe = _recipe(preset, settings or {})
+    recipe = _recipe(preset, settings or {}, temperature)
     rewards = _rewards(rewards)
     _check_shapes(prompts, completions, rewards, sampler_logprobs)
-    _check_method(recipe, reference)
-    for section in set(settings or {}) - {"advantage", "loss", "kl", "entropy", "correction", "optimiser"}:
-        raise UserError(f"update: settings.{section} has no effect in a single update; leave it out")
-    if (
-        rewards.shape[1] == 1
-        and not recipe.advantage.function
-        and recipe.advantage.baseline in ("group", "leave_one_out")
-    ):
-        raise UserError(
-            f"update: one completion per prompt leaves nothing to compare with while advantage.baseline is "
-            f"{recipe.advantage.baseline}"
-        )
+    _check(recipe, rewards, reference)
     policy = policy if isinstance(policy, Policy) else Policy.of(policy)
     policy = policy.recomputing() if recipe.optimiser.activation_checkpointing else policy
     reference = reference if reference is None or isinstance(reference, Policy) else Policy.of(reference)
@@ -80,30 +71,39 @@ def update(
         own = logprobs_of(policy, streams, temperature=temperature)
         streams = [replace(stream, sampler_logprobs=of.cpu()) for stream, of in zip(streams, own, strict=True)]
     held = logprobs_of(reference, streams, temperature=temperature) if reference is not None else None
-    chosen = UpdateSettings.of(
-        recipe, kl_weight=recipe.loss.kl_weight, entropy_weight=recipe.entropy.weight, temperature=temperature
-    )
-    tally = optimise(policy, optimiser, streams, totals, chosen, reference=reference, reference_logprobs=held)
+    weights = first_weights(recipe)
+    tally = optimise(policy, optimiser, streams, totals, recipe, weights, reference=reference, reference_logprobs=held)
     for stream, logprobs in zip(streams, held or (), strict=False):
         tally.add_values("policy/kl", k3(logprobs.cpu() - stream.sampler_logprobs))
     return {**tally.values(), **_batch_metrics(rewards).values()}
 
 
-def _recipe(preset: str, settings: dict[str, dict[str, object]]) -> Recipe:
+def _recipe(preset: str, settings: dict[str, dict[str, object]], temperature: float) -> GRPO:
     """The settings of an update, checked as a recipe's are. What an update does not need is filled in."""
+    for section in set(settings) - {"advantage", "loss", "kl", "entropy", "correction", "optimiser"}:
+        raise UserError(f"update: settings.{section} has no effect in a single update; leave it out")
     unused = {"model": "given", "task": {"data": "given"}, "rewards": ["given:given"]}
-    return make_recipe({**unused, **settings, "preset": preset}, source="update")
+    given = {**unused, "sampling": {"temperature": temperature}, **settings, "preset": preset}
+    if PRESETS.get(preset, {}).get("method", "grpo") != "grpo":
+        raise UserError(f"update: the preset {preset!r} is a method of its own; coterie.train runs it")
+    recipe = make_recipe(given, source="update")
+    assert isinstance(recipe, GRPO)
+    return recipe
 
 
-def _check_method(recipe: Recipe, reference: Policy | PreTrainedModel | None) -> None:
+def _check(recipe: GRPO, rewards: Tensor, reference: Policy | PreTrainedModel | None) -> None:
     """An update is GRPO's, on rewards that are there already."""
-    if recipe.method != "grpo":
-        raise UserError(f"update: the preset {recipe.preset!r} is a method of its own; coterie.train runs it")
+    of_group = not recipe.advantage.function and recipe.advantage.baseline in ("group", "leave_one_out")
+    if rewards.shape[1] == 1 and of_group:
+        raise UserError(
+            f"update: one completion per prompt leaves nothing to compare with while advantage.baseline is "
+            f"{recipe.advantage.baseline}"
+        )
     if recipe.advantage.combine == "each":
         raise UserError("update: advantage.combine is each, but one reward per completion is given, not its parts")
     if recipe.kl.target is not None or recipe.entropy.target is not None:
         raise UserError("update: kl.target and entropy.target need what came before; move the weights between updates")
-    if recipe.loss.kl_weight and recipe.kl.place == "reward":
+    if recipe.kl_in_reward:
         raise UserError(
             "update: kl.place is reward, but the rewards are given; subtract the KL from them and set loss.kl_weight to 0"
         )
@@ -112,7 +112,7 @@ def _check_method(recipe: Recipe, reference: Policy | PreTrainedModel | None) ->
         raise UserError(f"update: {why}, which needs a reference policy")
 
 
-def _advantages(recipe: Recipe, rewards: Tensor) -> Tensor:
+def _advantages(recipe: GRPO, rewards: Tensor) -> Tensor:
     """[P, G]: the recipe's settings, or the user's own function."""
     settings = recipe.advantage
     if settings.function is None:

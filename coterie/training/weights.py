@@ -6,15 +6,15 @@ import math
 from collections.abc import Mapping
 
 from coterie.algorithms.controllers import adapted_entropy_weight, adapted_kl_weight
-from coterie.recipe import Recipe
+from coterie.recipe import Sampled
 
 
-def first_weights(recipe: Recipe) -> dict[str, float]:
+def first_weights(recipe: Sampled) -> dict[str, float]:
     """Those that a run begins with."""
     return {"kl_weight": recipe.loss.kl_weight, "entropy_weight": recipe.entropy.weight}
 
 
-def adapt(weights: dict[str, float], recipe: Recipe, metrics: Mapping[str, float]) -> None:
+def adapt(weights: dict[str, float], recipe: Sampled, metrics: Mapping[str, float]) -> None:
     """Move the weights that hold a target, for the next step."""
     if recipe.kl.target is not None and math.isfinite(metrics.get("policy/kl", math.nan)):
         weights["kl_weight"] = adapted_kl_weight(
@@ -29,7 +29,7 @@ def adapt(weights: dict[str, float], recipe: Recipe, metrics: Mapping[str, float
         )
 
 
-def controlled(recipe: Recipe, weights: Mapping[str, float], learning_rate: float) -> dict[str, float]:
+def controlled(recipe: Sampled, weights: Mapping[str, float], learning_rate: float) -> dict[str, float]:
     """The learning rate of this step, and those of its weights that a controller moves, as metrics."""
     targets = {"kl_weight": recipe.kl.target, "entropy_weight": recipe.entropy.target}
     moved = {f"loss/{name}": weights[name] for name, target in targets.items() if target is not None}

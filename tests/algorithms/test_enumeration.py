@@ -146,7 +146,7 @@ def loss_of(
 
     def loss(group: Group) -> Tensor:
         rewards = [rewarded(completion) for completion in group]
-        per_token = OBJECTIVES[objective](terms_of(logits, old, group, advantages(rewards), rewards), **settings)
+        per_token = OBJECTIVES[objective].loss(terms_of(logits, old, group, advantages(rewards), rewards), **settings)
         return aggregated(per_token, group, aggregation)
 
     return loss
@@ -646,7 +646,7 @@ def test_at_a_fresh_reference_it_is_the_policy_gradient(logits, level, alpha):
     def loss(group: Group) -> Tensor:
         terms = terms_of(logits, POLICY, group, [0.0], [reward(group[0])])
         terms = TokenTerms(**{**vars(terms), "reference_logprobs": terms.policy_logprobs.detach()})
-        per_token = OBJECTIVES["anchored"](
+        per_token = OBJECTIVES["anchored"].loss(
             terms, anchor_alpha=alpha, anchor_beta=beta, anchor_level=level, anchor_weight="reward"
         )
         return aggregated(per_token, group, "sequence_sum" if level == "token" else "sequence_mean")

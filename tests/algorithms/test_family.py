@@ -8,6 +8,7 @@ import inspect
 import math
 import statistics
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ from coterie.algorithms.objectives import (
     sapo_loss,
 )
 from coterie.algorithms.ratios import MAX_LOG_RATIO, RATIOS, importance_weights, sequence_mean_token_ratio
-from coterie.recipe.presets import CHOSEN_BY_OBJECTIVE, OBJECTIVE_SETTINGS
+from coterie.recipe.objectives import LOSSES, OwnObjective
 from coterie.types import BatchTotals
 
 NAN = math.nan
@@ -60,6 +61,7 @@ KINDS = {
     "anchor_level": ("token", "sequence"),
     "anchor_weight": ("advantage", "reward"),
 }
+OBJECTIVE_SETTINGS = {name: kind().keywords.keys() for name, kind in LOSSES.kinds.items()}
 
 
 def settings_of(name: str) -> list[dict]:
@@ -254,20 +256,43 @@ def slow_advantages(rewards: list[list[float]], baseline: str, scale: str, epsil
 
 
 def test_the_settings_of_each_objective_are_its_keywords():
-    """What a recipe says of a setting without effect depends on it."""
-    assert set(OBJECTIVE_SETTINGS) == set(OBJECTIVES) == set(SLOW)
-    for name, function in OBJECTIVES.items():
-        parameters = inspect.signature(function).parameters.values()
+    """So a recipe can't set what does nothing, and an objective gets all that it needs."""
+    assert set(LOSSES.kinds) == set(OBJECTIVES) == set(SLOW)
+    for name, objective in OBJECTIVES.items():
+        parameters = inspect.signature(objective.loss).parameters.values()
         assert {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} == OBJECTIVE_SETTINGS[name], name
         assert [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY] == ["terms"], name
-    assert frozenset(SETTINGS) | frozenset(KINDS) == CHOSEN_BY_OBJECTIVE
+    of_own = OwnObjective(objective="mine.py:f").keywords.keys()
+    assert SETTINGS.keys() | KINDS.keys() == of_own == set().union(*OBJECTIVE_SETTINGS.values())
+
+
+@pytest.mark.parametrize(("name", "chosen"), [(name, chosen) for name in OBJECTIVES for chosen in settings_of(name)])
+def test_an_objective_says_of_itself_what_the_trainer_asks(name, chosen):
+    """Where its bounds act there is no gradient, and where the advantage is 0 none either; the reference is used where it is asked for."""
+    terms, kind = batch_of(3), LOSSES.kinds[name]
+    policy = terms.policy_logprobs.clone().requires_grad_()
+    per_token = OBJECTIVES[name].loss(with_policy(terms, policy), **chosen)
+    (gradient,) = torch.autograd.grad(per_token.sum(), policy)
+    if kind.by_advantage:
+        assert not gradient[terms.advantages == 0].any()
+    elif chosen["anchor_weight"] == "reward":
+        assert gradient[terms.advantages == 0].any()
+    without = TokenTerms(**{**vars(terms), "reference_logprobs": None})
+    with pytest.raises(AssertionError) if kind.needs_reference else nullcontext():
+        OBJECTIVES[name].loss(without, **chosen)
+    if (clipped := OBJECTIVES[name].clipped) is not None:
+        low, high = clipped(terms, **chosen)
+        assert low.any()
+        assert high.any()
+        if name == "clip" and chosen["ratio"] in ("token", "sequence_mean_token"):
+            assert torch.equal(gradient == 0, low | high | (terms.advantages == 0))
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("name", "chosen"), VARIANTS)
 def test_the_objective_is_its_formula(name, chosen, seed):
     terms = batch_of(seed)
-    got = OBJECTIVES[name](terms, **chosen)
+    got = OBJECTIVES[name].loss(terms, **chosen)
     assert got.dtype == torch.float64
     assert got.tolist() == pytest.approx(SLOW[name](terms, **chosen), rel=1e-12, abs=1e-14)
 
@@ -277,7 +302,9 @@ def test_the_gradient_is_the_finite_difference(name, chosen):
     """Where no part of the value has its gradient stopped on purpose: those slopes are tested in closed form below."""
     terms = batch_of(7)
     policy = terms.policy_logprobs.clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda logprobs: OBJECTIVES[name](with_policy(terms, logprobs), **chosen), policy)
+    assert torch.autograd.gradcheck(
+        lambda logprobs: OBJECTIVES[name].loss(with_policy(terms, logprobs), **chosen), policy
+    )
 
 
 def gradient_of(loss: Callable[[Tensor], Tensor], at: Tensor) -> list[float]:
@@ -290,7 +317,7 @@ def test_every_token_of_cispo_keeps_a_gradient(kind):
     """-clip(ratio) * A exactly: the clipped ratio is a weight, through which nothing flows."""
     terms = batch_of(3)
     got = gradient_of(
-        lambda x: OBJECTIVES["cispo"](with_policy(terms, x), ratio=kind, clip_low=0.2, clip_high=0.3),
+        lambda x: OBJECTIVES["cispo"].loss(with_policy(terms, x), ratio=kind, clip_low=0.2, clip_high=0.3),
         terms.policy_logprobs,
     )
     ratios = slow_ratios(terms, kind)
@@ -416,7 +443,7 @@ def test_rows_of_different_length_do_not_leak_into_one_another(name, chosen):
     """Each completion alone has the losses that it has in a batch, and another one's tokens move nothing."""
     terms = batch_of(5, lengths=(4, 1, 2, 6))
     policy = terms.policy_logprobs.clone().requires_grad_()
-    together = OBJECTIVES[name](with_policy(terms, policy), **chosen)
+    together = OBJECTIVES[name].loss(with_policy(terms, policy), **chosen)
     for number, places in enumerate(rows_of(terms)):
         alone = TokenTerms(
             **{key: value[places] for key, value in vars(terms).items() if isinstance(value, Tensor) and key != "row"},
@@ -425,7 +452,9 @@ def test_rows_of_different_length_do_not_leak_into_one_another(name, chosen):
         )
         slope = torch.autograd.grad(together[places].sum(), policy, retain_graph=True)[0]
         assert (slope[terms.row != number] == 0).all()
-        torch.testing.assert_close(OBJECTIVES[name](alone, **chosen), together[places].detach(), rtol=1e-13, atol=0)
+        torch.testing.assert_close(
+            OBJECTIVES[name].loss(alone, **chosen), together[places].detach(), rtol=1e-13, atol=0
+        )
 
 
 @pytest.mark.parametrize(("name", "chosen"), VARIANTS)
@@ -437,7 +466,7 @@ def test_the_order_of_a_batch_does_not_matter(name, chosen):
         **{key: value[order] if isinstance(value, Tensor) else value for key, value in vars(terms).items()}
     )
     torch.testing.assert_close(
-        OBJECTIVES[name](moved, **chosen), OBJECTIVES[name](terms, **chosen)[order], rtol=1e-13, atol=1e-15
+        OBJECTIVES[name].loss(moved, **chosen), OBJECTIVES[name].loss(terms, **chosen)[order], rtol=1e-13, atol=1e-15
     )
 
 
@@ -460,7 +489,7 @@ def test_no_log_probability_gives_nan(name_and_settings, tokens, of_row, dtype):
     terms = TokenTerms(
         policy, torch.tensor(old, dtype=dtype), weights, weights, row, 3, torch.tensor(reference, dtype=dtype)
     )
-    loss = OBJECTIVES[name](terms, **chosen)
+    loss = OBJECTIVES[name].loss(terms, **chosen)
     assert loss.isfinite().all()
     assert torch.autograd.grad(loss.sum(), policy)[0].isfinite().all()
 
@@ -512,7 +541,7 @@ def test_a_flat_group_has_no_gradient_at_all(
     policy = (old * 1.3 + 0.2).requires_grad_()
     terms = TokenTerms(policy, old, advantages[row], torch.zeros(len(row)), row, len(flat))
     totals = BatchTotals(num_rows=2 * len(flat), num_tokens=2 * len(row), max_length=4)
-    loss = aggregate(OBJECTIVES[name](terms, **chosen), row, lengths, aggregation=aggregation, totals=totals)
+    loss = aggregate(OBJECTIVES[name].loss(terms, **chosen), row, lengths, aggregation=aggregation, totals=totals)
     loss.backward()
     assert loss.item() == 0
     assert (policy.grad == 0).all()
@@ -523,7 +552,7 @@ def test_a_flat_group_leaves_the_anchored_loss_without_gradient():
     policy = terms.policy_logprobs.clone().requires_grad_()
     for level in ("token", "sequence"):
         silent = TokenTerms(**{**vars(terms), "policy_logprobs": policy, "advantages": torch.zeros_like(policy)})
-        loss = OBJECTIVES["anchored"](
+        loss = OBJECTIVES["anchored"].loss(
             silent, anchor_alpha=0.5, anchor_beta=1.0, anchor_level=level, anchor_weight="advantage"
         )
         assert (loss == 0).all()

@@ -3,12 +3,12 @@
 import dataclasses
 import re
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import transformers
 
-from coterie.recipe import Recipe
+from coterie.recipe.kinds import Place
+from coterie.recipe.methods import METHODS
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 
@@ -32,6 +32,6 @@ def test_every_argument_of_trl_s_grpo_has_its_line():
 def test_the_settings_that_the_page_for_trl_names_exist():
     text = (PAGE.parent / "from_trl.md").read_text(encoding="utf-8")
     for section, name in re.findall(r"`(\w+)\.(\w+)[`:]", text):
-        owners = [field.annotation for key, field in Recipe.model_fields.items() if key == section]
-        owners = [part for owner in owners for part in (owner, *get_args(owner)) if hasattr(part, "model_fields")]
-        assert not owners or any(name in owner.model_fields for owner in owners), f"{section}.{name}"
+        if section in METHODS.fields():
+            place = Place.of_field(METHODS.fields()[section], {})
+            assert name in (place.choice.fields() if place.choice else place.fields), f"{section}.{name}"

@@ -13,7 +13,8 @@ from coterie.models.logprobs import logprobs_of
 from coterie.recipe import make_recipe
 from coterie.rollouts.pack import Row, make_stream
 from coterie.tasks.equations import make_tokenizer
-from coterie.training.policy_update import UpdateSettings, optimise
+from coterie.training.policy_update import optimise
+from coterie.training.weights import first_weights
 from coterie.types import BatchTotals
 
 trl = pytest.importorskip("trl", reason="the extra bench is not installed")
@@ -109,16 +110,17 @@ def test_the_loss_and_its_gradients_are_trl_s(make_model, tmp_path, variant):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         their_loss, their_gradients = theirs(model, reference, old, trl_settings, tmp_path)
-    values = {"preset": "dr_grpo", "model": "m", "task": {"data": "d"}, "rewards": ["m:f"], "loss": ours}
+    values = {"preset": "dr_grpo", "model": "m", "task": {"data": "d"}, "rewards": ["m:f"], "loss": ours,
+              "sampling": {"temperature": 0.8}}  # fmt: skip
     recipe = make_recipe(values)
     rows = [Row(c, logprobs, a) for c, logprobs, a in zip(COMPLETIONS, old, ADVANTAGES, strict=True)]
-    settings = UpdateSettings.of(recipe, kl_weight=recipe.loss.kl_weight, entropy_weight=0.0, temperature=0.8)
     tally = optimise(
         policy,
         torch.optim.SGD(model.parameters(), lr=0.0),
         [make_stream([(PROMPT, rows)])],
         BatchTotals(4, sum(lengths), LIMIT),
-        settings,
+        recipe,
+        first_weights(recipe),
         reference_logprobs=[torch.cat(reference)],
     )
     assert tally.values()["loss/total"] == pytest.approx(their_loss, abs=1e-5, rel=1e-5)

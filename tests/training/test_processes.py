@@ -1,7 +1,6 @@
 """Two processes take the step that one takes."""
 
 import os
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +13,8 @@ from coterie.fast.serve import Policy
 from coterie.recipe import make_recipe
 from coterie.recipe.presets import PRESETS
 from coterie.rollouts.pack import Row, make_stream
-from coterie.training.policy_update import UpdateSettings, optimise
+from coterie.training.policy_update import optimise
+from coterie.training.weights import first_weights
 from coterie.types import BatchTotals
 
 FIXED = {"model": "m", "task": {"data": "d"}, "rewards": ["m:f", "m:g"]}
@@ -30,8 +30,8 @@ def gradient(groups, case):
     shape = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8,
              "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
     policy = Policy.of(AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **shape)).double())
-    recipe = make_recipe({**FIXED, **CASES[case]})
-    settings = UpdateSettings.of(recipe, kl_weight=recipe.loss.kl_weight, entropy_weight=0.0, temperature=1.0)
+    optimiser = {"max_grad_norm": 1e9}
+    recipe = make_recipe({**FIXED, **CASES[case], "optimiser": {**CASES[case].get("optimiser", {}), **optimiser}})
     lengths = [len(row.tokens) for _, rows in groups for row in rows]
     stream = make_stream(groups)
     reference = 0.1 * torch.cos(stream.targets.double()) - 3.4
@@ -40,7 +40,8 @@ def gradient(groups, case):
         torch.optim.SGD(policy.model.parameters(), lr=0.0),
         [stream],
         BatchTotals(len(lengths), sum(lengths), 9),
-        replace(settings, max_grad_norm=1e9),
+        recipe,
+        first_weights(recipe),
         reference_logprobs=[reference.float()],
     )
     assert tally.values()["optimiser/skipped_share"] == 0
