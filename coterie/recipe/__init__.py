@@ -17,7 +17,7 @@ from coterie.reading import MAX_DEPTH, read_yaml, read_yaml_file, short
 from coterie.recipe.explain import explained
 from coterie.recipe.kinds import Place, idle_settings
 from coterie.recipe.methods import DPO, GRPO, METHODS, PPO, SFT, Recipe, RewardModel, Sampled
-from coterie.recipe.older import of_older, with_new_names
+from coterie.recipe.older import with_new_names
 from coterie.recipe.paths import absolute_paths, plain_rewards
 from coterie.recipe.presets import PRESETS
 from coterie.redact import keys_in
@@ -50,7 +50,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of settings, not {type(values).__name__}")
     if "made_with" in values:  # a run's own
-        values = of_older(values)
+        values, _ = with_new_names(values)
     for override in overrides:
         _override(values, override)
     return make_recipe(values, source=str(path), folder=path.resolve().parent)

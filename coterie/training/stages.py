@@ -29,16 +29,26 @@ def with_overlong(scored: Scored, settings: Overlong, limit: int) -> Scored:
 
     Source: DAPO, arXiv 2503.14476, equation 13.
     """
-    if settings.treatment == "keep":
-        return scored
-    completions = [completion for group in scored.groups for completion in group.completions]
-    if settings.treatment == "leave_out":
-        cut = torch.tensor([c.ended == "length" for c in completions]).view(scored.rewards.shape)
-        return replace(scored, rewards=scored.rewards.masked_fill(cut, math.nan))
+    return _TREATMENTS[settings.treatment](scored, settings, limit)
+
+
+def _left_out(scored: Scored, settings: Overlong, limit: int) -> Scored:
+    cut = [c.ended == "length" for group in scored.groups for c in group.completions]
+    return replace(scored, rewards=scored.rewards.masked_fill(torch.tensor(cut).view(scored.rewards.shape), math.nan))
+
+
+def _punished(scored: Scored, settings: Overlong, limit: int) -> Scored:
     margin = max(1.0, settings.margin * limit)
-    lengths = torch.tensor([float(len(c.tokens)) for c in completions], dtype=torch.float64)
-    too_long = ((lengths - (limit - margin)) / margin).clamp(0, 1)
+    sizes = [float(len(c.tokens)) for group in scored.groups for c in group.completions]
+    too_long = ((torch.tensor(sizes, dtype=torch.float64) - (limit - margin)) / margin).clamp(0, 1)
     return with_part(scored, "overlong", (-settings.penalty * too_long).view(scored.rewards.shape))
+
+
+_TREATMENTS: dict[str, Callable[[Scored, Overlong, int], Scored]] = {
+    "keep": lambda scored, settings, limit: scored,
+    "leave_out": _left_out,
+    "punish": _punished,
+}
 
 
 def kl_stage(recipe: Sampled, policy: Policy, reference: Policy) -> Callable[[Scored, float], Scored]:

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 import coterie
 from coterie.errors import UserError
 from coterie.recipe import load_recipe, make_recipe, older
-from coterie.recipe.older import of_older
 from coterie.rewards.load import load_rewards
 from coterie.runs.report import write_report
 from coterie.runs.resume_check import check_inputs, inputs_of
@@ -118,21 +117,6 @@ def test_a_setting_that_is_new_is_no_change_at_its_default(project):
     with pytest.raises(UserError, match="group_size: was not there, is 2") as error:
         coterie.train(resume=str(run))
     assert not any(name in str(error.value) for name in names)
-
-
-OLD = {"made_with": {}, "steps": 3, "loss": {"clip": 0.3, "gone": 1, "kept": 2}, "gone": None, "only": {"setting": 5}}
-
-
-def test_older_settings_become_what_was_done_with_them():
-    tables = {
-        "renamed": {"loss.clip": "loss.clip_high", "only.setting": "seed"},
-        "removed": {"loss.gone": 1, "gone": None, "loss.kept": 3},
-        "new": {"sampling.how": "as before", "steps": 7},
-    }
-    assert of_older(OLD, **tables) == {
-        "made_with": {}, "steps": 3, "loss": {"clip_high": 0.3, "kept": 2}, "seed": 5, "sampling": {"how": "as before"},
-    }  # fmt: skip
-    assert of_older(OLD) == OLD
 
 
 def test_what_an_older_version_did_otherwise_is_refused_by_name(project):
