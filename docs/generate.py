@@ -95,8 +95,7 @@ def _acting(name: str, field: Any, choice: OneOf | None) -> list[str]:
 
 def _conditions(mark: Idle) -> str:
     words, shown = {None: "not set", SET: "set", (): "empty"}, []
-    for name, values in mark.conditions:
-        wanted = values if isinstance(values, tuple) and values else (values,)
+    for name, wanted in mark.conditions:
         shown.append(f"`{name}` is {' or '.join(str(words.get(value, value)) for value in wanted)}")
     return " and ".join(shown).replace("`loss.needs_reference` is False", "the objective needs no reference")
 

@@ -63,35 +63,21 @@ SET = object()  # any value but none
 class Idle:
     """On a section or a setting: it does nothing while all of these settings, by dotted names, have these values, or one of a tuple."""
 
-    def __init__(self, *while_: tuple[str, Any]) -> None:
-        self.conditions = while_
+    def __init__(self, *conditions: tuple[str, Any]) -> None:
+        self.conditions = [(name, of if isinstance(of, tuple) and of else (of,)) for name, of in conditions]
 
     def why(self, recipe: Settings) -> str:
         """In words, by the first condition; empty where it acts."""
-        for name, values in self.conditions:
-            now = _at(recipe, name)
-            if (
-                now is None
-                if values is SET
-                else now not in (values if isinstance(values, tuple) and values else (values,))
-            ):
+        for name, wanted in self.conditions:
+            now = reduce(getattr, name.split("."), recipe)
+            if now is None if SET in wanted else now not in wanted:
                 return ""
         name, wanted = self.conditions[0]
-        now = _at(recipe, name)
+        now = reduce(getattr, name.split("."), recipe)
         if now == ():
             return f"there are no {name}"
-        state = (
-            "is set"
-            if wanted is SET
-            else "is not set"
-            if now is None
-            else f"is {f'{now:g}' if isinstance(now, float) else now}"
-        )
-        return f"{name} {state}"
-
-
-def _at(recipe: Settings, name: str) -> Any:
-    return reduce(getattr, name.split("."), recipe)
+        words = "set" if SET in wanted else "not set" if now is None else f"{now:g}" if isinstance(now, float) else now
+        return f"{name} is {words}"
 
 
 def idle_settings(recipe: Settings) -> dict[str, str]:
@@ -101,9 +87,9 @@ def idle_settings(recipe: Settings) -> dict[str, str]:
         inner = getattr(recipe, section)
         if why := _why_idle(field, recipe):
             found[section] = why
-        elif isinstance(inner, Settings):
-            of_section = ((name, _why_idle(its, recipe)) for name, its in type(inner).model_fields.items())
-            found |= {f"{section}.{name}": why for name, why in of_section if why}
+        for name, its in type(inner).model_fields.items() if isinstance(inner, Settings) and not why else ():
+            if why_inside := _why_idle(its, recipe):
+                found[f"{section}.{name}"] = why_inside
     return found
 
 
