@@ -72,10 +72,12 @@ def _nearest_choice(key: str, place: Sequence[str], values: Mapping[str, Any], g
 def _unknown(key: str, place: Sequence[str], values: Mapping[str, Any]) -> str:
     """Of a setting that its section lacks: what shuts it out, or the nearest name. Nothing where it is open what the section is."""
     here = place_of(place, values)
+    if here.owner is None:
+        return ""
     if here.choice is not None and here.is_shut_out(place[-1]):
         given = here.choice.given(values if len(place) == 1 else values[place[0]])
         why = f"{here.choice.key} is {given}"
-        return f"{key}: has no effect while {why}; change that, or leave this out" if here.owner is not None else ""
+        return f"{key}: has no effect while {why}; change that, or leave this out"
     return f"{key}: there is no such setting; {_nearest_setting(place, here, values)}"
 
 

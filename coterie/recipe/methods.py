@@ -169,10 +169,7 @@ class GRPO(Sampled):
 
     def _check_method(self) -> None:
         """Whether a group is large enough for what is asked of it, too."""
-        self._check_groups()
         super()._check_method()
-
-    def _check_groups(self) -> None:
         advantage = self.advantage
         if advantage.function:
             return

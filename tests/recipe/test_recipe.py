@@ -251,6 +251,8 @@ def test_presets_are_what_their_papers_say():
         ({"task": "equation"}, "task", "did you mean 'equations'"),
         ({"loss": {"ratio": "tokens"}}, "loss.ratio", "did you mean 'token'"),
         ({"kl": {"estimator": "k4"}}, "kl.estimator", "k1, k2, k3"),
+        ({"method": "gpro"}, "method", "did you mean 'grpo'"),
+        ({"loss": {"objective": "spao", "gate_positive": 2}}, "loss.objective", "did you mean 'sapo'"),
         ({"lora": {"dropout": 0.1}}, "lora.dropout", "rank"),
         ({"lora": {"targts": "q_proj"}}, "lora.targts", "did you mean 'targets'"),
         (
