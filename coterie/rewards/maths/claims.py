@@ -7,12 +7,12 @@ named quantity on a side, as `x = 5`, claims nothing that could be checked here.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
 
-from coterie.rewards.maths.expressions import NUMBER, SIGNS, Node, is_plain, num_operations, read
+from coterie.rewards.maths.expressions import SIGNS, Node, Token, is_plain, num_operations, parse, tokens
 
 _MAX_SENTENCE = 1000  # characters; an equals sign in a longer one is a claim that can't be read
 _MAX_UNIT = 4  # words between a number and the sign that follows: `3 apples in each box * 4`
@@ -44,29 +44,14 @@ def claims_of(line: str) -> list[Claim]:
         return []
     if len(line) > _MAX_SENTENCE:
         return [Claim(None, None)]
-    tokens = _with_units_dropped(list(_tokens(_plain(line))))
-    signs = [place for place, token in enumerate(tokens) if token.kind == "equals"]
-    found = []
-    for number, place in enumerate(signs):
-        before = tokens[signs[number - 1] + 1 if number else 0 : place]
-        after = tokens[place + 1 : signs[number + 1] if number + 1 < len(signs) else len(tokens)]
-        claim = _claim(before, after, chained=number > 0, about=tokens[place].text == "≈")
-        found += [claim] if claim is not None else []
-    return found
+    found = _with_units_dropped(list(tokens(_plain(line))))
+    signs = [place for place, token in enumerate(found) if token.kind == "equals"]
+    starts, ends = [0, *(sign + 1 for sign in signs)], [*signs, len(found)]
+    sides = [found[start:end] for start, end in zip(starts, ends, strict=True)]
+    claims = (_claim(*pair, about=found[sign].text == "≈") for sign, pair in zip(signs, pairwise(sides), strict=True))
+    return [claim for claim in claims if claim is not None]
 
 
-@dataclass(frozen=True)
-class _Token:
-    kind: str  # number, sign, equals, word or stop
-    text: str
-    spaced: bool  # whether a space stands before it
-    has_unit: bool = False
-
-
-_TOKEN = re.compile(
-    rf"(?P<number>{NUMBER})|(?P<sign>\*\*|[-+*/^()%])|(?P<equals>=|≈)|(?P<word>[^\W\d_]++)|(?P<stop>[^\s])", re.ASCII
-)
-_WORD = re.compile(r"[^\W\d_]++")
 _BULLET = re.compile(r"^\s*(?:[-*•]|\(?(?:\d{1,2}|[a-z])[.)、])\s+", re.ASCII)
 _LATEX = (
     (re.compile(r"\\(?:times|cdot)\b"), "*"), (re.compile(r"\\div\b"), "/"), (re.compile(r"\\approx\b"), "≈"),
@@ -85,40 +70,23 @@ def _plain(line: str) -> str:
     return line
 
 
-def _tokens(text: str) -> Iterator[_Token]:
-    at = 0
-    while at < len(text):
-        spaced = False
-        while at < len(text) and text[at].isspace():
-            spaced, at = True, at + 1
-        if at == len(text):
-            return
-        found = _WORD.match(text, at) or _TOKEN.match(text, at)
-        kind = "word" if found is None or found.re is _WORD else str(found.lastgroup)
-        value = text[at] if found is None else found.group()
-        yield _Token("stop" if found is None else kind, value, spaced)
-        at += len(value)
-
-
-def _with_units_dropped(tokens: Sequence[_Token]) -> list[_Token]:
+def _with_units_dropped(line: Sequence[Token]) -> list[Token]:
     """Without the words between a number and a sign; `3 x 4` and `20% of 50` become products."""
-    kept: list[_Token] = []
+    kept: list[Token] = []
     at = 0
-    while at < len(tokens):
-        token, after_number = tokens[at], bool(kept) and (kept[-1].kind == "number" or kept[-1].text in (")", "%"))
+    while at < len(line):
+        token, after_number = line[at], bool(kept) and (kept[-1].kind == "number" or kept[-1].text in (")", "%"))
         if token.kind == "word" and after_number:
-            end = at
-            while end < len(tokens) and tokens[end].kind == "word":
-                end += 1
-            follows = tokens[end] if end < len(tokens) else None
+            end = next((end for end in range(at, len(line)) if line[end].kind != "word"), len(line))
+            follows = line[end] if end < len(line) else None
             times = end - at == 1 and follows is not None and (follows.kind == "number" or follows.text == "(")
             if times and (token.text in ("x", "X") or (token.text in ("of", "的") and _is_share(kept))):
-                kept.append(_Token("sign", "*", True))
+                kept.append(Token("sign", "*", True))
                 at = end
                 continue
-            unit = end - at <= _MAX_UNIT and not any(_is_unknown(word) for word in tokens[at:end])
+            unit = end - at <= _MAX_UNIT and not any(_is_unknown(word) for word in line[at:end])
             if unit and follows is not None and (follows.kind == "equals" or follows.text in ("+", "-", "*", "/")):
-                kept[-1] = _Token(kept[-1].kind, kept[-1].text, kept[-1].spaced, True)
+                kept[-1] = replace(kept[-1], has_unit=True)
                 at = end
                 continue
         kept.append(token)
@@ -126,16 +94,16 @@ def _with_units_dropped(tokens: Sequence[_Token]) -> list[_Token]:
     return kept
 
 
-def _is_share(kept: Sequence[_Token]) -> bool:
+def _is_share(kept: Sequence[Token]) -> bool:
     """Whether what stands before `of` is a share: `20%` or `1/4`."""
     return kept[-1].text == "%" or (len(kept) > 2 and kept[-2].text == "/")
 
 
-def _is_unknown(word: _Token) -> bool:
+def _is_unknown(word: Token) -> bool:
     return len(word.text) == 1 and word.text.isascii()
 
 
-def _claim(before: Sequence[_Token], after: Sequence[_Token], *, chained: bool, about: bool) -> Claim | None:
+def _claim(before: Sequence[Token], after: Sequence[Token], *, about: bool) -> Claim | None:
     """The claim between what stands before an equals sign and after it, if both sides are arithmetic."""
     start = max((i + 1 for i, token in enumerate(before) if token.kind in ("word", "stop")), default=0)
     end = min((i for i, token in enumerate(after) if token.kind in ("word", "stop")), default=len(after))
@@ -151,14 +119,14 @@ def _claim(before: Sequence[_Token], after: Sequence[_Token], *, chained: bool, 
         return None
     if any(one.text == "%" and two.kind == "number" for one, two in pairwise(left)):  # 10 % 3, a remainder
         return None
-    sides = read(_text(left)), read(_text(right))
-    if sides[0] is not None and num_operations(sides[0]) == 0 and (word is not None or left[-1].has_unit):
+    known, told = (parse([token.text for token in side]) for side in (left, right))
+    if known is not None and num_operations(known) == 0 and (word is not None or left[-1].has_unit):
         return None  # `2 hours = 120 minutes`, `the area of 5 = 3 + 4`: a name, no sum
-    rounded = _half_a_unit(right[-1].text) if about and sides[1] is not None and is_plain(sides[1]) else None
-    return Claim(*sides, rounded)
+    rounded = _half_a_unit(right[-1].text) if about and told is not None and is_plain(told) else None
+    return Claim(known, told, rounded)
 
 
-def _begins_anew(left: Sequence[_Token], before: Sequence[_Token]) -> bool:
+def _begins_anew(left: Sequence[Token], before: Sequence[Token]) -> bool:
     """Whether an expression may begin after a word or a mark: `is 3`, `is -3`, but not `x + 3`, `3x`, `√16` or `12:30`."""
     last, first = before[-1], left[0]
     if first.text == "-":
@@ -171,19 +139,12 @@ def _begins_anew(left: Sequence[_Token], before: Sequence[_Token]) -> bool:
     return first.spaced or (not clock and last.text in ",，、：:<[{\"“‘'「")
 
 
-def _has_remainder(rest: Sequence[_Token]) -> bool:
+def _has_remainder(rest: Sequence[Token]) -> bool:
     """Whether `7 remainder 1` or `7……1` is meant, which is no value."""
-    return bool(rest) and (rest[0].text.lower() in ("remainder", "rem", "r", "余", "余数", "…") or _dots(rest))
-
-
-def _dots(rest: Sequence[_Token]) -> bool:
-    return len(rest) > 1 and rest[0].text == rest[1].text == "."
+    words = [token.text.lower() for token in rest[:2]]
+    return bool(words) and (words[0] in ("remainder", "rem", "r", "余", "余数", "…") or words == [".", "."])
 
 
 def _half_a_unit(number: str) -> Fraction:
     """What rounding to the digits of a number may have changed."""
     return Fraction(1, 2 * 10 ** len(number.partition(".")[2]))
-
-
-def _text(tokens: Sequence[_Token]) -> str:
-    return " ".join(token.text for token in tokens)

@@ -16,9 +16,20 @@ _MAX_TOKENS, _MAX_DEPTH, _MAX_DIGITS = 60, 20, 15
 _MAX_POWER, _MAX_BITS = 12, 1024
 
 NUMBER = r"(?:\d{1,3}(?:,\d{3})++(?!\d)(?:\.\d++)?|\d++(?:\.\d++)?|\.\d++)"
-_TOKEN = re.compile(rf"\s*+(?:(?P<number>{NUMBER})|(?P<sign>\*\*|[-+*/^()%]))", re.ASCII)
 SIGNS = {"×": "*", "·": "*", "⋅": "*", "∙": "*", "÷": "/", "−": "-", "–": "-", "％": "%", "（": "(", "）": ")"}
+_TOKEN = re.compile(
+    rf"(?P<number>{NUMBER})|(?P<sign>\*\*|[-+*/^()%])|(?P<equals>[=≈])|(?P<word>(?u:[^\W\d_]++))|(?P<stop>(?u:\S))",
+    re.ASCII,
+)
 _PLAIN = str.maketrans(SIGNS)
+
+
+@dataclass(frozen=True)
+class Token:
+    kind: str  # number, sign, equals, word or stop
+    text: str
+    spaced: bool  # whether a space stands before it
+    has_unit: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,10 +47,7 @@ class Operation:
     kind: str  # + or *
     parts: tuple[tuple[bool, Node], ...]
     values: tuple[Fraction, ...]  # of the parts, turned round where they are
-
-    @property
-    def value(self) -> Fraction:
-        return _folded(self.kind, self.values)
+    value: Fraction
 
 
 @dataclass(frozen=True)
@@ -53,23 +61,25 @@ Node = Number | Operation | Power
 
 
 class _UnreadableError(Exception):
-    """Not in the grammar, out of bounds, or divided by zero."""
+    """Not in the grammar, or out of bounds."""
 
 
-def read(text: str) -> Node | None:
-    """The expression that makes up the whole of a text, or None."""
-    tokens: list[str] = []
-    at = 0
-    text = text.strip().translate(_PLAIN)
-    while at < len(text):
-        found = _TOKEN.match(text, at)
-        if found is None or len(tokens) == _MAX_TOKENS:
-            return None
-        tokens.append(found["number"] or found["sign"])
-        at = found.end()
+def tokens(text: str) -> Iterator[Token]:
+    """Numbers, signs and words; any other character alone."""
+    end = 0
+    for found in _TOKEN.finditer(text):
+        yield Token(str(found.lastgroup), found[0], found.start() > end)
+        end = found.end()
+
+
+def parse(words: Sequence[str]) -> Node | None:
+    """The expression that all of these tokens are, or None."""
+    depths = accumulate((word == "(") - (word == ")") for word in words)
+    if len(words) > _MAX_TOKENS or max(depths, default=0) > _MAX_DEPTH:
+        return None
     try:
-        return _Reader(tokens).whole()
-    except _UnreadableError:
+        return _Reader(words).whole()
+    except (_UnreadableError, ZeroDivisionError):
         return None
 
 
@@ -79,28 +89,36 @@ def number_of(text: str) -> Fraction | None:
     return node.value if node is not None and is_plain(node) else None
 
 
+def read(text: str) -> Node | None:
+    """The expression that makes up the whole of a text, or None."""
+    return parse([token.text for token in tokens(text.translate(_PLAIN))])
+
+
 def is_plain(node: Node) -> bool:
     """Whether it is a number, or a fraction of two."""
-    if isinstance(node, Operation):
-        return _leaves(node) and (len(node.parts) == 1 or (node.kind, _turned(node)) == ("*", [False, True]))
-    return isinstance(node, Number)
+    if not isinstance(node, Operation):
+        return isinstance(node, Number)
+    is_fraction = node.kind == "*" and [turned for turned, _ in node.parts] == [False, True]
+    return all(isinstance(part, Number) for part in _children(node)) and (len(node.parts) == 1 or is_fraction)
 
 
 def numbers(node: Node) -> list[Number]:
     """All that stand in an expression, exponents left out."""
-    if isinstance(node, Number):
-        return [node]
-    if isinstance(node, Power):
-        return numbers(node.base)
-    return [number for _, part in node.parts for number in numbers(part)]
+    return [node] if isinstance(node, Number) else [one for child in _children(node) for one in numbers(child)]
 
 
 def num_operations(node: Node) -> int:
-    if isinstance(node, Number):
-        return 0
-    if isinstance(node, Power):
-        return 1 + num_operations(node.base)
-    return len(node.parts) - 1 + sum(num_operations(part) for _, part in node.parts)
+    own = len(node.parts) - 1 if isinstance(node, Operation) else int(isinstance(node, Power))
+    return own + sum(map(num_operations, _children(node)))
+
+
+def is_idle(node: Node) -> bool:
+    """Whether a part of it changes nothing, as in `5 + 0` and `5 * 1`."""
+    if isinstance(node, Operation):
+        own = len(node.parts) > 1 and (0 if node.kind == "+" else 1) in node.values
+    else:
+        own = isinstance(node, Power) and node.exponent.value == 1
+    return own or any(map(is_idle, _children(node)))
 
 
 def one_step(node: Node) -> set[Fraction]:
@@ -108,143 +126,103 @@ def one_step(node: Node) -> set[Fraction]:
 
     A run of additions is one operation, and so is a run of multiplications.
     """
-    return {abs(value) for value in _made(node)}
-
-
-def is_idle(node: Node) -> bool:
-    """Whether a part of it changes nothing, as in `5 + 0` and `5 * 1`."""
-    if isinstance(node, Number):
-        return False
-    if isinstance(node, Power):
-        return node.exponent.value == 1 or is_idle(node.base)
-    nothing = Fraction(0 if node.kind == "+" else 1)
-    return (len(node.parts) > 1 and nothing in node.values) or any(is_idle(part) for _, part in node.parts)
-
-
-def _turned(node: Operation) -> list[bool]:
-    return [turned for turned, _ in node.parts]
-
-
-def _leaves(node: Operation) -> bool:
-    return all(isinstance(part, Number) for _, part in node.parts)
-
-
-def _made(node: Node) -> Iterator[Fraction]:
+    made = set().union(*map(one_step, _children(node)))
     if isinstance(node, Power) and isinstance(node.base, Number):
-        yield node.value
-    elif isinstance(node, Power):
-        yield from _made(node.base)
+        made.add(abs(node.value))
     elif isinstance(node, Operation):
         run: list[Fraction] = []
-        for (_, part), value in zip(node.parts, node.values, strict=True):
-            yield from _made(part)
+        for part, value in zip(_children(node), node.values, strict=True):
             run = [*run, value] if _is_leaf(part) else []
-            yield from list(accumulate(reversed(run), add if node.kind == "+" else mul))[1:]
+            made.update(map(abs, list(accumulate(reversed(run), _FOLDS[node.kind]))[1:]))
+    return made
+
+
+_FOLDS = {"+": add, "*": mul}
 
 
 def _is_leaf(node: Node) -> bool:
     """A number, one with a sign, or a fraction that is not a whole number, which stays as it is."""
-    signed = isinstance(node, Operation) and len(node.parts) == 1 and _leaves(node)
-    return isinstance(node, Number) or signed or (is_plain(node) and node.value.denominator != 1)
+    is_one = isinstance(node, Number) or (isinstance(node, Operation) and len(node.parts) == 1)
+    return is_plain(node) and (is_one or node.value.denominator != 1)
 
 
-def _folded(kind: str, values: Sequence[Fraction]) -> Fraction:
-    total = Fraction(0 if kind == "+" else 1)
-    for value in values:
-        total = total + value if kind == "+" else total * value
-        _check_size(total)
-    return total
-
-
-def _check_size(value: Fraction) -> None:
-    if max(value.numerator.bit_length(), value.denominator.bit_length()) > _MAX_BITS:
-        raise _UnreadableError
+def _children(node: Node) -> list[Node]:
+    if isinstance(node, Operation):
+        return [part for _, part in node.parts]
+    return [node.base] if isinstance(node, Power) else []
 
 
 class _Reader:
     """sum: product ((+|-) product)*; product: signed ((*|/) signed)*; signed: (+|-) power; power: atom (^ atom)."""
 
-    def __init__(self, tokens: Sequence[str]) -> None:
-        self._tokens = tokens
+    def __init__(self, words: Sequence[str]) -> None:
+        self._words = [*words, ""]
         self._at = 0
-        self._depth = 0
 
     def whole(self) -> Node:
-        node = self._operation("+")
-        if self._at < len(self._tokens):
+        node = self._sum()
+        if self._words[self._at]:
             raise _UnreadableError
         return node
 
-    def _next(self) -> str:
-        return self._tokens[self._at] if self._at < len(self._tokens) else ""
-
-    def _take(self) -> str:
-        token = self._next()
-        if not token:
-            raise _UnreadableError
+    def _take(self, *wanted: str) -> str:
+        """The next token where it is one of these, which is then behind; else the empty text."""
+        found = self._words[self._at]
+        if found not in wanted:
+            return ""
         self._at += 1
-        return token
+        return found
 
-    def _operation(self, kind: str) -> Node:
-        forward, back = ("+", "-") if kind == "+" else ("*", "/")
-        parts = [(False, self._part(kind))]
-        while self._next() in (forward, back) or (kind == "*" and self._next() == "("):  # 2(3 + 4)
-            turned = self._next() != "(" and self._take() == back
-            parts.append((turned, self._part(kind)))
-        if len(parts) == 1:
-            return parts[0][1]
-        return _operation(kind, parts)
+    def _sum(self) -> Node:
+        parts = [(False, self._product())]
+        while sign := self._take("+", "-"):
+            parts.append((sign == "-", self._product()))
+        return _operation("+", parts)
 
-    def _part(self, kind: str) -> Node:
-        return self._operation("*") if kind == "+" else self._signed()
+    def _product(self) -> Node:
+        parts = [(False, self._signed())]
+        while (sign := self._take("*", "/")) or self._words[self._at] == "(":  # 2(3 + 4)
+            parts.append((sign == "/", self._signed()))
+        return _operation("*", parts)
 
     def _signed(self) -> Node:
-        if self._next() not in ("+", "-"):
-            return self._power()
-        negative = self._take() == "-"
-        node = self._power()
-        return _operation("+", [(True, node)]) if negative else node
+        sign = self._take("+", "-")
+        return _operation("+", [(sign == "-", self._power())])
 
     def _power(self) -> Node:
         base = self._atom()
-        if self._next() not in ("^", "**"):
+        if not self._take("^", "**"):
             return base
-        self._take()
         exponent = self._atom()
         if not isinstance(exponent, Number) or exponent.value.denominator != 1 or exponent.value > _MAX_POWER:
             raise _UnreadableError
-        value = Fraction(1)
-        for _ in range(int(exponent.value)):
-            value *= base.value
-            _check_size(value)
-        return Power(base, exponent, value)
+        return Power(base, exponent, _bounded(base.value ** int(exponent.value)))
 
     def _atom(self) -> Node:
-        token = self._take()
-        if token == "(":
-            self._depth += 1
-            if self._depth > _MAX_DEPTH:
-                raise _UnreadableError
-            node = self._operation("+")
-            self._depth -= 1
-            if self._take() != ")":
+        if self._take("("):
+            node = self._sum()
+            if not self._take(")"):
                 raise _UnreadableError
             return node
-        if not token[-1].isdigit() or sum(map(str.isdigit, token)) > _MAX_DIGITS:
+        word = self._words[self._at]
+        if not (word.isascii() and word[-1:].isdigit()) or sum(map(str.isdigit, word)) > _MAX_DIGITS:
             raise _UnreadableError
-        value = Fraction(token.replace(",", ""))
-        if self._next() == "%":
-            self._take()
-            return Number(value / 100, value)
-        return Number(value, value)
+        self._at += 1
+        value = Fraction(word.replace(",", ""))
+        return Number(value / 100 if self._take("%") else value, value)
 
 
-def _operation(kind: str, parts: Sequence[tuple[bool, Node]]) -> Operation:
-    values = []
-    for turned, part in parts:
-        if turned and kind == "*" and part.value == 0:
-            raise _UnreadableError
-        values.append(part.value if not turned else -part.value if kind == "+" else 1 / part.value)
-    made = Operation(kind, tuple(parts), tuple(values))
-    _check_size(made.value)
-    return made
+def _operation(kind: str, parts: Sequence[tuple[bool, Node]]) -> Node:
+    """A part alone is itself, unless it is turned round."""
+    if len(parts) == 1 and not parts[0][0]:
+        return parts[0][1]
+    turn = (lambda value: -value) if kind == "+" else (lambda value: 1 / value)
+    values = tuple(turn(part.value) if turned else part.value for turned, part in parts)
+    *_, total = map(_bounded, accumulate(values, _FOLDS[kind]))
+    return Operation(kind, tuple(parts), values, total)
+
+
+def _bounded(value: Fraction) -> Fraction:
+    if max(value.numerator.bit_length(), value.denominator.bit_length()) > _MAX_BITS:
+        raise _UnreadableError
+    return value
