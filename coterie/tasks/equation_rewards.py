@@ -19,5 +19,4 @@ def right_answer(completions: Sequence[Any], equation: Sequence[str], **_: Any) 
 
 def written_steps(completions: Sequence[Any], equation: Sequence[str], **_: Any) -> list[float]:
     """1 for a right solution with every step, 2/3 with some; 0 for a bare answer or where any line does not follow."""
-    reports = [check(e, completion_text(c)) for c, e in zip(completions, equation, strict=True)]
-    return [(1.0 if r.complete else 2 / 3) if r.right and r.follows and r.num_steps else 0.0 for r in reports]
+    return [check(e, completion_text(c)).points(0.0, 2 / 3, 1.0) for c, e in zip(completions, equation, strict=True)]

@@ -26,10 +26,6 @@ class Term:
     with_x: bool
     factors: tuple[Fraction, ...]
 
-    @property
-    def worked_out(self) -> bool:
-        return len(self.factors) <= 1
-
 
 @dataclass(frozen=True)
 class Side:
@@ -52,7 +48,7 @@ class Side:
 
     @property
     def worked_out(self) -> bool:
-        return len(self.terms) == 1 and self.terms[0].worked_out
+        return len(self.terms) == 1 and len(self.terms[0].factors) <= 1
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ class Equation:
     @property
     def isolated(self) -> bool:
         """Whether the unknown stands alone on the left, as in `3x = 10 + 5`."""
-        return self.left.slope != 0 and not any(not term.with_x for term in self.left.terms) and self.right.slope == 0
+        return self.left.slope != 0 == self.right.slope and all(term.with_x for term in self.left.terms)
 
     @property
     def worked_out(self) -> bool:
@@ -89,17 +85,13 @@ class Equation:
         if not (self.isolated and len(self.left.terms) == 1 and self.left.terms[0].factors == ()):
             return False
         value, terms = self.right.constant, self.right.terms
-        lowest = len(terms) == 1 and Counter(terms[0].factors) == Counter(_lowest(value))
+        written = Fraction(abs(value.numerator)), Fraction(1, value.denominator)  # 5 / 2: its factors are 5 and 1/2
+        lowest = len(terms) == 1 and Counter(terms[0].factors) == Counter(written)
         return self.left.slope == 1 and (self.right.worked_out or lowest)
 
     def turned(self) -> Equation:
         """With the unknown on the left, where it stands on the right alone."""
         return Equation(self.right, self.left) if self.left.slope == 0 != self.right.slope else self
-
-
-def _lowest(value: Fraction) -> tuple[Fraction, ...]:
-    """The factors of a fraction in lowest terms as it is written: 5 / 2 -> 5 and 1/2."""
-    return (Fraction(abs(value.numerator)), Fraction(1, value.denominator))
 
 
 @dataclass(frozen=True)
@@ -115,6 +107,14 @@ class Report:
     follows: bool
     num_steps: int
     complete: bool
+
+    def points(self, guess: float, terse: float, whole: float) -> float:
+        """Of a wrong answer 0; of a right one by what stands before it."""
+        if not self.right:
+            return 0.0
+        if not (self.follows and self.num_steps):
+            return guess
+        return whole if self.complete else terse
 
 
 def all_steps(report: Report) -> bool:

@@ -29,7 +29,7 @@ from coterie.rewards.maths.expressions import (
     numbers,
     one_step,
 )
-from coterie.rewards.maths.linear import Report, check, parse_equation
+from coterie.rewards.maths.linear import Report, all_steps, check, parse_equation
 from coterie.rewards.maths.numbers import WORDS_BELOW_100
 from coterie.rewards.maths.origins import Origins
 from coterie.rewards.text_of import completion_text, prompt_text
@@ -90,21 +90,11 @@ class Steps:
         return self._value(check_arithmetic(prompt, wanted, text))
 
     def _value(self, report: Report) -> float | None:
-        whole = report.right and report.follows and report.num_steps > 0 and report.complete
         if self.part == "points":
-            return points(report, self.guess, self.terse, self.whole) / self.whole
+            return report.points(self.guess, self.terse, self.whole) / self.whole
         if self.part == "follows" and report.follows and not report.num_steps:
             return None
-        return float({"right": report.right, "follows": report.follows, "complete": whole}[self.part])
-
-
-def points(report: Report, guess: float, terse: float, whole: float) -> float:
-    """Of a wrong answer 0; of a right one by what stands before it."""
-    if not report.right:
-        return 0.0
-    if not (report.follows and report.num_steps):
-        return guess
-    return whole if report.complete else terse
+        return float({"right": report.right, "follows": report.follows, "complete": all_steps(report)}[self.part])
 
 
 def _answer(answer: Any) -> Fraction | None:
