@@ -20,36 +20,32 @@ _SIGNS = {
     "ℝ": r"\mathbb{R}", "∖": r"\setminus ", "∨": " or ", "∧": " and ", "．": ".",
 }  # fmt: skip
 _WRITTEN = re.compile(r"\\(?:text|mathrm|mbox|textbf|textit|mathbf|operatorname|textrm|rm|mathit)\s*\{([^{}]*)\}")
+_COMMANDS = {
+    r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\cfrac": r"\frac", r"\$": "$", r"\%": "%", r"\{": OPEN, r"\}": CLOSE, r"\lbrace": OPEN,
+    r"\rbrace": CLOSE, r"\langle": "(", r"\rangle": ")", r"\pounds": "£", r"\euro": "€", r"\yen": "¥", r"\cent": "¢", r"\infinity": r"\infty",
+    r"\le": r"\le ", r"\leq": r"\le ", r"\leqslant": r"\le ", r"\ge": r"\ge ", r"\geq": r"\ge ", r"\geqslant": r"\ge ", r"\leslant": r"\le ",
+    r"\geslant": r"\ge ", r"\ne": r"\ne ", r"\neq": r"\ne ", "<=": r"\le ", ">=": r"\ge ", "!=": r"\ne ", r"\lt": "<", r"\gt": ">",
+    r"\varnothing": r"\emptyset ", r"\emptyset": r"\emptyset ",
+}  # fmt: skip
 _FUNCTIONS = "arcsin|arccos|arctan|sqrt|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|pi|infty|infinity"
-_RULES = [(re.compile(pattern, flags), instead) for pattern, instead, flags in (
-    (r"(\d)(?:\{,\}|\\[,!;: ]|,\\!)(?=\d{3}(?!\d))", r"\1", 0),
-    (r"(?<=[0-9a-z)])\*\*(-?\d+|[a-z](?![a-z]))", r"^{\1}", 0),
-    (r"(?<=[0-9a-z)])\*\*(?=\()", "^", 0),
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|quad|qquad)(?![A-Za-z])|(?<!\\)\\[!,;: ]|(?<=[^\s\\])~|\*\*", " ", 0),
-    (r"\\[dtc]frac", r"\\frac", 0),
-    (r"\\\$", "$", 0),
-    (r"\\(?:pounds|euro|yen|cent)(?![a-z])", lambda found: {"p": "£", "e": "€", "y": "¥", "c": "¢"}[found[0][1]], 0),
-    (r"\\%|\bper ?cent\b", "%", re.IGNORECASE),
-    (r"\\\{|\\lbrace(?![a-z])", OPEN, 0),
-    (r"\\\}|\\rbrace(?![a-z])", CLOSE, 0),
-    (r"\\langle(?![a-z])", "(", 0),
-    (r"\\rangle(?![a-z])", ")", 0),
-    (rf"(?<![\\A-Za-z])({_FUNCTIONS})(?![A-Za-z])", r"\\\1 ", 0),
-    (r"\\infinity", r"\\infty", 0),
-    (r"^\(\s*([-+]?\d+(?:\.\d+)?)\s*\)(?=\s*/\s*\d)", r"\1", 0),
-    (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", 0),
-    (r"(?<![\d.])(\d+(?:\.\d+)?)[eE]([-+]?\d{1,4})(?![\d.])", r"\1\\times 10^{\2}", 0),
-    (r"\\leq?(?:slant)?(?![A-Za-z])|<=", r"\\le ", 0),
-    (r"\\geq?(?:slant)?(?![A-Za-z])|>=", r"\\ge ", 0),
-    (r"\\neq?(?![A-Za-z])|!=", r"\\ne ", 0),
-    (r"\\lt(?![A-Za-z])", "<", 0),
-    (r"\\gt(?![A-Za-z])", ">", 0),
-    (r"\\(?:varnothing|emptyset)(?![A-Za-z])|⦃\s*⦄|\b(?:there (?:is|are) )?no (?:real )?solutions?\b|\b(?:the )?empty set\b", r"\\emptyset ", re.IGNORECASE),
-    (r"\\pmod\s*\{?\w+\}?|\(mod \w+\)", " ", 0),
-    (r"(?<![\d.])(\d{1,3})((?: \d{3})+)(?![\d.,]\d|\d|/)", lambda found: found[0].replace(" ", ""), 0),
-    (r"(?<=\d)(\s*)(st|nd|rd|th)$", "", 0),
-    (r"(?<=:\d\d) in the (morning|afternoon|evening)\b", lambda found: " am" if found[1] == "morning" else " pm", 0),
-    (r"(\d+)\s*(?:out of|in every)\s+(\d+)", r"\1/\2", 0),
+# In this order: numbers and powers before the spaces between their digits go, then functions and commands, then what is written in them.
+_RULES = [(re.compile(pattern), instead) for pattern, instead in (
+    (r"(\d)(?:\{,\}|\\[,!;: ]|,\\!)(?=\d{3}(?!\d))", r"\1"),
+    (r"(?<=[0-9a-z)])\*\*(-?\d+|[a-z](?![a-z]))", r"^{\1}"),
+    (r"(?<=[0-9a-z)])\*\*(?=\()", "^"),
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|quad|qquad)(?![A-Za-z])|(?<!\\)\\[!,;: ]|(?<=[^\s\\])~|\*\*", " "),
+    (rf"(?<![\\A-Za-z])({_FUNCTIONS})(?![A-Za-z])", r"\\\1 "),
+    (r"\\(?:[A-Za-z]+|[${}%])|[<>!]=", lambda found: _COMMANDS.get(found[0], found[0])),
+    (r"(?i:\bper ?cent\b)", "%"),
+    (r"^\(\s*([-+]?\d+(?:\.\d+)?)\s*\)(?=\s*/\s*\d)", r"\1"),
+    (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"(?<![\d.])(\d+(?:\.\d+)?)[eE]([-+]?\d{1,4})(?![\d.])", r"\1\\times 10^{\2}"),
+    (r"(?i:⦃\s*⦄|\b(?:there (?:is|are) )?no (?:real )?solutions?\b|\b(?:the )?empty set\b)", r"\\emptyset "),
+    (r"\\pmod\s*\{?\w+\}?|\(mod \w+\)", " "),
+    (r"(?<![\d.])(\d{1,3})((?: \d{3})+)(?![\d.,]\d|\d|/)", lambda found: found[0].replace(" ", "")),
+    (r"(?<=\d)(\s*)(st|nd|rd|th)$", ""),
+    (r"(?<=:\d\d) in the (morning|afternoon|evening)\b", lambda found: " am" if found[1] == "morning" else " pm"),
+    (r"(\d+)\s*(?:out of|in every)\s+(\d+)", r"\1/\2"),
 )]  # fmt: skip
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", re.ASCII)
 _CHINESE_AROUND = re.compile(

@@ -56,17 +56,28 @@ _PREFIXES = {
     "k": 3, "M": 6, "G": 9, "T": 12, "h": 2, "d": -1, "c": -2, "m": -3, "μ": -6, "n": -9,
 }  # fmt: skip
 _SHORT = {"mph": "mile / hour", "kph": "km / hour", "kmh": "km / hour", "mpg": "mile / gallon", "bps": "bit / second"}
-_UNITS: dict[str, list[Unit]] = {}
-for _dimension, _rows in re.findall(r"(\w+): ([^:]+)(?:\n|$)", re.sub(r"\n +", " ", _TABLE)):
-    for _size, *_names in (_row.split() for _row in _rows.split(";")):
-        for _name in _names:
-            _length = len(_name.strip("*"))  # names take whole prefixes, symbols letters, and `amp` and `cal` both
-            _fits = {True: _length > 2, False: _length < 4}
-            _all = {"": 0} | {p: e for p, e in _PREFIXES.items() if _fits[len(p) > 1] and _name.endswith("*")}
-            for _prefix, _exponent in _all.items():
-                _unit = Unit(((_dimension, 1),), Fraction(_size) * Fraction(10) ** _exponent)
-                _UNITS.setdefault(_prefix + _name.strip("*").replace("-", " "), []).append(_unit)
 
+
+def _units() -> dict[str, list[Unit]]:
+    """By each name and symbol, with each prefix that fits: what it may mean."""
+    found: dict[str, list[Unit]] = {}
+    for dimension, rows in re.findall(r"(\w+): ([^:]+)(?:\n|$)", re.sub(r"\n +", " ", _TABLE)):
+        for size, *names in map(str.split, rows.split(";")):
+            for name in names:
+                for prefix, exponent in _prefixes(name).items():
+                    unit = Unit(((dimension, 1),), Fraction(size) * Fraction(10) ** exponent)
+                    found.setdefault(prefix + name.strip("*").replace("-", " "), []).append(unit)
+    return found
+
+
+def _prefixes(name: str) -> dict[str, int]:
+    """Names take whole prefixes, symbols letters, and `amp` and `cal` both."""
+    length = len(name.strip("*"))
+    fits = {True: length > 2, False: length < 4}
+    return {"": 0} | {one: power for one, power in _PREFIXES.items() if name.endswith("*") and fits[len(one) > 1]}
+
+
+_UNITS = _units()
 CURRENCIES = "$€£¥₹¢"
 CHINESE_UNITS = sorted((name for name in _UNITS if re.match("[\u4e00-\u9fff]", name)), key=len, reverse=True)
 
