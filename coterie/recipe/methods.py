@@ -145,7 +145,7 @@ class Sampled(Recipe):
 
     @property
     def kl_in_reward(self) -> bool:
-        return self.loss.kl_weight > 0 and self.kl.in_reward
+        return self.loss.kl_weight > 0 and self.kl.place == "reward"
 
     @property
     def needs_reference(self) -> bool:

@@ -154,10 +154,6 @@ class KL(Settings):
     target: Positive | None = Field(None, description="nats per token that the weight adapts to; fixed if empty")
     adapt_rate: Annotated[Number, Field(gt=0, lt=1), Idle(("kl.target", None))] = 0.1
 
-    @property
-    def in_reward(self) -> bool:
-        return self.place == "reward"
-
 
 class Entropy(Settings):
     """A bonus for the policy's entropy."""

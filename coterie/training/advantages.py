@@ -16,37 +16,28 @@ from coterie.errors import UserError
 from coterie.recipe import GRPO
 from coterie.recipe.settings import Advantage
 from coterie.rewards.base import Reward
-from coterie.training.keywords import chosen_keywords
+from coterie.training.keywords import own_function
 from coterie.types import Scored
-from coterie.user_code import load_function
 
 Advantages = Callable[[Scored], Tensor]
 
 
 def load_advantages(recipe: GRPO, rewards: Sequence[Reward]) -> Advantages:
-    """How scored groups become advantages [P, G]: the recipe's settings, or the user's own function."""
+    """How scored groups become advantages [P, G]: the recipe's settings, or the user's own function.
+
+    That has `group_advantages`' signature: rewards [P, G], NaN where one abstains -> [P, G], with what it names of the `advantage`
+    section as keywords. Raises UserError where it is missing, or asks for a keyword that is no such setting.
+    """
     settings = recipe.advantage
     if settings.function is not None:
-        own = own_advantages(settings)
-        return lambda scored: own(scored.rewards)
+        own = own_function(settings.function, "advantage.function", settings.model_dump())
+        return lambda scored: _checked(own(scored.rewards.clone()), scored.rewards)
     if settings.combine == "sum":
         return lambda scored: group_advantages(
             scored.rewards, baseline=settings.baseline, scale=settings.scale, epsilon=settings.epsilon
         )
     weights = {reward.name: reward.weight for reward in rewards}
     return lambda scored: _each(scored, weights, settings)
-
-
-def own_advantages(settings: Advantage) -> Callable[[Tensor], Tensor]:
-    """The user's function, with `group_advantages`' signature: rewards [P, G], NaN where one abstains -> [P, G].
-
-    As keywords it gets what it names of the `advantage` section. Raises UserError where it is missing, or asks for a keyword
-    that is no such setting.
-    """
-    assert settings.function is not None
-    function = load_function(settings.function, "advantage.function")
-    keywords = chosen_keywords(function, settings.model_dump(), f"advantage.function: {settings.function}")
-    return lambda rewards: _checked(function(rewards.clone(), **keywords), rewards)
 
 
 def _each(scored: Scored, weights: Mapping[str, float], settings: Advantage) -> Tensor:

@@ -22,11 +22,10 @@ from coterie.models.policy import Policy
 from coterie.recipe import GRPO, Sampled
 from coterie.recipe.objectives import Loss
 from coterie.recipe.settings import Correction
-from coterie.training.keywords import chosen_keywords
+from coterie.training.keywords import own_function
 from coterie.training.metrics import Tally
 from coterie.training.step import take_step
 from coterie.types import BatchTotals, Stream
-from coterie.user_code import load_function
 
 
 def load_objective(loss: Loss) -> Objective:
@@ -38,14 +37,13 @@ def load_objective(loss: Loss) -> Objective:
     if ours is not None:
         clipped = partial(ours.clipped, **loss.keywords) if ours.clipped is not None else None
         return Objective(partial(ours.loss, **loss.keywords), clipped)
-    function = load_function(loss.objective, "loss.objective")
-    keywords = chosen_keywords(function, loss.model_dump(), f"loss.objective: {loss.objective}")
-    return Objective(partial(function, **keywords), partial(ratio_clipped, **loss.keywords))
+    own = own_function(loss.objective, "loss.objective", loss.model_dump())
+    return Objective(own, partial(ratio_clipped, **loss.keywords))
 
 
 def kl_weight_of(recipe: Sampled, weights: Mapping[str, float]) -> float:
     """The weight of the KL in the loss: none where it is taken off the rewards."""
-    return 0.0 if recipe.kl.in_reward else weights["kl_weight"]
+    return 0.0 if recipe.kl_in_reward else weights["kl_weight"]
 
 
 def holds_reference(recipe: Sampled, weights: Mapping[str, float]) -> bool:

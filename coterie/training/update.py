@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from coterie.algorithms.advantages import group_advantages, has_signal
+from coterie.algorithms.advantages import has_signal
 from coterie.algorithms.kl import k3
 from coterie.errors import UserError
 from coterie.fast.serve import Policy
@@ -17,7 +17,7 @@ from coterie.models.logprobs import logprobs_of
 from coterie.recipe import GRPO, make_recipe
 from coterie.recipe.presets import PRESETS
 from coterie.rollouts.pack import pack
-from coterie.training.advantages import own_advantages
+from coterie.training.advantages import load_advantages
 from coterie.training.metrics import Tally
 from coterie.training.policy_update import optimise
 from coterie.training.weights import first_weights
@@ -59,10 +59,10 @@ def update(
     reference = reference if reference is None or isinstance(reference, Policy) else Policy.of(reference)
     _check_tokens(policy.model.get_input_embeddings().weight.shape[0], prompts, completions)
 
-    advantages = _advantages(recipe, rewards)  # [P, G]
+    scored = _scored(prompts, completions, sampler_logprobs, rewards)
+    advantages = load_advantages(recipe, ())(scored)  # [P, G]
     if rewards.isnan().all():
         raise UserError("update: every completion abstains, so there is nothing to learn from")
-    scored = _scored(prompts, completions, sampler_logprobs, rewards)
     budget = recipe.optimiser.micro_batch_tokens
     streams, totals = pack(
         scored, advantages, max_length=_longest(scored), micro_batch_tokens=budget, drop_silent=False
@@ -110,14 +110,6 @@ def _check(recipe: GRPO, rewards: Tensor, reference: Policy | PreTrainedModel | 
     if recipe.needs_reference and reference is None:
         why = f"loss.kl_weight is {recipe.loss.kl_weight:g}" if recipe.loss.kl_weight else "the objective is anchored"
         raise UserError(f"update: {why}, which needs a reference policy")
-
-
-def _advantages(recipe: GRPO, rewards: Tensor) -> Tensor:
-    """[P, G]: the recipe's settings, or the user's own function."""
-    settings = recipe.advantage
-    if settings.function is None:
-        return group_advantages(rewards, baseline=settings.baseline, scale=settings.scale, epsilon=settings.epsilon)
-    return own_advantages(settings)(rewards)
 
 
 def _rewards(rewards: Sequence[Sequence[float | None]] | Tensor) -> Tensor:
