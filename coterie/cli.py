@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 app = typer.Typer(
     add_completion=False,
@@ -25,6 +26,25 @@ app = typer.Typer(
     help="Train a language model from rewards, by comparing the completions that one prompt gets (GRPO).\n\n"
     "Try: [bold]coterie train equations[/bold]",
 )
+
+
+class _Restricted(TyperCommand):
+    """A command while which only code of the recipe's own folder runs, unless all is trusted. A run's folder, and a model's, bring no
+    code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        from coterie.errors import UserError
+        from coterie.recipe import find_recipe
+        from coterie.runs.find import is_run
+        from coterie.trust import restricted
+
+        recipe = ctx.params.get("recipe") or ctx.params.get("task")
+        folder = None
+        with suppress(UserError):  # a recipe that is not there is said where it is read
+            folder = find_recipe(recipe).resolve().parent if recipe is not None else None
+        own = None if folder is None or is_run(folder) else folder
+        with restricted(own, trust=ctx.params.get("trust", False)):
+            return super().invoke(ctx)
 
 
 def _say_version(asked: bool) -> None:
@@ -44,6 +64,9 @@ def options(
     """What may stand before a command."""
 
 
+RecipeName = Annotated[str, typer.Argument(help="A recipe file, or the name of a bundled one.")]
+Model = Annotated[str, typer.Argument(help="A run folder, a model folder, or a hub id.")]
+Seed = Annotated[int, typer.Option("--seed", min=0)]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Change a setting: --set loss.clip_high=0.3. May be repeated.")
 ]
@@ -61,9 +84,8 @@ Best = Annotated[bool, typer.Option("--best", help="Of a run: the checkpoint wit
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-@app.command()
+@app.command(cls=_Restricted)
 def train(
-    context: typer.Context,
     recipe: Annotated[str | None, typer.Argument(help="A recipe file, or the name of a bundled one.")] = None,
     overrides: Overrides = None,
     resume: Annotated[str | None, typer.Option(help="Go on with this run, exactly from its newest checkpoint.")] = None,
@@ -88,15 +110,17 @@ def train(
     Example: [bold]coterie train --resume runs/equations[/bold]
     """
     from coterie.errors import UserError
+    from coterie.recipe import load_recipe
 
     if (recipe is None) == (resume is None):
         raise UserError(
             "train: name a recipe, or with --resume a run to go on with, and not both: "
             "coterie train equations, or coterie train --resume runs/equations"
         )
-    _restrict(context, trust, recipe)
-    if recipe is not None:
-        _check_early(recipe, overrides)
+    if recipe is not None:  # a wrong one is refused before torch is imported, which takes seconds
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # what else is to be said of it is said later
+            load_recipe(recipe, overrides or [])
     if profile:  # the profiler says once that it does not see memory from before it began being freed
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from coterie.stopping import end_soon
@@ -116,10 +140,9 @@ def train(
         raise typer.Exit(128 + run.stop_signal)
 
 
-@app.command()
+@app.command(cls=_Restricted)
 def check(
-    context: typer.Context,
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a bundled one.")],
+    recipe: RecipeName,
     overrides: Overrides = None,
     trust: Trust = False,
     debug: Debug = False,
@@ -128,17 +151,17 @@ def check(
 
     Example: [bold]coterie check mytask/recipe.yaml[/bold]
     """
-    _restrict(context, trust, recipe)
-    _check_early(recipe, overrides)
+    from coterie.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])  # refused, if it is wrong, before torch is imported
     from coterie.commands.models import check_recipe
 
-    check_recipe(recipe, overrides or [])
+    check_recipe(loaded)
 
 
-@app.command("score")
+@app.command("score", cls=_Restricted)
 def score_rewards(
-    context: typer.Context,
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a bundled one.")],
+    recipe: RecipeName,
     completions: Annotated[
         str,
         typer.Argument(
@@ -155,17 +178,17 @@ def score_rewards(
 
     Example: [bold]coterie score mytask/recipe.yaml completions.jsonl --out scores.jsonl[/bold]
     """
-    _restrict(context, trust, recipe)
-    _check_early(recipe, overrides)
+    from coterie.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
     from coterie.commands.scoring import score_completions
 
-    score_completions(recipe, completions, overrides or [], out)
+    score_completions(loaded, completions, out)
 
 
-@app.command("eval")
+@app.command("eval", cls=_Restricted)
 def evaluate(
-    context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a hub id.")],
+    model: Model,
     task: Annotated[
         str | None, typer.Option(help="A recipe, whose held-out prompts and rewards are used. Default: the run's own.")
     ] = None,
@@ -174,7 +197,7 @@ def evaluate(
     against: Annotated[str | None, typer.Option(help="Another model, compared prompt by prompt.")] = None,
     step: Step = None,
     best: Best = False,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Seed = 0,
     overrides: Overrides = None,
     trust: Trust = False,
     debug: Debug = False,
@@ -187,14 +210,12 @@ def evaluate(
     """
     from coterie.commands.models import evaluate_model
 
-    _restrict(context, trust, task)
-    evaluate_model(model, task, samples, prompts, against, seed, overrides or [], *_one_of(step, best))
+    evaluate_model(model, task, samples, prompts, against, seed, overrides or [], step, best)
 
 
-@app.command()
+@app.command(cls=_Restricted)
 def sample(
-    context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a hub id.")],
+    model: Model,
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many completions.")] = 4,
     temperature: Annotated[
@@ -208,7 +229,7 @@ def sample(
     ] = None,
     step: Step = None,
     best: Best = False,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Seed = 0,
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
@@ -220,14 +241,12 @@ def sample(
     """
     from coterie.commands.models import sample_model
 
-    _restrict(context, trust, task)
     chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_new_tokens": max_new_tokens}
-    sample_model(model, prompt, count, chosen, task, seed, *_one_of(step, best))
+    sample_model(model, prompt, count, chosen, task, seed, step, best)
 
 
-@app.command("export")
+@app.command("export", cls=_Restricted)
 def export_run(
-    context: typer.Context,
     run: Annotated[str, typer.Argument(help="A run, or the folder of one of its checkpoints.")],
     to: Annotated[Path, typer.Option(help="The folder to write.")],
     step: Step = None,
@@ -241,8 +260,7 @@ def export_run(
     """
     from coterie.commands.models import export_model
 
-    _restrict(context, False, None)
-    export_model(run, to, *_one_of(step, best))
+    export_model(run, to, step, best)
 
 
 @app.command()
@@ -259,65 +277,43 @@ def init(
     write_starter(folder)
 
 
-def _one_of(step: int | None, best: bool) -> tuple[int | None, bool]:
-    from coterie.errors import UserError
-
-    if step is not None and best:
-        raise UserError("--step and --best: choose one checkpoint with one of them")
-    return step, best
-
-
-def _check_early(recipe: str, overrides: list[str] | None) -> None:
-    """Refuse a wrong recipe before torch is imported, which takes seconds. What else is to be said of it is said later."""
-    from coterie.recipe import load_recipe
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        load_recipe(recipe, overrides or [])
-
-
-def _restrict(context: typer.Context, trust: bool, recipe: str | None) -> None:
-    """While the command runs, let only code of the recipe's own folder run, unless all is trusted. A run's folder, and a model's, bring no code."""
-    from coterie.errors import UserError
-    from coterie.recipe import find_recipe
-    from coterie.runs.find import is_run
-    from coterie.trust import restricted
-
-    folder = None
-    with suppress(UserError):  # a recipe that is not there is said where it is read
-        folder = find_recipe(recipe).resolve().parent if recipe is not None else None
-    own = None if folder is None or is_run(folder) else folder
-    context.with_resource(restricted(own, trust=trust))
-
-
 def main() -> None:
     """Run the command. A person's mistake is one paragraph and exit status 2; --debug shows the traceback too."""
-    from coterie.errors import UserError
     from coterie.runs.outlet import outliving_console
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     _hold_descriptors()
     _have_a_home()
-    debug = "--debug" in sys.argv
     _show_plainly()
     with outliving_console() if sys.argv[1:2] == ["train"] else nullcontext():
         try:
             app()
-        except UserError as error:
-            _fail(error, "error", 2, debug)
         except KeyboardInterrupt:
             print("interrupted; the newest checkpoint stands", file=sys.stderr)
             sys.exit(130)
         except BrokenPipeError:  # `| head` has what it wanted; as a shell gives the end by SIGPIPE
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.exit(141)
-        except OSError as error:
-            if error.filename is None or debug:
-                _fail(error, f"failed: {type(error).__name__}", 1, debug)
-            _fail(UserError(f"{error.filename}: can't be used: {error.strerror}"), "error", 2, debug)
-        except Exception as error:  # the last line of defence: say what happened, and how to see more
-            _fail(error, f"failed: {type(error).__name__}", 1, debug)
+        except Exception as error:  # the last line of defence
+            sys.exit(_say_what_failed(error))
+
+
+def _say_what_failed(error: Exception) -> int:
+    """Say what happened, and how to see more. Returns the exit status: 2 for what a person can mend, such as a file that can't be used."""
+    from coterie.errors import UserError
+    from coterie.redact import shown
+
+    status, said = 1, f"failed: {type(error).__name__}: {error}\nRun it again with --debug to see where."
+    if isinstance(error, UserError):
+        status, said = 2, f"error: {error}"
+    elif isinstance(error, OSError) and error.filename is not None:
+        status, said = 2, f"error: {error.filename}: can't be used: {error.strerror}"
+    if "--debug" in sys.argv:
+        said = "".join(traceback.format_exception(error)).rstrip("\n")
+    with suppress(OSError):
+        print(shown(said), file=sys.stderr)
+    return status
 
 
 def _hold_descriptors() -> None:
@@ -335,16 +331,6 @@ def _have_a_home() -> None:
         home = tempfile.TemporaryDirectory(prefix="coterie-home-")
         atexit.register(home.cleanup)
         os.environ["HOME"] = home.name
-
-
-def _fail(error: Exception, kind: str, status: int, debug: bool) -> Any:
-    from coterie.redact import shown
-
-    hint = "" if status == 2 else "\nRun it again with --debug to see where."
-    said = "".join(traceback.format_exception(error)) if debug else f"{kind}: {error}{hint}\n"
-    with suppress(OSError):
-        print(shown(said), end="", file=sys.stderr)
-    sys.exit(status)
 
 
 def _show_plainly() -> None:

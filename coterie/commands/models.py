@@ -33,10 +33,9 @@ from coterie.training.train import as_trained, tried_policy
 from coterie.types import Prompt, RewardFailure, Scored
 
 
-def check_recipe(name: str, overrides: Sequence[str]) -> None:
+def check_recipe(recipe: Recipe) -> None:
     """Try each part of a run on a little of the real thing, then print the resolved recipe and what came of it."""
     console = Console()
-    recipe = console.warning_of(lambda: load_recipe(name, overrides))
     problem = Problem.of(recipe)
     rewards, codec, task = problem.rewards, problem.codec, problem.task
     epoch = math.ceil(len(task.train) / recipe.prompts_per_step)

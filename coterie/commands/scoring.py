@@ -21,7 +21,7 @@ from torch import Tensor
 
 from coterie.algorithms.advantages import group_std, has_signal
 from coterie.errors import BadRowError, UserError, standing_at
-from coterie.recipe import Recipe, load_recipe
+from coterie.recipe import Recipe
 from coterie.recipe.settings import DatasetTask
 from coterie.redact import hidden, hidden_in
 from coterie.rewards.base import Reward
@@ -71,12 +71,11 @@ class Scores:
         return table
 
 
-def score_completions(recipe_name: str, source: str, overrides: Sequence[str], out: Path | None) -> None:
+def score_completions(recipe: Recipe, source: str, out: Path | None) -> None:
     """Print what each reward makes of the completions, and write it to `out` if there is one."""
     console = Console()
-    recipe = console.warning_of(lambda: load_recipe(recipe_name, overrides))
     if not recipe.rewards:
-        raise UserError(f"score: {recipe_name} has no rewards")
+        raise UserError("score: the recipe has no rewards")
     if out is not None and (out.is_dir() or not out.parent.is_dir()):  # said before the rewards have taken their time
         raise UserError(
             f"--out {out}: {'is a folder' if out.is_dir() else f'there is no folder {out.parent}'}; name a file to write"

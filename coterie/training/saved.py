@@ -37,6 +37,8 @@ class Saved:
         """The model that is meant by a run and perhaps a step, or by the folder of a checkpoint; None where it is no run's.
 
         Raises UserError where the run has no such model, with those that it has."""
+        if step is not None and best:
+            raise UserError("--step and --best: choose one checkpoint with one of them")
         path, run = Path(source), find_run(source)
         if run is None and path.parent.name == "checkpoints" and (found := _STEP.fullmatch(path.name)):
             run, step = find_run(str(path.parent.parent)), step if step is not None else int(found[1])

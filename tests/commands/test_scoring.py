@@ -13,6 +13,7 @@ import pytest
 import coterie
 from coterie.commands.scoring import Candidate, score_completions, score_rows
 from coterie.errors import UserError
+from coterie.recipe import load_recipe
 from coterie.rewards.base import Reward
 from coterie.types import Prompt
 
@@ -114,13 +115,13 @@ def test_chats_are_scored_as_in_training(write, capsys):
     recipe, rows = write(
         {"chat": 1}, [{"messages": prompt, "completions": ["two", answer]}], task={"data": "d", "prompt": "messages"}
     )
-    score_completions(recipe, rows, [], None)
+    score_completions(load_recipe(recipe), rows, None)
     assert table(capsys.readouterr().out, "2 completions")["chat"][:5] == ["1", "3.5", "0.7071", "3", "4"]
 
 
 def test_no_share_is_given_where_no_prompt_has_two_completions(write, capsys):
     recipe, rows = write({"length": 1}, [{"prompt": "p", "completion": "ab"}, {"prompt": "q", "completion": "c"}])
-    score_completions(recipe, rows, [], None)
+    score_completions(load_recipe(recipe), rows, None)
     printed = capsys.readouterr().out
     assert table(printed, "2 completions")["length"][7:] == ["-", "-"]
     assert "no prompt has two completions" in printed
@@ -128,14 +129,14 @@ def test_no_share_is_given_where_no_prompt_has_two_completions(write, capsys):
 
 def test_half_a_character_is_written_as_its_escape(write, tmp_path, capsys):
     recipe, rows = write({"length": 1}, [{"prompt": "p", "completions": ["a\ud800", "b"], "letter": "a"}])
-    score_completions(recipe, rows, [], tmp_path / "out.jsonl")
+    score_completions(load_recipe(recipe), rows, tmp_path / "out.jsonl")
     first, _ = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(first)["completion"] == "a\ud800"
 
 
 def test_the_time_of_an_async_reward_is_that_of_its_answer(write, capsys):
     recipe, rows = write({"slow": 1, "length": 1}, ROWS)
-    score_completions(recipe, rows, [], None)
+    score_completions(load_recipe(recipe), rows, None)
     times = table(capsys.readouterr().out, "Time")
     assert 0.2 <= float(times["slow"][0].split()[0]) < 5
     assert float(times["length"][0].split()[0]) < 0.1
@@ -168,28 +169,28 @@ def test_tokens_that_nobody_knows_are_not_made_up(write, capsys):
     """A reward that asks for them needs the tokenizer, which is not there; one that takes them in passing fails by name."""
     recipe, rows = write({"ids": 1}, ROWS)
     with pytest.raises(UserError, match="nowhere/model"):
-        score_completions(recipe, rows, [], None)
-    score_completions(recipe, rows, ["tokenizer=bytes"], None)
+        score_completions(load_recipe(recipe), rows, None)
+    score_completions(load_recipe(recipe, ["tokenizer=bytes"]), rows, None)
     assert table(capsys.readouterr().out, "6 completions")["ids"][1] == "3"  # a byte each and the end token
     recipe, rows = write({"perhaps_ids": 1}, ROWS)
-    score_completions(recipe, rows, [], None)
+    score_completions(load_recipe(recipe), rows, None)
     printed = capsys.readouterr().out
     assert "rewards get no completion_ids" in printed
     assert table(printed, "6 completions")["perhaps_ids"][1] == "-1"
     recipe, rows = write({"ids_in_passing": 1}, ROWS)
-    score_completions(recipe, rows, [], None)
+    score_completions(load_recipe(recipe), rows, None)
     assert "raised KeyError: 'completion_ids'" in capsys.readouterr().out
 
 
 def test_a_length_in_characters_needs_no_tokenizer(write, tmp_path, capsys):
     recipe, rows = write({"length": 1}, ROWS)
     built_in = "rewards=[{function: length, options: {at_most: 2, unit: UNIT}}]"
-    score_completions(recipe, rows, [built_in.replace("UNIT", "characters")], None)
+    score_completions(load_recipe(recipe, [built_in.replace("UNIT", "characters")]), rows, None)
     printed = capsys.readouterr().out
     assert table(printed, "6 completions")["length"][3:5] == ["-1", "0"]
     assert "warning" not in printed
     with pytest.raises(UserError, match="counts tokens and there are none here"):
-        score_completions(recipe, rows, [built_in.replace("UNIT", "tokens")], None)
+        score_completions(load_recipe(recipe, [built_in.replace("UNIT", "tokens")]), rows, None)
     assert "nowhere/model" in capsys.readouterr().out
 
 
@@ -198,7 +199,7 @@ def test_rewards_are_closed_after_a_mistake_too(write, monkeypatch):
     monkeypatch.setattr(Reward, "close", lambda reward: closed.append(reward.name))
     recipe, rows = write({"length": 1, "starts": 1}, [{"prompt": "p", "completion": "c"}])
     with pytest.raises(UserError, match="needs letter, which is no column"):
-        score_completions(recipe, rows, [], None)
+        score_completions(load_recipe(recipe), rows, None)
     assert sorted(closed) == ["length", "starts"]
 
 
@@ -220,26 +221,26 @@ def test_rewards_are_closed_after_a_mistake_too(write, monkeypatch):
 def test_a_bad_row_is_named_by_file_and_line(write, row, message):
     recipe, rows = write({"length": 1}, [{"prompt": "p", "completion": "c"}, row])
     with pytest.raises(UserError, match=message):
-        score_completions(recipe, rows, [], None)
+        score_completions(load_recipe(recipe), rows, None)
 
 
 def test_what_can_t_be_scored_is_refused(write, tmp_path):
     recipe, rows = write({"length": 1}, ROWS)
     with pytest.raises(UserError, match=r"missing.jsonl is neither a file nor a run folder"):
-        score_completions(recipe, str(tmp_path / "missing.jsonl"), [], None)
+        score_completions(load_recipe(recipe), str(tmp_path / "missing.jsonl"), None)
     with pytest.raises(UserError, match=r"run.db does not exist"):
-        score_completions(recipe, str(tmp_path), [], None)
+        score_completions(load_recipe(recipe), str(tmp_path), None)
     for out, said in ((tmp_path / "no" / "folder.jsonl", "there is no folder"), (tmp_path, "is a folder")):
         with pytest.raises(UserError, match=said):
-            score_completions(recipe, rows, [], out)
+            score_completions(load_recipe(recipe), rows, out)
     with pytest.raises(UserError, match="has no rewards"):
-        score_completions("equations_reward_model", rows, [], None)
+        score_completions(load_recipe("equations_reward_model"), rows, None)
 
 
 def test_what_a_run_recorded_is_scored_as_it_was(tiny_recipe, tmp_path, capsys):
     folder = coterie.train("equations", overrides=[*tiny_recipe, "steps=2"], out=str(tmp_path / "run")).folder
     capsys.readouterr()
-    score_completions(str(folder / "recipe.yaml"), str(folder), [], tmp_path / "out.jsonl")
+    score_completions(load_recipe(str(folder / "recipe.yaml")), str(folder), tmp_path / "out.jsonl")
     assert "24 completions of 6 prompts" in capsys.readouterr().out
     import sqlite3
 
@@ -257,7 +258,7 @@ def test_what_is_written_holds_no_key(write, tmp_path, monkeypatch):
     text = "0123456789abcdef Authorization: Bearer hunter2x, sk-abcdefgh12345678"
     rows = [{"prompt": [{"role": "user", "content": text}], "completion": f"? {text}", "letter": "x"}]
     recipe, rows = write({"starts": 1}, rows)
-    score_completions(recipe, rows, [], tmp_path / "out.jsonl")
+    score_completions(load_recipe(recipe), rows, tmp_path / "out.jsonl")
     written = (tmp_path / "out.jsonl").read_text()
     assert "***" in written
     assert not [value for value in hidden if value in written]

@@ -9,6 +9,7 @@ import pytest
 import coterie
 from coterie.commands.models import check_recipe
 from coterie.errors import RunFailedError, UserError
+from coterie.recipe import load_recipe
 
 REWARDS = """
 calls = []
@@ -92,18 +93,18 @@ def test_an_allowed_outage_ends_no_run_and_is_told_with_its_line(write, tmp_path
 
 
 def test_check_tells_rewards_that_abstained_from_equal_ones(write, capsys):
-    check_recipe(write("nothing"), [])
+    check_recipe(load_recipe(write("nothing")))
     said = " ".join(capsys.readouterr().out.split())
     assert "nothing abstains" in said
     assert "all 2 completions of this group abstain" in said
     assert "equal" not in said.split("--- 1")[1]
     assert "works" not in said.split("all 2 completions")[1]
-    check_recipe(write("fails"), [])
+    check_recipe(load_recipe(write("fails")))
     said = " ".join(capsys.readouterr().out.split())
     assert "fails failed" in said
     assert "rewards.py, line 8, in fails" in said
     with pytest.raises(UserError, match="out of reach"):
-        check_recipe(write("fails", max_failed_rewards=0.5), [])
+        check_recipe(load_recipe(write("fails", max_failed_rewards=0.5)))
 
 
 def test_check_eval_and_sample_close_their_rewards(write, tmp_path):
@@ -113,7 +114,7 @@ def test_check_eval_and_sample_close_their_rewards(write, tmp_path):
         f"import os\n\ndef length(completions):\n    open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
         "    return [float(len(text)) for text in completions]\n"
     )
-    check_recipe(recipe, [])
+    check_recipe(load_recipe(recipe))
     pid = int((tmp_path / "pid").read_text())
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)

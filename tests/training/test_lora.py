@@ -209,7 +209,7 @@ def test_a_wrong_target_is_refused_before_there_is_a_folder(train, tmp_path):
 
 
 def test_check_says_how_much_is_trained(tiny_recipe, capsys):
-    check_recipe("equations", [*tiny_recipe, "lora={rank: 2, targets: [q_proj, down_proj]}"])
+    check_recipe(load_recipe("equations", [*tiny_recipe, "lora={rank: 2, targets: [q_proj, down_proj]}"]))
     # two blocks of rank * (in + out): q 32 + 32, down 48 + 32
     assert f"{2 * 2 * (64 + 80)} parameters are trained" in capsys.readouterr().out
 
@@ -232,7 +232,7 @@ def test_a_start_says_which_weights_get_no_matrices(tmp_path, monkeypatch, capsy
         "output_router_logits: true, router_aux_loss_coef: 0.02}"
     )
     small = ["prompts_per_step=2", "group_size=2", "sampling.max_new_tokens=4", "cold_start=null"]
-    check_recipe("equations", [shape, LORA, *small])
+    check_recipe(load_recipe("equations", [shape, LORA, *small]))
     printed = capsys.readouterr().out
     assert f"the {2 * 4 * 3 * 16 * 32:,} in stacks of experts stay as they are" in printed
     assert "router_aux_loss_coef: 0.02" in printed
