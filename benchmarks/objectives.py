@@ -27,7 +27,7 @@ from coterie.recipe import load_recipe
 from coterie.rewards.maths.linear import check
 from coterie.rollouts.collect import collect
 from coterie.runs.store import Store
-from coterie.tasks.equations import ONE_STEP_PROBLEMS
+from coterie.tasks.equations import ONE_STEP_EXERCISES
 from coterie.tasks.load import make_task
 from coterie.training.stages import streams_of
 from coterie.types import Prompt, Scored
@@ -118,14 +118,16 @@ def after_training(folder: Path, start: Path) -> dict:
         scored = Scored(samples, torch.zeros(len(samples), 2), {}, [])
         streams = streams_of(scored, 1 << 14)
         nats = torch.cat([k3(before - s.sampler_logprobs) for s, before in zip(streams, logprobs_of(first, streams, temperature=recipe.sampling.temperature), strict=True)])  # fmt: skip
-        problems = ONE_STEP_PROBLEMS[::5]
+        exercises = ONE_STEP_EXERCISES[::5]
         prompts = [
-            Prompt(number, content := [{"role": "user", "content": problem.prompt("en")}], codec.encode_prompt(content))
-            for number, problem in enumerate(problems)
+            Prompt(
+                number, content := [{"role": "user", "content": exercise.prompt("en")}], codec.encode_prompt(content)
+            )
+            for number, exercise in enumerate(exercises)
         ]
         greedy = recipe.sampling.model_copy(update={"temperature": 0.0})
         answers = collect(engine, prompts, codec, greedy, num_completions=1, noise=("one step",))
-        right = [check(p.equation, g.completions[0].text).right for p, g in zip(problems, answers, strict=True)]
+        right = [check(p.equation, g.completions[0].text).right for p, g in zip(exercises, answers, strict=True)]
         done.write_text(json.dumps({"kl_from_start": nats.mean().item(), "one_step_accuracy": sum(right) / len(right)}))
     return json.loads(done.read_text())
 

@@ -2,6 +2,7 @@
 lacks."""
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -50,24 +51,15 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 def closest(name: str, choices: Iterable[str], cutoff: float = 0.5) -> str | None:
     """What a misspelt name was meant to be, or None where nothing shares enough with it.
 
-    Of those that share at least `cutoff` of their letters, the one that the fewest slips of the hand lead to: `gpro` is `grpo`
-    with two letters swapped, though `gspo` has as many in the same order.
+    Of those that share at least `cutoff` of their letters, the one with the fewest letters too many or too few: `gpro` has those of
+    `grpo`, though it has as many in the order of `gspo`.
     """
     written = {choice.lower(): choice for choice in choices}
     close = difflib.get_close_matches(name.lower(), written, n=10, cutoff=cutoff)  # the most alike first
-    return written[min(close, key=lambda choice: _num_slips(name.lower(), choice))] if close else None
+    return written[min(close, key=lambda choice: _num_others(name.lower(), choice))] if close else None
 
 
-def _num_slips(given: str, meant: str) -> int:
-    """Letters left out, added, mistaken or swapped with their neighbour. Source: Damerau, CACM 7 (1964)."""
-    before: list[int] = []
-    row = list(range(len(meant) + 1))
-    for i, letter in enumerate(given, start=1):
-        last, row, earlier = row, [i], before
-        for j, other in enumerate(meant, start=1):
-            cost = min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (letter != other))
-            if i > 1 and j > 1 and letter == meant[j - 2] and given[i - 2] == other:
-                cost = min(cost, earlier[j - 2] + 1)
-            row.append(cost)
-        before = last
-    return row[-1]
+def _num_others(one: str, other: str) -> int:
+    """How many letters only one of two names has."""
+    first, second = Counter(one), Counter(other)
+    return ((first - second) + (second - first)).total()

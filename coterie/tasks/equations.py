@@ -33,7 +33,7 @@ _WORDS = ("Solve ", "Add ", "Subtract ", "Divide ", "by ", "解方程 ", "加 ",
 
 
 @dataclass(frozen=True)
-class Problem:
+class Exercise:
     """One equation and its solution."""
 
     factor: int
@@ -79,27 +79,27 @@ def _signed(number: int) -> str:
     return f"{'-' if number < 0 else '+'} {abs(number)}"
 
 
-def _problems(factors: range, solutions: range) -> list[Problem]:
+def _exercises(factors: range, solutions: range) -> list[Exercise]:
     """All with a result of 1 or more."""
     offsets = [offset for offset in range(-9, 10) if offset != 0]
-    made = [Problem(f, b, x) for f in factors for b in offsets for x in solutions]
-    return [problem for problem in made if problem.result >= 1]
+    made = [Exercise(f, b, x) for f in factors for b in offsets for x in solutions]
+    return [exercise for exercise in made if exercise.result >= 1]
 
 
-PROBLEMS = _problems(range(2, 10), range(1, 10))
-_BY_EQUATION = {problem.equation: problem for problem in PROBLEMS}
-ONE_STEP_PROBLEMS = _problems(range(1, 2), range(1, 82))
+EXERCISES = _exercises(range(2, 10), range(1, 10))
+_BY_EQUATION = {exercise.equation: exercise for exercise in EXERCISES}
+ONE_STEP_EXERCISES = _exercises(range(1, 2), range(1, 82))
 
 
-def problem_of(equation: str) -> Problem:
-    """The problem that an equation of the task states."""
+def exercise_of(equation: str) -> Exercise:
+    """The exercise that an equation of the task states."""
     return _BY_EQUATION[equation]
 
 
-def is_heldout(problem: Problem) -> bool:
+def is_heldout(exercise: Exercise) -> bool:
     """Decided by the numbers of the equation, the same in every run and language."""
-    numbers = key(problem.factor, problem.offset, problem.solution)
-    return problem.equation in EXAMPLES or chance("equations", numbers) < HELDOUT_SHARE
+    numbers = key(exercise.factor, exercise.offset, exercise.solution)
+    return exercise.equation in EXAMPLES or chance("equations", numbers) < HELDOUT_SHARE
 
 
 class Equations(Task):
@@ -107,18 +107,18 @@ class Equations(Task):
 
     def __init__(self, codec: Codec) -> None:
         super().__init__(codec)
-        heldout = [problem for problem in PROBLEMS if is_heldout(problem)]
-        self._train_problems = [problem for problem in PROBLEMS if not is_heldout(problem)]
-        self.train = self._prompts(self._train_problems)
+        heldout = [exercise for exercise in EXERCISES if is_heldout(exercise)]
+        self._train_exercises = [exercise for exercise in EXERCISES if not is_heldout(exercise)]
+        self.train = self._prompts(self._train_exercises)
         self.heldout = self._prompts(heldout)
         self.examples = [prompt for prompt in self.heldout if prompt.columns["equation"] == EXAMPLES[1]]
 
-    def _prompts(self, problems: list[Problem]) -> list[Prompt]:
+    def _prompts(self, exercises: list[Exercise]) -> list[Prompt]:
         prompts: list[Prompt] = []
-        for problem in problems:
+        for exercise in exercises:
             for language in LANGUAGES:
-                content = _asked(problem, language)
-                columns = {"equation": problem.equation, "language": language}
+                content = _asked(exercise, language)
+                columns = {"equation": exercise.equation, "language": language}
                 prompts.append(Prompt(len(prompts), content, self._codec.encode_prompt(content), columns))
         return prompts
 
@@ -128,11 +128,11 @@ class Equations(Task):
 
     def _demonstration(self, of_kind: float, of_prompt: float, of_quality: float, of_guess: float) -> Demonstration:
         one_step = of_kind < ONE_STEP_SHARE
-        problems = ONE_STEP_PROBLEMS if one_step else self._train_problems
-        which, language = divmod(int(of_prompt * len(problems) * len(LANGUAGES)), len(LANGUAGES))
-        problem, quality = problems[which], "complete" if one_step else drawn(QUALITIES, of_quality)
-        answer = problem.solution_text(LANGUAGES[language], quality, guess=1 + int(of_guess * 9))
-        return self.demonstration(_asked(problem, LANGUAGES[language]), answer)
+        exercises = ONE_STEP_EXERCISES if one_step else self._train_exercises
+        which, language = divmod(int(of_prompt * len(exercises) * len(LANGUAGES)), len(LANGUAGES))
+        exercise, quality = exercises[which], "complete" if one_step else drawn(QUALITIES, of_quality)
+        answer = exercise.solution_text(LANGUAGES[language], quality, guess=1 + int(of_guess * 9))
+        return self.demonstration(_asked(exercise, LANGUAGES[language]), answer)
 
     def preferences(self, count: int, *, seed: int, step: int) -> list[Preference]:
         """Complete solutions, each beside a worse answer: a guess, a terse solution, or a wrong sum."""
@@ -143,16 +143,16 @@ class Equations(Task):
 
     def _preference(self, prompts: Sequence[Prompt], of_prompt: float, of_kind: float, of_number: float) -> Preference:
         prompt = prompts[int(of_prompt * len(prompts))]
-        language, problem = prompt.columns["language"], problem_of(prompt.columns["equation"])
-        chosen = problem.solution_text(language, "complete", 0)
+        language, exercise = prompt.columns["language"], exercise_of(prompt.columns["equation"])
+        chosen = exercise.solution_text(language, "complete", 0)
         if of_kind < 1 / 3:
-            rejected = problem.solution_text(language, "guess", 1 + int(of_number * 9))
+            rejected = exercise.solution_text(language, "guess", 1 + int(of_number * 9))
         elif of_kind < 2 / 3:
-            rejected = problem.solution_text(language, "terse", 0)
+            rejected = exercise.solution_text(language, "terse", 0)
         else:  # right up to the sum, which is off by up to 4 and not 0
-            wrong = problem.factor * problem.solution + (-4, -3, -2, -1, 1, 2, 3, 4)[int(of_number * 8)]
+            wrong = exercise.factor * exercise.solution + (-4, -3, -2, -1, 1, 2, 3, 4)[int(of_number * 8)]
             first, _, *rest = chosen.split("\n")
-            rejected = "\n".join([first, f"{problem.factor}x = {wrong}", *rest])
+            rejected = "\n".join([first, f"{exercise.factor}x = {wrong}", *rest])
         return self.preference(prompt.content, chosen, rejected)
 
     def columns_of(self, text: str) -> Mapping[str, Any] | None:
@@ -169,8 +169,8 @@ class Equations(Task):
         return {"accuracy": [r.right for r in reports], "all_steps": [all_steps(r) for r in reports]}
 
 
-def _asked(problem: Problem, language: str) -> Messages:
-    return [{"role": "user", "content": problem.prompt(language)}]
+def _asked(exercise: Exercise, language: str) -> Messages:
+    return [{"role": "user", "content": exercise.prompt(language)}]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

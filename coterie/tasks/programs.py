@@ -45,7 +45,7 @@ _WORDS = (
 
 
 @dataclass(frozen=True)
-class Problem:
+class Exercise:
     """A function and a key, on which depends what the prompt shows and what the tests ask.
 
     The examples leave no doubt: no other function of the grammar agrees with all that are shown, or passes all tests.
@@ -108,29 +108,29 @@ class Programs(Task):
 
     def _prompts(self, functions: list[Function]) -> list[Prompt]:
         """Up to SETS_PER_FUNCTION of each function: there are only few ways to show one of numbers or lists."""
-        problems = [Problem(f, key(f.expression, number)) for f in functions for number in range(SETS_PER_FUNCTION)]
+        exercises = [Exercise(f, key(f.expression, number)) for f in functions for number in range(SETS_PER_FUNCTION)]
         return [
             Prompt(place, _asked(p), self._codec.encode_prompt(_asked(p)), {**p.columns, "kind": p.function.kind})
-            for place, p in enumerate({problem.text: problem for problem in problems}.values())
+            for place, p in enumerate({exercise.text: exercise for exercise in exercises}.values())
         ]
 
     def demonstrations(self, count: int, *, seed: int, step: int) -> list[Demonstration]:
         """Programs of mixed quality: right ones, some that repeat the examples, and some that do something else."""
-        pairs = _problems(self._train_functions, BASIC_SHARE, count, seed, "demonstrations", step)
+        pairs = _exercises(self._train_functions, BASIC_SHARE, count, seed, "demonstrations", step)
         return [self.demonstration(_asked(p), _answer(p, other, _quality(p))) for p, other in pairs]
 
     def preferences(self, count: int, *, seed: int, step: int) -> list[Preference]:
         """Right programs, each beside one that repeats the examples or does something else."""
-        return self._preferences(_problems(self._train_functions, BASIC_SHARE, count, seed, "preferences", step))
+        return self._preferences(_exercises(self._train_functions, BASIC_SHARE, count, seed, "preferences", step))
 
     def heldout_preferences(self, count: int, *, seed: int) -> list[Preference]:
-        return self._preferences(_problems(self._heldout_functions, 0, count, seed, "heldout preferences"))
+        return self._preferences(_exercises(self._heldout_functions, 0, count, seed, "heldout preferences"))
 
-    def _preferences(self, problems: list[tuple[Problem, Function]]) -> list[Preference]:
+    def _preferences(self, exercises: list[tuple[Exercise, Function]]) -> list[Preference]:
         pairs = []
-        for problem, other in problems:
-            rejected = _answer(problem, other, ("hard_coded", "wrong")[key(problem.key, "rejected") % 2])
-            pairs.append(self.preference(_asked(problem), problem.function.source, rejected))
+        for exercise, other in exercises:
+            rejected = _answer(exercise, other, ("hard_coded", "wrong")[key(exercise.key, "rejected") % 2])
+            pairs.append(self.preference(_asked(exercise), exercise.function.source, rejected))
         return pairs
 
     def columns_of(self, text: str) -> Mapping[str, Any] | None:
@@ -159,28 +159,28 @@ def _shares(scored: Scored) -> list[float]:
     return list(scored.parts[REWARD].flatten().tolist())
 
 
-def _asked(problem: Problem) -> Messages:
-    return [{"role": "user", "content": problem.text}]
+def _asked(exercise: Exercise) -> Messages:
+    return [{"role": "user", "content": exercise.text}]
 
 
-def _answer(problem: Problem, other: Function, quality: str) -> str:
-    return {"right": problem.function.source, "hard_coded": problem.hard_coded, "wrong": other.source}[quality]
+def _answer(exercise: Exercise, other: Function, quality: str) -> str:
+    return {"right": exercise.function.source, "hard_coded": exercise.hard_coded, "wrong": other.source}[quality]
 
 
-def _problems(
+def _exercises(
     functions: Mapping[str, list[Function]], basic_share: float, count: int, *parts: int | str
-) -> list[tuple[Problem, Function]]:
-    """New problems, each kind as likely, each with another function of its kind. basic_share: drawn from the single steps."""
+) -> list[tuple[Exercise, Function]]:
+    """New exercises, each kind as likely, each with another function of its kind. basic_share: drawn from the single steps."""
     basic = {kind: [function for function in made if function.basic] for kind, made in functions.items()}
-    problems = []
+    exercises = []
     for number in range(count):
         drawn_key = key(*parts, number)
         kind = list(KINDS)[key(drawn_key, "kind") % len(KINDS)]
         choices = functions[kind]
         function = _picked(basic[kind] if _chance(drawn_key, "basic") < basic_share else choices, drawn_key, "function")
         place = choices.index(function) + 1 + key(drawn_key, "other") % (len(choices) - 1)
-        problems.append((Problem(function, drawn_key), choices[place % len(choices)]))
-    return problems
+        exercises.append((Exercise(function, drawn_key), choices[place % len(choices)]))
+    return exercises
 
 
 def _picked(choices: list[Function], *parts: int | str) -> Function:
@@ -192,9 +192,9 @@ def _chance(*parts: int | str) -> float:
     return key(*parts) % (1 << 53) / (1 << 53)
 
 
-def _quality(problem: Problem) -> str:
+def _quality(exercise: Exercise) -> str:
     """Single steps are always right: they show what each piece does, which a small model could otherwise only guess."""
-    return "right" if problem.function.basic else drawn(QUALITIES, _chance(problem.key, "quality"))
+    return "right" if exercise.function.basic else drawn(QUALITIES, _chance(exercise.key, "quality"))
 
 
 def parse_examples(text: str) -> list[dict[str, Any]]:

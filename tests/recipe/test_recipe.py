@@ -269,8 +269,8 @@ def test_a_wrong_name_is_answered_with_the_nearest(settings, key, hint):
     assert hint in message
 
 
-def test_letters_are_swapped_with_their_neighbours_only():
-    """By hand: `min` is four letters too few, `min_main` lacks two."""
+def test_the_letters_of_a_misspelt_name_decide():
+    """By hand: `min` lacks four of its letters; `min_main` lacks one and has two others."""
     assert closest("minmnin", ["min", "min_main"]) == "min_main"
 
 

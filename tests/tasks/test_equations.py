@@ -16,9 +16,9 @@ from coterie.tasks.base import draw
 from coterie.tasks.equation_rewards import right_answer, written_steps
 from coterie.tasks.equations import (
     EXAMPLES,
+    EXERCISES,
     HELDOUT_SHARE,
     ONE_STEP_SHARE,
-    PROBLEMS,
     QUALITIES,
     Equations,
     is_heldout,
@@ -41,16 +41,16 @@ def answers(demonstrations):
 
 
 def test_every_equation_has_the_solution_that_it_was_made_from():
-    assert len(PROBLEMS) == len({problem.equation for problem in PROBLEMS}) == 1241
-    assert all(problem.result >= 1 for problem in PROBLEMS)
-    for problem in PROBLEMS:
-        assert parse_equation(problem.equation).solution == problem.solution
+    assert len(EXERCISES) == len({exercise.equation for exercise in EXERCISES}) == 1241
+    assert all(exercise.result >= 1 for exercise in EXERCISES)
+    for exercise in EXERCISES:
+        assert parse_equation(exercise.equation).solution == exercise.solution
 
 
 def test_train_and_heldout_share_no_equation_in_any_language():
     train, heldout = ({prompt.columns["equation"] for prompt in prompts} for prompts in (TASK.train, TASK.heldout))
     assert not train & heldout
-    assert train | heldout == {problem.equation for problem in PROBLEMS}
+    assert train | heldout == {exercise.equation for exercise in EXERCISES}
     assert not {prompt.text for prompt in TASK.train} & {prompt.text for prompt in TASK.heldout}
 
 
@@ -75,10 +75,10 @@ def test_the_documented_examples_are_held_out(equation):
 
 
 def test_about_the_named_share_is_held_out():
-    """Of n problems the share p, give or take three standard deviations, and the two documented examples."""
-    n, p = len(PROBLEMS), HELDOUT_SHARE
+    """Of n exercises the share p, give or take three standard deviations, and the two documented examples."""
+    n, p = len(EXERCISES), HELDOUT_SHARE
     assert 0 < p < 0.5
-    assert abs(sum(map(is_heldout, PROBLEMS)) - n * p) < 3 * math.sqrt(n * p * (1 - p)) + len(EXAMPLES)
+    assert abs(sum(map(is_heldout, EXERCISES)) - n * p) < 3 * math.sqrt(n * p * (1 - p)) + len(EXAMPLES)
 
 
 def test_the_examples_are_the_documented_ones_in_both_languages():
@@ -87,18 +87,18 @@ def test_the_examples_are_the_documented_ones_in_both_languages():
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_demonstrations_of_each_quality_get_its_points(language):
-    """Every problem: a right guess 6, a wrong one 0, terse 8, complete 9."""
-    for problem in PROBLEMS:
-        texts = {quality: problem.solution_text(language, quality, problem.solution) for quality in QUALITIES}
-        got = {quality: points(text, problem.equation) for quality, text in texts.items()}
+    """Every exercise: a right guess 6, a wrong one 0, terse 8, complete 9."""
+    for exercise in EXERCISES:
+        texts = {quality: exercise.solution_text(language, quality, exercise.solution) for quality in QUALITIES}
+        got = {quality: points(text, exercise.equation) for quality, text in texts.items()}
         assert got == {"guess": 6, "terse": 8, "complete": 9}, texts
-        assert points(problem.solution_text(language, "guess", problem.solution + 1), problem.equation) == 0
+        assert points(exercise.solution_text(language, "guess", exercise.solution + 1), exercise.equation) == 0
 
 
 def test_a_demonstration_reads_as_documented():
-    problem = next(problem for problem in PROBLEMS if problem.equation == "3x - 5 = 10")
-    assert problem.solution_text("en", "complete", 0) == "Add 5: 3x = 10 + 5\n3x = 15\nDivide by 3: x = 15 / 3\nx = 5"
-    assert problem.solution_text("zh", "complete", 0) == "加 5：3x = 10 + 5\n3x = 15\n除以 3：x = 15 / 3\nx = 5"
+    exercise = next(exercise for exercise in EXERCISES if exercise.equation == "3x - 5 = 10")
+    assert exercise.solution_text("en", "complete", 0) == "Add 5: 3x = 10 + 5\n3x = 15\nDivide by 3: x = 15 / 3\nx = 5"
+    assert exercise.solution_text("zh", "complete", 0) == "加 5：3x = 10 + 5\n3x = 15\n除以 3：x = 15 / 3\nx = 5"
 
 
 def test_demonstrations_mix_qualities_and_most_guesses_are_wrong():
@@ -153,10 +153,10 @@ def test_every_prompt_and_demonstration_survives_the_tokenizer():
     for prompt in (*TASK.train, *TASK.heldout):
         assert CODEC.decode(prompt.tokens) == prompt.text + "\n"
         assert unknown not in prompt.tokens
-    for problem in PROBLEMS[::7]:
+    for exercise in EXERCISES[::7]:
         for language in ("en", "zh"):
             for quality in QUALITIES:
-                text = problem.solution_text(language, quality, 4)
+                text = exercise.solution_text(language, quality, 4)
                 tokens = CODEC.encode_answer(text)
                 assert unknown not in tokens
                 assert CODEC.decode(tokens) == text

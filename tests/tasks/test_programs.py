@@ -25,7 +25,7 @@ from coterie.tasks.programs import (
     NUM_TESTS,
     QUALITIES,
     SETS_PER_FUNCTION,
-    Problem,
+    Exercise,
     Programs,
     hard_codes,
     is_heldout,
@@ -61,8 +61,8 @@ def passes(source, tests):
     )
 
 
-def problems(every=1):
-    return [Problem(function, key=7) for function in FUNCTIONS[::every]]
+def exercises(every=1):
+    return [Exercise(function, key=7) for function in FUNCTIONS[::every]]
 
 
 def demonstrations(count, seed=0, step=1):
@@ -192,19 +192,19 @@ def test_every_function_has_prompts_that_differ():
 
 
 def test_hard_coded_programs_pass_the_examples_alone():
-    for problem in problems():
-        shown, tests = parse_examples(problem.text), problem.columns["tests"]
-        assert passes(problem.function.source, [*shown, *tests])
-        assert passes(problem.hard_coded, shown)
-        assert not passes(problem.hard_coded, tests)
-        assert hard_codes(problem.hard_coded, problem.text)
-        assert not hard_codes(problem.function.source, problem.text)
+    for exercise in exercises():
+        shown, tests = parse_examples(exercise.text), exercise.columns["tests"]
+        assert passes(exercise.function.source, [*shown, *tests])
+        assert passes(exercise.hard_coded, shown)
+        assert not passes(exercise.hard_coded, tests)
+        assert hard_codes(exercise.hard_coded, exercise.text)
+        assert not hard_codes(exercise.function.source, exercise.text)
 
 
 def test_no_other_function_passes_the_tests_of_a_problem():
-    for problem in problems(every=15):
-        passing = [f for f in grammar(problem.function.kind).functions if passes(f.source, problem.columns["tests"])]
-        assert passing == [problem.function]
+    for exercise in exercises(every=15):
+        passing = [f for f in grammar(exercise.function.kind).functions if passes(f.source, exercise.columns["tests"])]
+        assert passing == [exercise.function]
 
 
 # Demonstrations
@@ -274,8 +274,8 @@ def test_every_prompt_and_demonstration_survives_the_tokenizer():
     for prompt in (*TASK.train, *TASK.heldout):
         assert CODEC.decode(prompt.tokens) == prompt.text + "\n"
         assert unknown not in prompt.tokens
-    for problem in problems():
-        for text in (problem.function.source, problem.hard_coded):
+    for exercise in exercises():
+        for text in (exercise.function.source, exercise.hard_coded):
             tokens = CODEC.encode_answer(text)
             assert unknown not in tokens
             assert CODEC.decode(tokens) == text
@@ -306,7 +306,7 @@ def test_the_tokenizer_is_the_same_in_hugging_face_format(tmp_path):
 
 def test_the_longest_prompt_and_demonstration_fit_the_recipe():
     recipe = load_recipe("programs")
-    longest = max(len(CODEC.encode_answer(problem.hard_coded)) for problem in problems())
+    longest = max(len(CODEC.encode_answer(exercise.hard_coded)) for exercise in exercises())
     assert longest <= recipe.sampling.max_new_tokens
     longest_prompt = max(len(prompt.tokens) for prompt in (*TASK.train, *TASK.heldout))
     assert longest_prompt + recipe.sampling.max_new_tokens <= recipe.model.max_position_embeddings

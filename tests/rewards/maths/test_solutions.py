@@ -11,7 +11,7 @@ from coterie.rewards.maths.claims import claims_of
 from coterie.rewards.maths.expressions import is_idle, number_of, one_step, read
 from coterie.rewards.maths.linear import check
 from coterie.rewards.maths.solutions import Steps, check_arithmetic, final_number, stated_numbers
-from coterie.tasks.equations import PROBLEMS
+from coterie.tasks.equations import EXERCISES
 
 
 def points(prompt, answer, text, **options):
@@ -81,17 +81,18 @@ def test_the_parts_are_visible():
 
 
 def test_linear_equations_keep_the_points_of_the_bundled_task():
-    """All qualities of all its problems, in both languages."""
-    for problem in PROBLEMS[::7]:
+    """All qualities of all its exercises, in both languages."""
+    for exercise in EXERCISES[::7]:
         for language in ("en", "zh"):
             texts = [
-                problem.solution_text(language, quality, problem.solution) for quality in ("guess", "terse", "complete")
+                exercise.solution_text(language, quality, exercise.solution)
+                for quality in ("guess", "terse", "complete")
             ]
-            got = Steps()([""] * 3, texts, equation=[problem.equation] * 3)
+            got = Steps()([""] * 3, texts, equation=[exercise.equation] * 3)
             assert [round(9 * value, 9) for value in got] == [6, 8, 9]
-            wrong = problem.solution_text(language, "guess", problem.solution + 1)
-            assert Steps()([""], [wrong], equation=[problem.equation]) == [0]
-            assert check(problem.equation, texts[2]).complete
+            wrong = exercise.solution_text(language, "guess", exercise.solution + 1)
+            assert Steps()([""], [wrong], equation=[exercise.equation]) == [0]
+            assert check(exercise.equation, texts[2]).complete
 
 
 def test_rows_may_have_an_equation_or_an_answer():
