@@ -89,18 +89,6 @@ class Codec:
             raise UserError(f"{content!r:.60} is rendered in another way with an answer than without")
         return prompt[:shared], *(self._ended(whole[shared:], isinstance(content, str)) for whole in wholes)
 
-    def encode_demonstration(self, content: str | Messages, answer: Answer) -> tuple[list[int], list[int]]:
-        """A prompt and its answer, as `encode_rows`."""
-        prompt, learned = self.encode_rows(content, answer)
-        return prompt, learned
-
-    def encode_pair(
-        self, content: str | Messages, chosen: Answer, rejected: Answer
-    ) -> tuple[list[int], list[int], list[int]]:
-        """A prompt, the preferred answer and the other, as `encode_rows`."""
-        prompt, better, worse = self.encode_rows(content, chosen, rejected)
-        return prompt, better, worse
-
     def encode_answer(self, text: str) -> list[int]:
         """A text as a completion that ended: its tokens, and the end token."""
         return self._ended(self._encode([text])[0], plain=False)

@@ -83,7 +83,7 @@ class RewardModel:
 
 def _encoded(
     codec: Codec, prompt: str | Chat, completion: str, context_length: int | None
-) -> tuple[list[int], list[int]] | RewardError:
+) -> tuple[list[int], ...] | RewardError:
     """A completion after its prompt, as a pair's answer was in training, or why the model can't read it.
 
     UserError where the tokenizer can take no chat at all.
@@ -92,7 +92,7 @@ def _encoded(
     if not isinstance(content, str) and not codec.template.exists:
         raise UserError("rewards: reward_model: the tokenizer has no chat template, which chat messages need")
     try:
-        row = codec.encode_demonstration(content, completion)
+        row = codec.encode_rows(content, completion)
     except UserError as error:
         return RewardError(str(error))
     num_tokens = sum(map(len, row))

@@ -11,8 +11,7 @@ from coterie.models.codec import Answer, Codec
 from coterie.noise import permutation
 from coterie.types import Completion, Group, Messages, Prompt, Scored
 
-Demonstration = tuple[list[int], list[int]]  # prompt and answer tokens
-Preference = tuple[list[int], list[int], list[int]]  # prompt, the preferred answer's tokens, the other's
+Encoded = tuple[list[int], ...]  # the tokens of a prompt, and those of each of its answers
 
 
 _MOST_KEPT = 2_000_000  # tokens of rows that stay encoded: about 70 MB
@@ -39,18 +38,18 @@ class Task:
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
-        self._kept: dict[str, tuple[list[int], ...]] = {}
+        self._kept: dict[str, Encoded] = {}
         self._room = _MOST_KEPT
 
-    def demonstrations(self, count: int, *, seed: int, step: int) -> list[Demonstration]:
-        """What supervised fine-tuning learns in a step."""
+    def demonstrations(self, count: int, *, seed: int, step: int) -> list[Encoded]:
+        """What supervised fine-tuning learns in a step: prompts, each with an answer."""
         raise NotImplementedError
 
-    def preferences(self, count: int, *, seed: int, step: int) -> list[Preference]:
-        """The pairs that DPO or a reward model learns from in a step."""
+    def preferences(self, count: int, *, seed: int, step: int) -> list[Encoded]:
+        """The pairs that DPO or a reward model learns from in a step: prompts, each with the preferred answer and the other."""
         raise NotImplementedError
 
-    def heldout_preferences(self, count: int, *, seed: int) -> list[Preference]:
+    def heldout_preferences(self, count: int, *, seed: int) -> list[Encoded]:
         """At most `count` pairs whose prompts are held out."""
         raise NotImplementedError
 
@@ -69,17 +68,7 @@ class Task:
     def check_answers(self, context_length: int | None) -> None:
         """Raises UserError where an answer that is learned can't be encoded, or does not fit the model's context."""
 
-    def demonstration(self, content: str | Messages, answer: Answer) -> Demonstration:
-        """A prompt and its answer as tokens."""
-        prompt, learned = self._encoded(content, answer)
-        return prompt, learned
-
-    def preference(self, content: str | Messages, chosen: Answer, rejected: Answer) -> Preference:
-        """A prompt, the preferred answer and the other as tokens."""
-        prompt, better, worse = self._encoded(content, chosen, rejected)
-        return prompt, better, worse
-
-    def _encoded(self, content: str | Messages, *answers: Answer) -> tuple[list[int], ...]:
+    def encoded(self, content: str | Messages, *answers: Answer) -> Encoded:
         """As `Codec.encode_rows`. Rows are drawn again and again, and rendering one takes a hundred times as long as finding it."""
         row = self._kept.get(known := repr((content, answers)))
         if row is None:

@@ -16,7 +16,7 @@ from coterie.models.codec import Codec
 from coterie.models.template import TemplateEndlessError
 from coterie.noise import key, permutation
 from coterie.recipe.settings import DatasetTask
-from coterie.tasks.base import Demonstration, Note, Preference, Task, draw
+from coterie.tasks.base import Encoded, Note, Task, draw
 from coterie.tasks.rows import Rows, answer_of, check_text, check_turns, learned_of, prompt_of, read_rows
 from coterie.types import Messages, Prompt, Scored
 
@@ -106,26 +106,23 @@ class Dataset(Task):
         others = {name: value for name, value in row.items() if name != settings.prompt}
         return Prompt(number, content, tokens, others, origin)
 
-    def demonstrations(self, count: int, *, seed: int, step: int) -> list[Demonstration]:
+    def demonstrations(self, count: int, *, seed: int, step: int) -> list[Encoded]:
         """The rows' answers, every row once an epoch."""
-        column = self._settings.answer
-        assert column is not None, "recipes refuse sft on a data set without an answer column"
-        prompts = draw(self, count, seed=seed, step=step)
-        return [self.demonstration(prompt.content, learned_of(prompt.columns, column)) for prompt in prompts]
+        return self._learned(draw(self, count, seed=seed, step=step), self._settings.answer)
 
-    def preferences(self, count: int, *, seed: int, step: int) -> list[Preference]:
+    def preferences(self, count: int, *, seed: int, step: int) -> list[Encoded]:
         """The rows' pairs, every row once an epoch."""
-        return [self._pair(prompt) for prompt in draw(self, count, seed=seed, step=step)]
+        return self._learned(draw(self, count, seed=seed, step=step), self._settings.chosen, self._settings.rejected)
 
-    def heldout_preferences(self, count: int, *, seed: int) -> list[Preference]:
-        return [self._pair(self.heldout[i]) for i in permutation(len(self.heldout), seed, "pairs")[:count]]
+    def heldout_preferences(self, count: int, *, seed: int) -> list[Encoded]:
+        prompts = [self.heldout[i] for i in permutation(len(self.heldout), seed, "pairs")[:count]]
+        return self._learned(prompts, self._settings.chosen, self._settings.rejected)
 
-    def _pair(self, prompt: Prompt) -> Preference:
-        chosen, rejected = self._settings.chosen, self._settings.rejected
-        assert chosen is not None, "recipes refuse preferences on a data set without their columns"
-        assert rejected is not None
-        better, worse = (learned_of(prompt.columns, column) for column in (chosen, rejected))
-        return self.preference(prompt.content, better, worse)
+    def _learned(self, prompts: list[Prompt], *columns: str | None) -> list[Encoded]:
+        """Prompts with what stands in these columns of their rows."""
+        given = [column for column in columns if column is not None]
+        assert len(given) == len(columns), "recipes refuse what learns from columns that a data set has not"
+        return [self.encoded(p.content, *(learned_of(p.columns, column) for column in given)) for p in prompts]
 
     def check_answers(self, context_length: int | None) -> None:
         """Also notes the answers of which the chat template leaves something out."""
@@ -134,7 +131,7 @@ class Dataset(Task):
             for prompt in (*self.train, *self.heldout):
                 answer = learned_of(prompt.columns, column)
                 try:
-                    length = sum(map(len, self.demonstration(prompt.content, answer)))
+                    length = sum(map(len, self.encoded(prompt.content, answer)))
                 except UserError as error:
                     raise UserError(f"{prompt.origin}: column {column!r}: {error}") from None
                 if context_length is not None and length > context_length:

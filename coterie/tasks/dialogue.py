@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from coterie.models.codec import Codec
 from coterie.noise import chance, chances
-from coterie.tasks.base import Demonstration, Preference, Task, completions_of, drawn
+from coterie.tasks.base import Encoded, Task, completions_of, drawn
 from coterie.tasks.phrases import (
     CLOSERS,
     CONTENTS,
@@ -107,19 +107,19 @@ class Dialogue(Task):
                     prompts.append(Prompt(len(prompts), asked, tokens, {**columns, "language": language}))
         return prompts
 
-    def demonstrations(self, count: int, *, seed: int, step: int) -> list[Demonstration]:
+    def demonstrations(self, count: int, *, seed: int, step: int) -> list[Encoded]:
         """Answers of mixed quality: some good, some with each of the flaws."""
         return [
             self._demonstration(*row)
             for row in chances(count, 2 + NUM_CHANCES, seed, "dialogue", "demonstrations", step)
         ]
 
-    def _demonstration(self, of_prompt: float, of_quality: float, *rest: float) -> Demonstration:
+    def _demonstration(self, of_prompt: float, of_quality: float, *rest: float) -> Encoded:
         prompt = _pick(self.train, of_prompt)
         answer = _answer(prompt, drawn(QUALITIES, of_quality), self._train_contents, rest)
-        return self.demonstration(prompt.content, answer)
+        return self.encoded(prompt.content, answer)
 
-    def preferences(self, count: int, *, seed: int, step: int) -> list[Preference]:
+    def preferences(self, count: int, *, seed: int, step: int) -> list[Encoded]:
         """Good answers, each beside one that is rude or curt, off topic or in the other language.
 
         What is off topic is worded as the good answer is, so that nothing but the names tells them apart.
@@ -127,19 +127,19 @@ class Dialogue(Task):
         rows = chances(count, 2 + 2 * NUM_CHANCES, seed, "dialogue", "preferences", step)
         return [self._preference(self.train, self._train_contents, *row) for row in rows]
 
-    def heldout_preferences(self, count: int, *, seed: int) -> list[Preference]:
+    def heldout_preferences(self, count: int, *, seed: int) -> list[Encoded]:
         rows = chances(count, 2 + 2 * NUM_CHANCES, seed, "dialogue", "heldout preferences")
         return [self._preference(self.heldout, CONTENTS, *row) for row in rows]
 
     def _preference(
         self, prompts: Sequence[Prompt], contents: list[Content], of_prompt: float, of_flaw: float, *rest: float
-    ) -> Preference:
+    ) -> Encoded:
         prompt = _pick(prompts, of_prompt)
         flaw, chosen, rejected = drawn(FLAWS, of_flaw), rest[:NUM_CHANCES], rest[NUM_CHANCES:]
         if flaw == "off_topic":
             rejected = chosen
         good = _answer(prompt, "good", contents, chosen)
-        return self.preference(prompt.content, good, _answer(prompt, flaw, contents, rejected))
+        return self.encoded(prompt.content, good, _answer(prompt, flaw, contents, rejected))
 
     def columns_of(self, text: str) -> Mapping[str, Any] | None:
         """Any text that names one thing of the grammar, with a detail or without."""

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from coterie.models.codec import Codec
 from coterie.noise import chance, chances, key
 from coterie.rewards.maths.linear import all_steps, check, parse_equation
-from coterie.tasks.base import Demonstration, Preference, Task, completions_of, drawn
+from coterie.tasks.base import Encoded, Task, completions_of, drawn
 from coterie.tasks.words import make_word_tokenizer
 from coterie.types import Messages, Prompt, Scored
 
@@ -122,26 +122,26 @@ class Equations(Task):
                 prompts.append(Prompt(len(prompts), content, self._codec.encode_prompt(content), columns))
         return prompts
 
-    def demonstrations(self, count: int, *, seed: int, step: int) -> list[Demonstration]:
+    def demonstrations(self, count: int, *, seed: int, step: int) -> list[Encoded]:
         """Worked solutions of mixed quality: many bare guesses, as right as chance; some terse; some complete."""
         return [self._demonstration(*row) for row in chances(count, 4, seed, "demonstrations", step)]
 
-    def _demonstration(self, of_kind: float, of_prompt: float, of_quality: float, of_guess: float) -> Demonstration:
+    def _demonstration(self, of_kind: float, of_prompt: float, of_quality: float, of_guess: float) -> Encoded:
         one_step = of_kind < ONE_STEP_SHARE
         exercises = ONE_STEP_EXERCISES if one_step else self._train_exercises
         which, language = divmod(int(of_prompt * len(exercises) * len(LANGUAGES)), len(LANGUAGES))
         exercise, quality = exercises[which], "complete" if one_step else drawn(QUALITIES, of_quality)
         answer = exercise.solution_text(LANGUAGES[language], quality, guess=1 + int(of_guess * 9))
-        return self.demonstration(_asked(exercise, LANGUAGES[language]), answer)
+        return self.encoded(_asked(exercise, LANGUAGES[language]), answer)
 
-    def preferences(self, count: int, *, seed: int, step: int) -> list[Preference]:
+    def preferences(self, count: int, *, seed: int, step: int) -> list[Encoded]:
         """Complete solutions, each beside a worse answer: a guess, a terse solution, or a wrong sum."""
         return [self._preference(self.train, *row) for row in chances(count, 3, seed, "preferences", step)]
 
-    def heldout_preferences(self, count: int, *, seed: int) -> list[Preference]:
+    def heldout_preferences(self, count: int, *, seed: int) -> list[Encoded]:
         return [self._preference(self.heldout, *row) for row in chances(count, 3, seed, "heldout preferences")]
 
-    def _preference(self, prompts: Sequence[Prompt], of_prompt: float, of_kind: float, of_number: float) -> Preference:
+    def _preference(self, prompts: Sequence[Prompt], of_prompt: float, of_kind: float, of_number: float) -> Encoded:
         prompt = prompts[int(of_prompt * len(prompts))]
         language, exercise = prompt.columns["language"], exercise_of(prompt.columns["equation"])
         chosen = exercise.solution_text(language, "complete", 0)
@@ -153,7 +153,7 @@ class Equations(Task):
             wrong = exercise.factor * exercise.solution + (-4, -3, -2, -1, 1, 2, 3, 4)[int(of_number * 8)]
             first, _, *rest = chosen.split("\n")
             rejected = "\n".join([first, f"{exercise.factor}x = {wrong}", *rest])
-        return self.preference(prompt.content, chosen, rejected)
+        return self.encoded(prompt.content, chosen, rejected)
 
     def columns_of(self, text: str) -> Mapping[str, Any] | None:
         """Any linear equation after a word or two."""

@@ -26,7 +26,7 @@ from coterie.noise import key
 from coterie.recipe.settings import RewardSpec
 from coterie.rewards.load import load_rewards
 from coterie.rewards.score import score
-from coterie.tasks.base import Demonstration, Preference, Task, completions_of, drawn
+from coterie.tasks.base import Encoded, Task, completions_of, drawn
 from coterie.tasks.functions import KINDS, Function, grammar, program
 from coterie.tasks.words import make_word_tokenizer
 from coterie.types import Messages, Prompt, Scored
@@ -114,23 +114,23 @@ class Programs(Task):
             for place, p in enumerate({exercise.text: exercise for exercise in exercises}.values())
         ]
 
-    def demonstrations(self, count: int, *, seed: int, step: int) -> list[Demonstration]:
+    def demonstrations(self, count: int, *, seed: int, step: int) -> list[Encoded]:
         """Programs of mixed quality: right ones, some that repeat the examples, and some that do something else."""
         pairs = _exercises(self._train_functions, BASIC_SHARE, count, seed, "demonstrations", step)
-        return [self.demonstration(_asked(p), _answer(p, other, _quality(p))) for p, other in pairs]
+        return [self.encoded(_asked(p), _answer(p, other, _quality(p))) for p, other in pairs]
 
-    def preferences(self, count: int, *, seed: int, step: int) -> list[Preference]:
+    def preferences(self, count: int, *, seed: int, step: int) -> list[Encoded]:
         """Right programs, each beside one that repeats the examples or does something else."""
         return self._preferences(_exercises(self._train_functions, BASIC_SHARE, count, seed, "preferences", step))
 
-    def heldout_preferences(self, count: int, *, seed: int) -> list[Preference]:
+    def heldout_preferences(self, count: int, *, seed: int) -> list[Encoded]:
         return self._preferences(_exercises(self._heldout_functions, 0, count, seed, "heldout preferences"))
 
-    def _preferences(self, exercises: list[tuple[Exercise, Function]]) -> list[Preference]:
+    def _preferences(self, exercises: list[tuple[Exercise, Function]]) -> list[Encoded]:
         pairs = []
         for exercise, other in exercises:
             rejected = _answer(exercise, other, ("hard_coded", "wrong")[key(exercise.key, "rejected") % 2])
-            pairs.append(self.preference(_asked(exercise), exercise.function.source, rejected))
+            pairs.append(self.encoded(_asked(exercise), exercise.function.source, rejected))
         return pairs
 
     def columns_of(self, text: str) -> Mapping[str, Any] | None:

@@ -23,7 +23,7 @@ from coterie.rollouts.engine import Engine
 from coterie.rollouts.pack import Row, make_stream, split_by_tokens
 from coterie.runs.checkpoint import TrainState
 from coterie.sections import section
-from coterie.tasks.base import Preference, Task
+from coterie.tasks.base import Encoded, Task
 from coterie.training.evaluation import evaluate_on_the_way
 from coterie.training.metrics import Clock, Tally
 from coterie.training.problem import Problem
@@ -127,7 +127,7 @@ def evaluate_pairs(scorer: Scorer, task: Task, recipe: Recipe) -> Evaluation:
     return Evaluation({"pairs": {"accuracy": share_interval(by_prompt)}} if right else {}, {"accuracy": right}, 1)
 
 
-def pair_streams(pairs: Sequence[Preference], micro_batch_tokens: int) -> list[Stream]:
+def pair_streams(pairs: Sequence[Encoded], micro_batch_tokens: int) -> list[Stream]:
     """Pairs as micro-batches, each pair whole."""
     groups = [(prompt, [Row.written(chosen), Row.written(rejected)]) for prompt, chosen, rejected in pairs]
     return [make_stream(part) for part in split_by_tokens(groups, micro_batch_tokens, whole_groups=True)]

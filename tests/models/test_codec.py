@@ -88,7 +88,7 @@ def assert_row(codec, family, chat, answer, prompt, learned):
 def test_a_row_to_learn_is_what_the_template_renders(chat_family, answer):
     codec = codec_for(chat_family)
     for chat in chats_of(chat_family):
-        prompt, learned = codec.encode_demonstration(chat, answer)
+        prompt, learned = codec.encode_rows(chat, answer)
         assert_row(codec, chat_family, chat, answer, prompt, learned)
         opened = codec.encode_prompt(chat)
         assert prompt == opened[: len(prompt)]
@@ -117,16 +117,16 @@ def test_pairs_of_a_data_set_are_what_the_template_renders(chat_family, tmp_path
 
 def test_an_answer_continues_a_chat_that_ends_with_the_assistant(chat_family):
     codec = codec_for(chat_family)
-    prompt, learned = codec.encode_demonstration([QUESTION, {"role": "assistant", "content": "It"}], " is 7.")
+    prompt, learned = codec.encode_rows([QUESTION, {"role": "assistant", "content": "It"}], " is 7.")
     assert_row(codec, chat_family, [QUESTION], "It is 7.", prompt, learned)
 
 
 def test_an_empty_think_block_of_the_template_is_learned():
     codec = codec_for(FAMILIES["qwen3"])
-    _, learned = codec.encode_demonstration([QUESTION], "It is 7.")
+    _, learned = codec.encode_rows([QUESTION], "It is 7.")
     assert codec.tokenizer.decode(learned) == "<think>\n\n</think>\n\nIt is 7.<|im_end|>"
     quiet = codec_for(FAMILIES["qwen3"], chat=Chat(variables={"enable_thinking": False}))
-    prompt, learned = quiet.encode_demonstration([QUESTION], "It is 7.")
+    prompt, learned = quiet.encode_rows([QUESTION], "It is 7.")
     assert quiet.tokenizer.decode(learned) == "It is 7.<|im_end|>"
     assert prompt == rendered(quiet.tokenizer, [QUESTION], add_generation_prompt=True, enable_thinking=False)
 
@@ -165,8 +165,8 @@ def test_a_text_begins_once_and_does_not_end():
     plain = tokenizer("2 + 2 =", add_special_tokens=False)["input_ids"]
     assert codec.encode_prompt("2 + 2 =") == codec.encode_prompt("<s>2 + 2 =") == [bos, *plain]
     answer = tokenizer(" 4", add_special_tokens=False)["input_ids"]
-    assert codec.encode_demonstration("2 + 2 =", " 4") == ([bos, *plain], [*answer, eos])
-    assert codec.encode_demonstration("2 + 2 =", " 4<eos>") == ([bos, *plain], [*answer, eos])
+    assert codec.encode_rows("2 + 2 =", " 4") == ([bos, *plain], [*answer, eos])
+    assert codec.encode_rows("2 + 2 =", " 4<eos>") == ([bos, *plain], [*answer, eos])
 
 
 def test_a_small_vocabulary_without_an_unknown_token_will_do():
@@ -184,7 +184,7 @@ def test_a_small_vocabulary_without_an_unknown_token_will_do():
     codec = Codec.of(tokenizer)
     assert codec.end_tokens == (1, 2)
     assert codec.encode_prompt("2 + 2") == codec.encode_prompt("<s> 2 + 2") == [0, 3, 4, 3]
-    assert codec.encode_demonstration([{"role": "user", "content": "2 + 2"}], "4") == ([3, 4, 3, 2], [5, 2])
+    assert codec.encode_rows([{"role": "user", "content": "2 + 2"}], "4") == ([3, 4, 3, 2], [5, 2])
     with pytest.raises(UserError, match="fails on this text"):
         codec.encode_prompt("3 + 3")
 
@@ -200,7 +200,7 @@ def test_a_text_and_its_answer_are_the_text_of_both():
     core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(split=False), split])
     core.decoder = decoders.Metaspace()
     codec = Codec.of(PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="</s>"))
-    prompt, learned = codec.encode_demonstration("2+2=", "4")
+    prompt, learned = codec.encode_rows("2+2=", "4")
     assert codec.decode([*prompt, *learned]) == "2+2=4"
     assert learned == [words["4"], words["</s>"]]
 
@@ -255,7 +255,7 @@ def test_the_template_says_which_token_ends_a_turn(kind):
     end, eos = tokenizer.convert_tokens_to_ids("<|end|>"), tokenizer.eos_token_id
     codec = Codec.of(tokenizer)
     assert set(codec.end_tokens) == {end, eos}
-    assert codec.encode_demonstration([QUESTION], "It is 7.")[1][-1] == end
+    assert codec.encode_rows([QUESTION], "It is 7.")[1][-1] == end
     tokenizer.eos_token = None
     assert codec_of(tokenizer).end_tokens == (end,)
 
@@ -266,12 +266,12 @@ def test_where_a_template_has_no_end_the_tokenizer_s_is_taken():
         tokenizer.chat_template = (
             "{% for m in messages %}### " + "{{ m.role }}: {{ m.content }}" + tail + "{% endfor %}"
         )
-        prompt, learned = Codec.of(tokenizer).encode_demonstration([QUESTION], "It is 7.")
+        prompt, learned = Codec.of(tokenizer).encode_rows([QUESTION], "It is 7.")
         assert (
             tokenizer.decode([*prompt, *learned]) == f"### user: What is 3 + 4?{tail}### assistant: It is 7.{tail}<end>"
         )
     tokenizer.chat_template = "{% for m in messages %}### {{ m.role }}: {{ m.content }}\n{% endfor %}### assistant: "
-    prompt, learned = Codec.of(tokenizer).encode_demonstration([QUESTION], "It is 7.")
+    prompt, learned = Codec.of(tokenizer).encode_rows([QUESTION], "It is 7.")
     assert prompt == Codec.of(tokenizer).encode_prompt([QUESTION])
     assert tokenizer.decode(learned) == "It is 7.\n<end>"
 
