@@ -40,8 +40,7 @@ class Dataset(Task):
         if settings.evaluation is None:
             self.train, self.heldout = _divided(prompts, settings.heldout)
         else:
-            of_its_own = {"data": settings.evaluation, "split": settings.evaluation_split}
-            evaluated = settings.model_copy(update=of_its_own)
+            evaluated = settings.model_copy(update={"data": settings.evaluation, "split": settings.evaluation_split})
             self.train, self.heldout = prompts, list(self._prompts(evaluated, "task.evaluation"))
             contents = set(map(_written, self.train))
             num_shared = sum(_written(prompt) in contents for prompt in self.heldout)
@@ -128,10 +127,13 @@ class Dataset(Task):
         """Also notes the answers of which the chat template leaves something out."""
         shortened: list[str] = []
         for column in self._answers:
+            encoded = (
+                self.encoded if column == self._settings.answer else self._codec.encode_rows
+            )  # pairs stay as pairs
             for prompt in (*self.train, *self.heldout):
                 answer = learned_of(prompt.columns, column)
                 try:
-                    length = sum(map(len, self.encoded(prompt.content, answer)))
+                    length = sum(map(len, encoded(prompt.content, answer)))
                 except UserError as error:
                     raise UserError(f"{prompt.origin}: column {column!r}: {error}") from None
                 if context_length is not None and length > context_length:
@@ -142,13 +144,8 @@ class Dataset(Task):
                 if not isinstance(prompt.content, str) and not self._codec.template.keeps(prompt.content, answer):
                     shortened.append(prompt.origin)
         if shortened:
-            self.notes.append(
-                Note(
-                    "answers_shortened",
-                    f"task.data: the chat template leaves out a part of {len(shortened)} answers, the first at {shortened[0]}; "
-                    "they are learned as it renders them",
-                )
-            )
+            said = f"task.data: the chat template leaves out a part of {len(shortened)} answers, the first at {shortened[0]}; "
+            self.notes.append(Note("answers_shortened", f"{said}they are learned as it renders them"))
 
     def asked(self, text: str) -> str | Messages:
         """The prompt that has this text, or one like the others: as text or as a chat, with what all chats begin and end with."""
