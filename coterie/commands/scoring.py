@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -103,22 +104,19 @@ def score_rows(rows: Sequence[Candidate], rewards: Sequence[Reward], *, groups_p
     groups = list(by_group.values())
     timed = [_Timed(reward.function, all(row.tokens is not None for row in rows)) for reward in rewards]
     timing = [replace(reward, function=timer) for reward, timer in zip(rewards, timed, strict=True)]
-    ordered: list[Candidate] = []
-    totals, failures = [], []
-    parts: dict[str, list[Tensor]] = {reward.name: [] for reward in rewards}
-    for start in range(0, len(groups), groups_per_call):
-        some = [row for group in groups[start : start + groups_per_call] for row in group]
-        scored = score(
-            [Group(row.prompt, [_completion(row)]) for row in some], timing
-        )  # [rows, 1]: groups differ in size
-        failures += [replace(failure, group=failure.group + len(ordered)) for failure in scored.failures]
-        ordered += some
-        totals.append(scored.rewards[:, 0])
-        for name, part in scored.parts.items():
-            parts[name].append(part[:, 0])
-    seconds = {reward.name: timer.seconds for reward, timer in zip(rewards, timed, strict=True)}
-    together = {name: torch.cat(part) for name, part in parts.items()}
-    return Scores(ordered, [len(group) for group in groups], torch.cat(totals), together, failures, seconds)
+    calls = [list(chain(*groups[at : at + groups_per_call])) for at in range(0, len(groups), groups_per_call)]
+    scored = [score([Group(row.prompt, [_completion(row)]) for row in call], timing) for call in calls]  # [rows, 1]
+    starts = accumulate(map(len, calls), initial=0)
+    return Scores(
+        rows=list(chain(*groups)),
+        sizes=[len(group) for group in groups],
+        rewards=torch.cat([part.rewards[:, 0] for part in scored]),
+        parts={reward.name: torch.cat([part.parts[reward.name][:, 0] for part in scored]) for reward in rewards},
+        failures=[
+            replace(f, group=at + f.group) for at, part in zip(starts, scored, strict=False) for f in part.failures
+        ],
+        seconds={reward.name: timer.seconds for reward, timer in zip(rewards, timed, strict=True)},
+    )
 
 
 class _Timed:
