@@ -48,16 +48,12 @@ def restricted(folder: Path | None, *, trust: bool = False) -> Iterator[None]:
 
 def check_code(home: str, setting: str) -> None:
     """UserError where the code of `home`, a file or a module's name, is not trusted. Remembers what is, in the command."""
-    folder = _in_force.folder
-    if not _in_force.asks or home in _OURS:
+    if home in _OURS:
         return
-    inside = home.endswith(".py") and folder is not None and Path(home).resolve().is_relative_to(folder)
+    folder = _in_force.folder
     where = f"is not in the recipe's own folder, {folder}," if folder is not None else "no run or model may bring"
-    _ask(
-        _entry(home),
-        f"{setting}: would run {home}, which {where} and has not been run here before as it is now",
-        inside,
-    )
+    said = f"{setting}: would run {home}, which {where} and has not been run here before as it is now"
+    _ask(_entry(home), said, trusted=home.endswith(".py") and _is_own(Path(home)))
 
 
 def check_sending(what: str, url: str, host: str, variable: str, setting: str) -> None:
@@ -66,7 +62,7 @@ def check_sending(what: str, url: str, host: str, variable: str, setting: str) -
     host: of the url, as the client that sends reads it. variable: whose value goes along; empty for none. An address is agreed
     to together with the variable.
     """
-    if not _in_force.asks or (_is_this_machine(host) and not variable):
+    if _is_this_machine(host) and not variable:
         return
     key = f", with the value of {variable}," if variable else ""
     _ask(
@@ -83,8 +79,6 @@ def check_risk(risk: str) -> None:
 
 def check_links(folder: Path) -> None:
     """UserError where something in a run's folder is a link out of it: a run that goes on would write or delete there."""
-    if not _in_force.asks or not folder.is_dir():
-        return
     home = folder.resolve()
     for path in folder.rglob("*"):
         if path.is_symlink() and not path.resolve().is_relative_to(home):
@@ -94,20 +88,23 @@ def check_links(folder: Path) -> None:
 
 def check_writing(folder: Path, setting: str) -> None:
     """UserError where a recipe would make a folder, and write there, that is not inside its own."""
-    if not _in_force.asks:
-        return
-    place = folder.resolve()
-    inside = _in_force.folder is not None and place.is_relative_to(_in_force.folder)
-    _ask(f"writes to {place}", f"{setting}: would write to {place}, which has not been agreed to here before", inside)
+    said = f"{setting}: would write to {folder.resolve()}, which has not been agreed to here before"
+    _ask(f"writes to {folder.resolve()}", said, trusted=_is_own(folder))
 
 
 def _ask(entry: str, what: str, trusted: bool = False) -> None:
-    """Remember what is trusted; UserError for what is not, and was not before."""
+    """In the command remember what is trusted; UserError for what is not, and was not before."""
+    if not _in_force.asks:
+        return
     entry = entry.replace("\n", "\\n")
     if _in_force.all or trusted:
         _remember(entry)
     elif entry not in _known():
         raise UserError(f"{what}. Look at it, and if you trust it add --trust")
+
+
+def _is_own(path: Path) -> bool:
+    return _in_force.folder is not None and path.resolve().is_relative_to(_in_force.folder)
 
 
 def _is_this_machine(host: str) -> bool:
