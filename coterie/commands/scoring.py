@@ -10,8 +10,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from pathlib import Path
@@ -32,6 +31,7 @@ from coterie.runs.console import Console
 from coterie.runs.store import Store
 from coterie.tasks.rows import answer_of, jsonl_rows, prompt_of
 from coterie.types import Completion, Group, Prompt, RewardFailure
+from coterie.user_code import awaited
 
 _UNKNOWN = [0]  # stands for tokens that nobody knows; no reward gets to see it
 _MAX_REASONS = 12  # that are printed
@@ -130,19 +130,9 @@ class _Timed:
     def __call__(self, **columns: Any) -> Any:
         if not self._knows_tokens:
             columns.pop("completion_ids", None)
-        with self._counted():
-            answer = self.__wrapped__(**columns)
-        return self._awaited(answer) if inspect.isawaitable(answer) else answer
-
-    async def _awaited(self, answer: Any) -> Any:
-        with self._counted():
-            return await answer
-
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
         started = time.perf_counter()
         try:
-            yield
+            return awaited(self.__wrapped__(**columns))
         finally:
             self.seconds += time.perf_counter() - started
 
