@@ -7,7 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from small_runs import TINY, trained
+from small_runs import TINY, trained_on_letters
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coterie.fast.kernels.build import library
@@ -43,15 +43,6 @@ SHAPES = {
     "bloom": {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4},
     "doge": SMALL,
 }  # fmt: skip
-
-
-LETTERS = """
-def letters(completions, **columns):
-    return [sum(c.isalpha() for c in completion[0]["content"]) for completion in completions]
-
-def short(completions, **columns):
-    return [-len(completion[0]["content"]) / 10 for completion in completions]
-"""
 
 
 def some_quick(names, *quick):
@@ -112,12 +103,5 @@ def tiny_recipe():
 
 @pytest.fixture
 def train(tmp_path):
-    """Train four steps of the tiny recipe with rewards that an untrained model earns, into a folder of this name."""
-    file = tmp_path / "letters.py"
-    file.write_text(LETTERS)
-    given = [f"rewards=['{file}:letters', '{file}:short']", "loss=", "steps=4", "optimiser={learning_rate: 1.0e-3}"]
-
-    def run(name, *overrides, **options):
-        return trained(tmp_path / name, *given, *overrides, **options)
-
-    return run
+    """Train the tiny recipe on letters, into a folder of this name."""
+    return lambda name, *more, **options: trained_on_letters(tmp_path / name, *more, **options)

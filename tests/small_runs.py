@@ -38,10 +38,37 @@ def _home():
     return tempfile.TemporaryDirectory(prefix="coterie_tests_")  # is removed when the process ends
 
 
+def _new_folder():
+    return Path(tempfile.mkdtemp(dir=_home().name)) / "run"
+
+
 @functools.cache
 def finished():
     """One finished run of the tiny recipe for all tests of a process: to be read, or copied."""
-    return trained(Path(_home().name) / "finished")
+    return trained(_new_folder())
+
+
+LETTERS = """
+def letters(completions, **columns):
+    return [sum(c.isalpha() for c in completion[0]["content"]) for completion in completions]
+
+def short(completions, **columns):
+    return [-len(completion[0]["content"]) / 10 for completion in completions]
+"""
+
+
+def trained_on_letters(folder, *more, **options):
+    """Four steps of the tiny recipe with two rewards that an untrained model earns: its folder."""
+    file = Path(_home().name) / "letters.py"
+    file.write_text(LETTERS)
+    rewards = f"rewards=['{file}:letters', '{file}:short']"
+    return trained(folder, rewards, "loss=", "steps=4", "optimiser={learning_rate: 1.0e-3}", *more, **options)
+
+
+@functools.cache
+def finished_on_letters(*more):
+    """Such a run, trained once in a process with the same overrides: to be read."""
+    return trained_on_letters(_new_folder(), *more)
 
 
 def select(folder, query, *values):

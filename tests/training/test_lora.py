@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import some_quick
 from safetensors.torch import load_file
-from small_runs import METHODS, digests, metrics, plan, recorded
+from small_runs import METHODS, digests, finished_on_letters, metrics, plan, recorded
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import coterie
@@ -55,7 +55,7 @@ def some_logprobs(policy):
 
 @pytest.mark.parametrize("method", some_quick(CHOSEN, "grpo"))
 def test_every_method_trains_lora_and_resumes_to_the_same_bits(train, method):
-    whole = train("whole", *METHODS[method], LORA)
+    whole = finished_on_letters(*METHODS[method], LORA)
     weights = saved(whole, 0)
     matrices = saved(whole, 4)
     assert not any(".lora_" in name for name in weights)
@@ -77,18 +77,18 @@ def test_every_method_trains_lora_and_resumes_to_the_same_bits(train, method):
 @pytest.mark.parametrize("method", some_quick(["grpo", "ppo", "dpo", "sft", "reward_model"], "grpo"))
 @pytest.mark.parametrize("lora", [pytest.param((), marks=pytest.mark.slow), (LORA,)])
 def test_activation_checkpointing_ends_with_the_same_bits(train, method, lora):
-    plain = train("plain", *METHODS[method], *lora)
+    plain = finished_on_letters(*METHODS[method], *lora)
     folder = train("recomputed", *METHODS[method], *lora, "optimiser.activation_checkpointing=true")
     assert digests(folder) == digests(plain)
     assert recorded(folder) == recorded(plain)
 
 
-def test_the_first_step_starts_at_the_reference(train):
-    folder = train("grpo", *METHODS["grpo"], LORA)
+def test_the_first_step_starts_at_the_reference():
+    folder = finished_on_letters(*METHODS["grpo"], LORA)
     assert metrics(folder, 1)["policy/ratio_max"] == 1
     assert metrics(folder, 1)["policy/kl"] == pytest.approx(0, abs=1e-8)  # the sampler's rounding
     assert metrics(folder, 4)["policy/kl"] > 1e-6
-    folder = train("dpo", *METHODS["dpo"], LORA)
+    folder = finished_on_letters(*METHODS["dpo"], LORA)
     assert metrics(folder, 1)["loss/total"] == pytest.approx(math.log(2), abs=1e-7)
     assert metrics(folder, 1)["preference/margin"] == 0
 
@@ -124,8 +124,8 @@ def test_a_moving_reference_is_saved_as_matrices_of_its_own(train):
             torch.testing.assert_close(held[name], matrix, rtol=1e-5, atol=1e-7)
 
 
-def test_ppo_s_value_model_is_a_head_and_matrices_of_its_own(train):
-    folder = train("run", *METHODS["ppo"], LORA)
+def test_ppo_s_value_model_is_a_head_and_matrices_of_its_own():
+    folder = finished_on_letters(*METHODS["ppo"], LORA)
     policy, value = saved(folder, 4), saved(folder, 4, "value")
     assert value.keys() - policy.keys() == {"score.weight"}
     assert value["score.weight"].abs().max() > 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import some_quick
 from safetensors.torch import load_file
-from small_runs import METHODS, digests, metrics, plan, recorded
+from small_runs import METHODS, digests, finished_on_letters, metrics, plan, recorded, select
 from transformers import AutoModelForSequenceClassification
 
 import coterie
@@ -24,7 +24,7 @@ OF_SAMPLING = {
 
 @pytest.mark.parametrize("method", some_quick(METHODS, "ppo", "dpo"))
 def test_every_method_trains_and_resumes_to_the_same_bits(train, method):
-    whole = train("whole", *METHODS[method])
+    whole = finished_on_letters(*METHODS[method])
     first, last = (load_file(whole / "checkpoints" / f"step_00000{n}" / "model.safetensors") for n in (0, 4))
     if method != "reward_model":  # it starts from another head
         assert any(not torch.equal(first[name], last[name]) for name in first)
@@ -42,8 +42,8 @@ def test_every_method_trains_and_resumes_to_the_same_bits(train, method):
     assert recorded(stopped) == recorded(whole)
 
 
-def test_ppo_trains_a_value_model_and_saves_it(train):
-    folder = train("run", *METHODS["ppo"])
+def test_ppo_trains_a_value_model_and_saves_it():
+    folder = finished_on_letters(*METHODS["ppo"])
     found = metrics(folder, 4)
     assert {"value/loss", "value/mean", "value/explained_variance"} <= found.keys()
     value = load_file(folder / "checkpoints" / "step_000004" / "value.safetensors")
@@ -51,15 +51,15 @@ def test_ppo_trains_a_value_model_and_saves_it(train):
     assert (folder / "checkpoints" / "step_000004" / "value_optimiser.safetensors").is_file()
 
 
-def test_grpo_trains_about_half_of_what_ppo_trains(train):
+def test_grpo_trains_about_half_of_what_ppo_trains():
     """Weights and optimiser state of a checkpoint: the value model is a second body, without the vocabulary's rows."""
 
     def trained_bytes(folder):
         files = (folder / "checkpoints" / "step_000004").glob("*.safetensors")
         return sum(tensor.numel() for file in files for tensor in load_file(file).values())
 
-    share = trained_bytes(train("grpo", "preset=grpo")) / trained_bytes(train("ppo", *METHODS["ppo"]))
-    assert 0.45 < share < 0.55
+    grpo, ppo = (trained_bytes(finished_on_letters(*METHODS[method])) for method in ("grpo", "ppo"))
+    assert 0.45 < grpo / ppo < 0.55
 
 
 def test_a_moving_anchor_lets_the_policy_go_further(train):
@@ -95,11 +95,11 @@ def test_references_move_as_they_are_told(train):
         average = {name: 0.5 * average[name] + 0.5 * policy[name] for name in average}
         for name, held in saved(folder, step, "reference").items():
             torch.testing.assert_close(held, average[name], rtol=1e-5, atol=1e-7)
-    assert metrics(train("frozen", "preset=grpo", "steps=1"), 1)["policy/kl"] == pytest.approx(0, abs=1e-8)
+    assert metrics(finished_on_letters(*METHODS["grpo"]), 1)["policy/kl"] == pytest.approx(0, abs=1e-8)
 
 
-def test_weights_that_adapt_move_towards_their_target(train):
-    folder = train("run", *METHODS["adaptive"])
+def test_weights_that_adapt_move_towards_their_target():
+    folder = finished_on_letters(*METHODS["adaptive"])
     weights = [metrics(folder, step) for step in range(1, 5)]
     assert weights[0]["loss/kl_weight"] == 0.1
     assert weights[1]["loss/kl_weight"] == pytest.approx(0.09)  # at the start the KL is 0, below its target
@@ -128,10 +128,9 @@ def test_a_weight_that_adapts_acts_in_the_reward_too(train, preset):
 
 
 @pytest.mark.parametrize("preset", ["grpo", "ppo"])
-def test_the_spread_of_every_part_within_groups_is_a_metric(train, preset):
-    folder = train("run", f"preset={preset}", "steps=1")
-    with sqlite3.connect(folder / "run.db") as db:
-        rows = db.execute("SELECT prompt_number, reward_parts FROM completions").fetchall()
+def test_the_spread_of_every_part_within_groups_is_a_metric(preset):
+    folder = finished_on_letters(*METHODS[preset])
+    rows = select(folder, "SELECT prompt_number, reward_parts FROM completions WHERE step = 1")
     for part in ("letters", "short"):
         groups = [[json.loads(parts)[part] for n, parts in rows if n == number] for number in range(3)]
         wanted = sum(statistics.stdev(group) for group in groups) / 3
