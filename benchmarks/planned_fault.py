@@ -106,11 +106,11 @@ def _after(fault: Fault, real: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _in_reward(fault: Fault, time_limit: Callable[[float], AbstractContextManager[None]]) -> Callable[..., Any]:
+def _in_reward(fault: Fault, time_limit: Callable[[float | None], AbstractContextManager[None]]) -> Callable[..., Any]:
     """Within the time limit of a reward's call."""
 
     @contextmanager
-    def wrapped(seconds: float) -> Iterator[None]:
+    def wrapped(seconds: float | None) -> Iterator[None]:
         with time_limit(seconds):
             fault.strikes()
             yield
@@ -152,7 +152,7 @@ def _after_save(fault: Fault, write_checkpoint: Callable[..., Any]) -> Callable[
 # Of each point the module, or the class in it, whose function is wrapped, and how
 POINTS: dict[str, tuple[str, str, Callable[[Fault, Any], Any]]] = {
     "after_sample": ("coterie.rollouts.collect", "collect", _after),
-    "in_reward": ("coterie.rewards.limits", "time_limit", _in_reward),
+    "in_reward": ("coterie.rewards.time_limit", "time_limit", _in_reward),
     "before_backward": ("coterie.training.step", "take_step", _before_backward),
     "before_step": ("coterie.distributed.reduce", "all_agree", _after),  # the last that is done before the weights move
     "in_save": ("coterie.runs.checkpoint", "_write", _in_save),

@@ -8,10 +8,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from benchmark_code import load
+from benchmark_code import FOLDER, load
 
 ROOT = Path(__file__).parent.parent
 faults = load("faults")
+POINTS, plan = load("planned_fault").POINTS, load("planned_fault").plan
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals, locks and limits are tested on Linux")
 NAMES = [
     "kills", "trainers", "kills inside saves", "damaged checkpoints", "all damaged", "disk full", "folder lost", "signals",
@@ -19,6 +20,14 @@ NAMES = [
     "workers", "no memory", "one folder", "no network", "readers", "blocked output", "lost terminal", "forking reward",
     "damaged kernels", "held database", "moved project", "suspended process", "older run",
 ]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def found_by_processes():
+    """The processes in which runs are forked import what forks them."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(str(FOLDER))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +44,14 @@ def test_what_is_promised_holds(lab, name):
 
 def test_every_experiment_is_a_test():
     assert list(faults.EXPERIMENTS) == NAMES
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_every_point_for_a_fault_is_in_the_code(point):
+    """What is wrapped there has the name that planned_fault.py knows it by."""
+    wrapped = []
+    plan(f"{point}:1:1" if point == "in_save" else f"{point}:1", lambda owner, name, value: wrapped.append(name))
+    assert len(wrapped) > 1  # the steps of a run, and what is done at the point
 
 
 @pytest.mark.slow
