@@ -73,6 +73,7 @@ def _module(home: str, setting: str) -> ModuleType:
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        setattr(module, _MARK, True)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
         return module
@@ -107,7 +108,7 @@ _COTERIE = str(Path(__file__).resolve().parent) + os.sep
 _LIBRARIES = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
-_ours: set[str] = set()  # the names under which users' files stand in sys.modules
+_MARK = "__of_the_user__"  # stands in the modules that were made here of users' files
 
 
 def _importable(path: Path) -> str:
@@ -120,11 +121,10 @@ def _importable(path: Path) -> str:
         sys.path.append(str(path.parent))
     importlib.invalidate_caches()
     name = path.stem
-    if name in sys.modules and name not in _ours:
+    if name in sys.modules and not hasattr(sys.modules[name], _MARK):
         return f"coterie_user_{name}"
     sys.modules.pop(name, None)
     found = importlib.util.find_spec(name) if name.isidentifier() else None
     if found is None or found.origin != str(path):
         return f"coterie_user_{name}"
-    _ours.add(name)
     return name

@@ -26,7 +26,7 @@ class Note:
 
 
 class Task:
-    """Prompts to train on and held-out ones. Everything else is optional: a task that has it says so by a method of its own.
+    """Prompts to train on and held-out ones. Everything else is optional, and a task overrides what it has.
 
     train, heldout: the prompts. examples: held-out ones whose answers are shown first. notes: what is to be said of them.
     """
