@@ -137,13 +137,13 @@ def _piece(text: str) -> sympy.Set:
 def same_value(gold: str, answer: str) -> bool:
     """Whether two texts that are neither lists nor points have the same value. Raises UnreadableError and TooLargeError."""
     one, other = (_read(text) for text in (gold, answer))
+    matrices = [isinstance(each, sympy.MatrixBase | sympy.MatrixExpr) for each in (one, other)]
+    if any(matrices):  # first: a number times a matrix is an Expr to sympy
+        return all(matrices) and _same_matrix(one.doit(), other.doit())
     if isinstance(one, sympy.Expr) and isinstance(other, sympy.Expr):
         return _same_expression(one, other)
     if isinstance(one, sympy.Eq) and isinstance(other, sympy.Eq):
         return _same_equation(one, other)
-    matrices = [isinstance(each, sympy.MatrixBase | sympy.MatrixExpr) for each in (one, other)]
-    if any(matrices):
-        return all(matrices) and _same_matrix(one.doit(), other.doit())
     if isinstance(one, sympy.Expr) or isinstance(other, sympy.Expr):
         return False
     return bool(verify(one, other, allow_set_relation_comp=True, float_rounding=15, timeout_seconds=None))

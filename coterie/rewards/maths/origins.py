@@ -50,15 +50,12 @@ class Origins:
         free = [value for value, uses in origin.added.items() for _ in range(uses) if not self._times(value)]
         if free and (free != [1] or len(origin.given) < 2):
             return True
-        added = (
-            uses > self._times(value) + 1 and not self._says(value, uses)
-            for value, uses in origin.added.items()
-            if self._times(value)
+        stated = ((value, uses, 1) for value, uses in origin.added.items() if self._times(value))
+        multiplied = ((value, uses, 2) for value, uses in origin.multiplied.items())
+        return any(
+            uses > self._times(value) + more and not self._says(value, uses)
+            for value, uses, more in (*stated, *multiplied)
         )
-        multiplied = (
-            uses > self._times(value) + 2 and not self._says(value, uses) for value, uses in origin.multiplied.items()
-        )
-        return any(added) or any(multiplied)
 
     def _times(self, value: Fraction) -> int:
         """How often a number is stated; one that a step has made counts as stated once."""
@@ -71,10 +68,7 @@ class Origins:
     def _of(self, node: Node) -> Origin:
         if isinstance(node, Power):
             return self._of(node.base)
-        if isinstance(node, Number) or is_plain(node):
-            return self._of_number(node)
-        assert isinstance(node, Operation)
-        return self._of_operation(node)
+        return self._of_operation(node) if isinstance(node, Operation) and not is_plain(node) else self._of_number(node)
 
     def _of_number(self, node: Node) -> Origin:
         value = abs(node.value)

@@ -11,7 +11,7 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from operator import or_
 from typing import Any, Literal, get_args
@@ -133,7 +133,6 @@ class _Trail:
 
     known: set[Fraction]
     origins: Origins
-    made: set[Fraction] = field(default_factory=set)
     num_steps: int = 0
     gaps: bool = False
 
@@ -147,7 +146,6 @@ class _Trail:
             self.gaps |= not _one_operation_away(claim, left, right)
             self.num_steps += 1
             self.origins.add(left, _numbers_of(right))
-            self.made |= _numbers_of(right)
             self.known |= _numbers_of(right)
         elif _rewrites_fractions(left, right):
             self.known |= _numbers_of(right)
@@ -155,7 +153,7 @@ class _Trail:
     @property
     def reached(self) -> set[Fraction]:
         """What steps have made of what the problem states, and have not counted up to."""
-        return {number for number in self.made if not self.origins.counted(number)}
+        return {number for number in self.origins.made if not self.origins.counted(number)}
 
     def leads_to(self, answer: Fraction) -> bool:
         """Whether the steps have made the answer, or left one operation to it: true arithmetic beside a guess has not."""

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate, pairwise
 
 from coterie.rewards.maths.numbers import DECIMAL, number
 from coterie.rewards.maths.quantities import Clock, Quantity, read_clock, read_quantity, same_clock, same_quantity
@@ -378,16 +379,8 @@ def split(text: str, *, words: bool = True) -> list[str]:
         return [text]
     if words:
         text = re.sub(r",?\s*(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])(?!\s*\d+\s*/\s*\d)\s*", ",", text)
-    items, depth, start = [], 0, 0
-    for at, character in enumerate(text):
-        if character in "([{" + OPEN:
-            depth += 1
-        elif character in ")]}" + CLOSE:
-            depth -= 1
-        elif character in ",;" and depth == 0:
-            items.append(text[start:at])
-            start = at + 1
-    items.append(text[start:])
+    cuts = [at for at, depth in enumerate(_depths(text)) if depth == 0 and text[at] in ",;"]
+    items = [text[start + 1 : end] for start, end in pairwise((-1, *cuts, len(text)))]
     return [item for item in items if item.strip()]
 
 
@@ -395,9 +388,10 @@ def brackets(text: str) -> str:
     """The brackets that hold the whole of it, or the empty text."""
     if len(text) < 2 or text[0] not in "([{" + OPEN or text[-1] not in ")]}" + CLOSE:
         return ""
-    depth = 0
-    for at, character in enumerate(text):
-        depth += (character in "([{" + OPEN) - (character in ")]}" + CLOSE)
-        if depth == 0:
-            return text[0] + text[-1] if at == len(text) - 1 else ""
-    return ""
+    *inner, last = _depths(text)
+    return text[0] + text[-1] if last == 0 and 0 not in inner else ""
+
+
+def _depths(text: str) -> list[int]:
+    """How many brackets are open after each character."""
+    return list(accumulate((at in "([{" + OPEN) - (at in ")]}" + CLOSE) for at in text))
