@@ -39,7 +39,8 @@ from coterie.rewards.code.reward import Code
 from coterie.rewards.load import load_rewards
 from coterie.rewards.maths.answers import Answer
 from coterie.rewards.score import score
-from coterie.sandbox.base import Limits, Program, Sandbox, make_sandbox
+from coterie.sandbox.base import Limits, Program, Sandbox
+from coterie.sandbox.make import make_sandbox
 from coterie.types import Completion, Group, Prompt
 
 TESTS = ROOT / "tests" / "rewards"

@@ -44,9 +44,9 @@ class Server:
         with self._ending:
             if self._process.returncode is None:  # until it is waited for the group's number is no other's
                 end = time.monotonic() + patience
-                while time.monotonic() < end and not _has_exited(self._process.pid):
+                while time.monotonic() < end and not _has_exited(self._process):
                     time.sleep(0.01)
-                with suppress(ProcessLookupError):
+                with suppress(ProcessLookupError, PermissionError):  # gone, or of another user as a setuid bwrap is
                     os.killpg(self._process.pid, signal.SIGKILL)
             return self._process.wait()
 
@@ -55,9 +55,11 @@ class Server:
         self.kill()
 
 
-def _has_exited(process: int) -> bool:
-    """Whether it has, without waiting for it, which would free its number."""
-    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+def _has_exited(process: subprocess.Popen[bytes]) -> bool:
+    """Whether it has; where the system can say so, without waiting for it, which would free its number."""
+    if not hasattr(os, "waitid"):
+        return process.poll() is not None
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 Kind = TypeVar("Kind", bound=Server)

@@ -1,4 +1,4 @@
-"""Where programs that a model wrote are run: what goes in, what comes out, and which sandboxes there are.
+"""Where programs that a model wrote are run: what goes in, what comes out, and what a sandbox is.
 
 A program that is wrong, raises, runs too long or attacks is the program's doing, and is said of each of its outputs. A sandbox that
 could not run it is not, and is said in `Outcome.failed`. Nothing here is told what the right output is: the reward `code` compares.
@@ -6,17 +6,15 @@ could not run it is not, and is said in `Outcome.failed`. Nothing here is told w
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from coterie.errors import UserError, nearest
+from coterie.errors import UserError
 
 MAX_INPUTS = 500
 TOKEN_VARIABLE = "COTERIE_SANDBOX_TOKEN"  # the environment variable that holds the key to a sandbox server
@@ -37,8 +35,7 @@ class Limits:
     wall_seconds: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("seconds", "memory_megabytes", "output_bytes", "wall_seconds"):
-            value = getattr(self, name)
+        for name, value in vars(self).items():
             if name == "wall_seconds" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
@@ -127,56 +124,3 @@ class Sandbox(ABC):
     def close(self) -> None:
         """End its processes and connections, once the programs that run are done."""
         self._threads.shutdown(cancel_futures=True)
-
-
-def make_sandbox(name: str = "auto", *, num_workers: int | None = None) -> Sandbox:
-    """The sandbox of that name, tested with hostile programs; "auto" is the strictest that holds them on this machine.
-
-    A URL is a sandbox server's. Raises UserError with the reasons where none holds: model-written code is never run in a plain
-    process, unless "subprocess" is asked for by name. num_workers: programs at a time; one for each core where None.
-    """
-    if name.startswith(("http://", "https://")):
-        return _make("http", name, num_workers)
-    if name == "http":
-        raise UserError("sandbox: http needs the address of a sandbox server; write sandbox: http://host:port")
-    if name == "auto":
-        return _first_that_holds(num_workers)
-    if name not in _HOMES:
-        raise UserError(
-            f"sandbox: there is no {name!r}; {nearest(name, ['auto', *_HOMES])}, or a server's http address"
-        )
-    if name == "subprocess":
-        warnings.warn(
-            "sandbox: subprocess was asked for: model-written programs run with all of this user's rights", stacklevel=2
-        )
-    try:
-        return _make(name, None, num_workers)
-    except SandboxError as failure:
-        raise UserError(f"sandbox: {name} can't be used here: {failure}") from failure
-
-
-def _first_that_holds(num_workers: int | None) -> Sandbox:
-    reasons = []
-    for name in ("bubblewrap", "landlock"):
-        try:
-            return _make(name, None, num_workers)
-        except SandboxError as failure:
-            reasons.append(f"{name}: {failure}")
-    raise UserError(
-        "sandbox: model-written programs are not run, because nothing on this machine holds them. "
-        f"{'; '.join(reasons)}. A sandbox server (sandbox: http://...) does it elsewhere; docs/sandbox.md says what is needed"
-    )
-
-
-def _make(name: str, url: str | None, num_workers: int | None) -> Sandbox:
-    module, _, kind = _HOMES[name].partition(":")
-    make: Callable[..., Sandbox] = getattr(importlib.import_module(module), kind)
-    return make(num_workers=num_workers) if url is None else make(url, num_workers=num_workers)
-
-
-_HOMES = {
-    "bubblewrap": "coterie.sandbox.forked:Bubblewrap",
-    "landlock": "coterie.sandbox.forked:Landlock",
-    "subprocess": "coterie.sandbox.forked:Subprocess",
-    "http": "coterie.sandbox.remote:Remote",
-}

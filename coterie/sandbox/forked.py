@@ -19,7 +19,7 @@ _INSIDE = Path(__file__).parent / "inside"
 _PACKAGES = ("site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo", "ensurepip")
 
 
-class _Forked(Sandbox):
+class Forked(Sandbox):
     """Fork servers, one for each program that runs at the same time; they are started when they are first needed."""
 
     name: ClassVar[str]
@@ -71,7 +71,7 @@ class _Forked(Sandbox):
         self._crew.close()
 
 
-class Landlock(_Forked):
+class Landlock(Forked):
     """Landlock, seccomp and resource limits: nothing to install, Linux 5.13 and later."""
 
     name = "landlock"
@@ -80,7 +80,7 @@ class Landlock(_Forked):
         return _python(_INSIDE.parent), {"confined": True, "landlock": True, "parent": os.getpid()}
 
 
-class Bubblewrap(_Forked):
+class Bubblewrap(Forked):
     """The same inside namespaces of its own: no network, no processes but its own, and only Python's own files to be seen."""
 
     name = "bubblewrap"
@@ -94,7 +94,7 @@ class Bubblewrap(_Forked):
         return [program, *_namespaces(), *_mounts(), "--", *_python(Path("/guest"))], options
 
 
-class Subprocess(_Forked):
+class Subprocess(Forked):
     """No confinement at all, resource limits only: a program may do whatever this user may. Only ever by name."""
 
     name = "subprocess"

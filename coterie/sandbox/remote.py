@@ -31,8 +31,8 @@ from coterie.sandbox.base import (
     Program,
     Sandbox,
     SandboxError,
-    make_sandbox,
 )
+from coterie.sandbox.make import make_sandbox
 
 PROTOCOL = 1
 _MAX_REQUEST = 100_000_000  # bytes
@@ -54,15 +54,13 @@ class Remote(Sandbox):
         self._attempts = attempts
         try:
             hello = self._client.get("/").raise_for_status().json()
-            if not isinstance(hello, dict) or hello.get("protocol") != PROTOCOL:
-                raise SandboxError(f"{url} does not speak protocol {PROTOCOL}")
-            self.report = f"http: {url}: {str(hello.get('report'))[:200]}"
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             self.close()
             raise SandboxError(f"no sandbox server answers at {url}: {error}") from error
-        except SandboxError:
+        if not isinstance(hello, dict) or hello.get("protocol") != PROTOCOL:
             self.close()
-            raise
+            raise SandboxError(f"{url} does not speak protocol {PROTOCOL}")
+        self.report = f"http: {url}: {str(hello.get('report'))[:200]}"
 
     def run(self, program: Program) -> Outcome:
         """One request, tried again where the connection fails."""
@@ -71,11 +69,10 @@ class Remote(Sandbox):
             time.sleep(min(5.0, 0.1 * 2**attempt + random.random()) if attempt else 0.0)
             try:
                 return self._ask(program)
-            except (httpx.TransportError, _BusyError) as error:
-                failure = error
             except (httpx.HTTPError, ValueError, TypeError, KeyError, RecursionError) as error:
                 failure = error
-                break
+                if not isinstance(error, httpx.TransportError):
+                    break
         return Outcome(failed=f"the sandbox server: {type(failure).__name__}: {failure}"[:300])
 
     def _ask(self, program: Program) -> Outcome:
@@ -86,7 +83,7 @@ class Remote(Sandbox):
         deadline = running() + seconds  # httpx's own limit starts anew with each byte
         with self._client.stream("POST", "/run", json=body, timeout=seconds) as answer:
             if answer.status_code in (429, 502, 503, 504):
-                raise _BusyError(f"status {answer.status_code}")
+                raise httpx.TransportError(f"the server is busy: status {answer.status_code}")
             answer.raise_for_status()
             for chunk in answer.iter_bytes():
                 data += chunk
@@ -100,10 +97,6 @@ class Remote(Sandbox):
     def close(self) -> None:
         super().close()
         self._client.close()
-
-
-class _BusyError(Exception):
-    """The server has no time now."""
 
 
 def _read_outcome(one: dict[str, Any], num_inputs: int) -> Outcome:

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import coterie
 from coterie.errors import UserError
-from coterie.sandbox.base import Limits, Program, make_sandbox
+from coterie.sandbox.base import Limits, Program
+from coterie.sandbox.make import make_sandbox
 
 NOBODY = 65534
 ROOT = Path(coterie.__file__).parent.parent

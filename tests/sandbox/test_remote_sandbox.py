@@ -9,7 +9,8 @@ import httpx
 import pytest
 
 from coterie.errors import UserError
-from coterie.sandbox.base import Limits, Program, SandboxError, make_sandbox
+from coterie.sandbox.base import Limits, Program, SandboxError
+from coterie.sandbox.make import make_sandbox
 from coterie.sandbox.remote import Remote, SandboxServer
 
 

@@ -16,9 +16,10 @@ import pytest
 
 import coterie
 from coterie.errors import UserError
-from coterie.sandbox import base, forked
-from coterie.sandbox.base import Limits, Program, SandboxError, make_sandbox
+from coterie.sandbox import forked, make
+from coterie.sandbox.base import Limits, Program, SandboxError
 from coterie.sandbox.inside import confine, syscalls
+from coterie.sandbox.make import make_sandbox
 
 ROOT = Path(coterie.__file__).parent.parent
 BACKENDS = ("landlock", "bubblewrap")
@@ -230,7 +231,7 @@ def test_everything_dies_with_the_trainer(backend):
     need(backend)
     source = "import time\ndef f():\n    time.sleep(100)"
     code = (
-        "import os, threading, time, sys\nfrom coterie.sandbox.base import *\n"
+        "import os, threading, time, sys\nfrom coterie.sandbox.base import *\nfrom coterie.sandbox.make import make_sandbox\n"
         f"box = make_sandbox({backend!r}, num_workers=1)\n"
         f"threading.Thread(target=box.run, args=(Program({source!r}, [[]], 'f', Limits(seconds=50)),), daemon=True).start()\n"
         "time.sleep(0.5)\nprint('running', flush=True)\ntime.sleep(100)"
@@ -262,7 +263,7 @@ def test_nothing_runs_where_nothing_holds(monkeypatch):
     def fails(*_, **__):
         raise SandboxError("no such thing here")
 
-    monkeypatch.setattr(base, "_make", fails)
+    monkeypatch.setattr(make, "SANDBOXES", dict.fromkeys(make.SANDBOXES, fails))
     with pytest.raises(
         UserError, match=r"are not run, because nothing on this machine holds them.*landlock: no such thing"
     ):

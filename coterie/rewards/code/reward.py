@@ -17,7 +17,8 @@ from coterie.errors import RewardError, UserError
 from coterie.rewards.code.blocks import program_in
 from coterie.rewards.code.tests import Equality, Test, passes, read_tests
 from coterie.rewards.text_of import Chat, completion_text
-from coterie.sandbox.base import TOKEN_VARIABLE, Limits, Outcome, Program, Sandbox, make_sandbox
+from coterie.sandbox.base import TOKEN_VARIABLE, Limits, Outcome, Program, Sandbox
+from coterie.sandbox.make import make_sandbox
 from coterie.trust import check_risk, check_sending
 
 # What a recipe may give a program before it is asked about: far above what a test needs, far below what ends a machine

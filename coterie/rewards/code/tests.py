@@ -102,32 +102,52 @@ def _largest_float(value: Any) -> float:
 
 
 def equal(value: Any, expected: Any, equality: Equality, *, scale: float = 1.0) -> bool:
-    """Whether a value as Output holds it is `expected`, a value of Python. Types must agree as the equality says.
+    """Whether a value as Output holds it is `expected`, a value of Python. Types must agree as `equality` says.
 
-    scale: the size of the floats that it comes from, for what rounding leaves where 0.0 is expected.
-    Costs no more than a walk over `expected`: nothing is put into a dict or a set whose hashes the program could choose.
+    scale: the size of the floats that it comes from, for what rounding leaves where 0.0 is expected. Raises UserError where
+    something is expected that no output can be.
     """
-    if isinstance(expected, bool) or expected is None or isinstance(expected, str):
+    return _same(value, _as_output(expected), equality, scale)
+
+
+def _as_output(expected: Any, *, is_key: bool = False) -> Any:
+    """A value of Python as Output would hold it. is_key: it is one of a dict, or in a set."""
+    if expected is None or isinstance(expected, bool | int | float | str):
+        return expected
+    if isinstance(expected, tuple):
+        return {"tuple": [_as_output(inner, is_key=is_key) for inner in expected]}
+    if isinstance(expected, list) and not is_key:
+        return [_as_output(inner) for inner in expected]
+    if isinstance(expected, set | frozenset) and not is_key:
+        return {"set": [_as_output(inner, is_key=True) for inner in expected]}
+    if isinstance(expected, Mapping) and not is_key:
+        return {"dict": [[_as_output(key, is_key=True), _as_output(inner)] for key, inner in expected.items()]}
+    what = "the key of an expected dict or set" if is_key else "an expected value"
+    raise UserError(f"code: {what} can't be a {type(expected).__name__}; numbers, texts, lists and dicts can")
+
+
+def _same(value: Any, expected: Any, equality: Equality, scale: float) -> bool:
+    """Costs no more than a walk over `expected`: nothing is put into a dict or a set whose hashes the program could choose."""
+    if expected is None or isinstance(expected, bool | str):
         return type(value) is type(expected) and bool(value == expected)
     if isinstance(expected, int | float):
         return _equal_numbers(value, expected, equality, scale)
-    if isinstance(expected, list | tuple):
-        kind, items = _opened(value)
-        if kind != type(expected).__name__ and not (equality.tuples_are_lists and kind in ("list", "tuple")):
+    (kind, items), (wanted_kind, wanted) = _opened(value), _opened(expected)
+    alike = equality.tuples_are_lists and {kind, wanted_kind} == {"list", "tuple"}
+    if (kind != wanted_kind and not alike) or len(items) != len(wanted):
+        return False
+    if kind == "set":
+        return set(map(_key, items)) == set(map(_key, wanted))
+    if kind != "dict":
+        return all(_same(one, other, equality, scale) for one, other in zip(items, wanted, strict=True))
+    by_key = {_key(key): inner for key, inner in wanted}
+    for pair in items:
+        if not isinstance(pair, list) or len(pair) != 2:
             return False
-        return len(items) == len(expected) and all(
-            equal(one, other, equality, scale=scale) for one, other in zip(items, expected, strict=True)
-        )
-    if isinstance(expected, Mapping):
-        return _equal_mappings(value, expected, equality, scale)
-    if isinstance(expected, set | frozenset):
-        kind, items = _opened(value)
-        if kind != "set" or len(items) != len(expected):
+        inner = by_key.pop(_key(pair[0]), _MISSING)
+        if inner is _MISSING or not _same(pair[1], inner, equality, scale):
             return False
-        return {_key_of(one) for one in expected} == {_key(item) for item in items}
-    raise UserError(
-        f"code: an expected value can't be a {type(expected).__name__}; numbers, texts, lists and dicts can"
-    )
+    return not by_key
 
 
 def _equal_numbers(value: Any, expected: float, equality: Equality, scale: float) -> bool:
@@ -147,21 +167,6 @@ def _equal_numbers(value: Any, expected: float, equality: Equality, scale: float
     return abs(one - other) <= near
 
 
-def _equal_mappings(value: Any, expected: Mapping[Any, Any], equality: Equality, scale: float) -> bool:
-    """Keys have to agree exactly, in any order."""
-    kind, pairs = _opened(value)
-    if kind != "dict" or len(pairs) != len(expected):
-        return False
-    wanted = {_key_of(key): inner for key, inner in expected.items()}
-    for pair in pairs:
-        if not isinstance(pair, list) or len(pair) != 2:
-            return False
-        inner = wanted.pop(_key(pair[0]), _MISSING)
-        if inner is _MISSING or not equal(pair[1], inner, equality, scale=scale):
-            return False
-    return not wanted
-
-
 def _opened(value: Any) -> tuple[str, list[Any]]:
     """Which container a value of Output is, and what is in it. ("", []) for everything else."""
     if isinstance(value, list):
@@ -176,16 +181,3 @@ def _opened(value: Any) -> tuple[str, list[Any]]:
 def _key(value: Any) -> str:
     """A text that stands for a value of Output, the same for the same value and type: 1, 1.0 and True differ."""
     return json.dumps(value, sort_keys=True)
-
-
-def _key_of(value: Any) -> str:
-    """The same for a value of Python."""
-    return _key(_tagged(value))
-
-
-def _tagged(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return {"tuple": [_tagged(inner) for inner in value]}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise UserError(f"code: the key of an expected dict or set can't be a {type(value).__name__}")

@@ -148,7 +148,7 @@ class Client:
             headers["Authorization"] = f"Bearer {self._key}"
         most = self._service.concurrency
         limits = httpx.Limits(max_connections=most, max_keepalive_connections=most)
-        return httpx.AsyncClient(headers=headers, limits=limits, timeout=self._service.request_seconds)
+        return httpx.AsyncClient(headers=headers, limits=limits, timeout=None)  # an attempt as a whole has one
 
     async def _ask_all(
         self, questions: Sequence[Question], keep: Callable[[int, Any], None]
@@ -202,7 +202,7 @@ class Client:
             try:
                 async with asyncio.timeout(self._service.request_seconds):
                     return await self._exchange(question)
-            except (TimeoutError, httpx.TimeoutException):
+            except TimeoutError:
                 late = f"gave no answer within {self._service.request_seconds:g} s"
                 raise NoVerdictError(late, again=True) from None
             except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -298,7 +298,7 @@ def _seconds_in(retry_after: str | None) -> float | None:
 
 def _backoff(attempt: int) -> float:
     """Seconds before the next attempt: longer each time, and not the same for all that wait."""
-    return random.uniform(0, min(20.0, 0.5 * 2 ** (attempt - 1)))
+    return random.uniform(0, min(20.0, 0.5 * 2 ** min(attempt - 1, 10)))
 
 
 def _spread(after: float) -> float:

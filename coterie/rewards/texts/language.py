@@ -97,9 +97,17 @@ def language_of(prompt: str) -> Expected | None:
 
 
 def _is_japanese(words: Sequence[Word]) -> bool:
-    kana = sum(len(word.text) for word in words if word.script == "Kana")
-    han = sum(len(word.text) for word in words if word.script == "Han")
+    kana, han = _num_letters(words, "Kana"), _num_letters(words, "Han")
     return kana > 0 and kana >= _KANA * (kana + han)
+
+
+def _is_chinese(words: Sequence[Word]) -> bool:
+    return not _num_letters(words, "Kana") and _num_letters(words, "Han") >= _SURELY_CHINESE
+
+
+def _num_letters(words: Sequence[Word], *scripts: str) -> int:
+    """Of these scripts, or of all where none is named."""
+    return sum(len(word.text) for word in words if not scripts or word.script in scripts)
 
 
 def share_in(text: str, expected: Expected, prompt: str = "") -> float | None:
@@ -145,19 +153,14 @@ def _of_another_language(own: Sequence[Sequence[Word]], whole: Sequence[Sequence
     return wrong
 
 
-def _is_chinese(words: Sequence[Word]) -> bool:
-    kana, han = (sum(len(word.text) for word in words if word.script == script) for script in ("Kana", "Han"))
-    return not kana and han >= _SURELY_CHINESE
-
-
 def _stretches(own: Sequence[Sequence[Word]], least: int) -> list[list[Word]]:
     """Sentences put together until each stretch has `least` letters; what is left at the end joins the last one."""
     parts: list[list[Word]] = [[]]
     for sentence in own:
-        if sum(len(word.text) for word in parts[-1]) >= least:
+        if _num_letters(parts[-1]) >= least:
             parts.append([])
         parts[-1] += sentence
-    if len(parts) > 1 and sum(len(word.text) for word in parts[-1]) < least:
+    if len(parts) > 1 and _num_letters(parts[-1]) < least:
         last = parts.pop()
         parts[-1] += last
     return parts

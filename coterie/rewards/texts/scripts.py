@@ -7,7 +7,6 @@ they would not if letters were counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import regex
@@ -39,17 +38,6 @@ class Word:
         return self.text[0].isupper()
 
 
-def sentences(text: str) -> list[list[Word]]:
-    """The words of each sentence of the prose; sentences without any are left out."""
-    found: list[list[Word]] = [[]]
-    for word in _words(prose(text)):
-        if word is None:
-            found.append([])
-        else:
-            found[-1].append(word)
-    return [sentence for sentence in found if sentence]
-
-
 _WORD = regex.compile(
     r"(?P<End>[!?。！？；\n\u2028\u2029]|\.(?=\s|$))"
     r"|(?P<Han>[\p{Han}々〇]+)|(?P<Kana>[\p{Hiragana}\p{Katakana}ー]+)"
@@ -59,14 +47,19 @@ _WORD = regex.compile(
 )
 
 
-def _words(text: str) -> Iterator[Word | None]:
-    """The words in order, and None where a sentence ends. Single letters of an alphabet are symbols, no words."""
-    for match in _WORD.finditer(text):
-        script = match.lastgroup
+def sentences(text: str) -> list[list[Word]]:
+    """The words of each sentence of the prose; sentences without any are left out.
+
+    Single letters of an alphabet are symbols, no words.
+    """
+    found: list[list[Word]] = [[]]
+    for match in _WORD.finditer(prose(text)):
+        script = str(match.lastgroup)
         if script == "End":
-            yield None
+            found.append([])
         elif script in _PER_WORD or len(match.group()) > 1:
-            yield Word(str(script), match.group())
+            found[-1].append(Word(script, match.group()))
+    return [sentence for sentence in found if sentence]
 
 
 # No alternative may look further than the next opening of its own kind: a text of openings alone then costs one pass.

@@ -13,7 +13,7 @@ import platform
 import resource
 import signal
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from . import syscalls
 
@@ -57,7 +57,7 @@ def limit_resources(*, cpu_seconds: int, address_space: int, open_files: int) ->
     """Hard limits of this process. address_space is in bytes."""
     limits = {
         "CPU": cpu_seconds, "AS": address_space, "NOFILE": open_files, "FSIZE": 0, "CORE": 0, "MEMLOCK": 0,
-        "MSGQUEUE": 0, "SIGPENDING": 64,
+        "MSGQUEUE": 0, "SIGPENDING": 64, "STACK": _STACK,
     }  # fmt: skip
     for name, value in limits.items():
         kind = getattr(resource, f"RLIMIT_{name}", None)
@@ -65,9 +65,6 @@ def limit_resources(*, cpu_seconds: int, address_space: int, open_files: int) ->
             hard = resource.getrlimit(kind)[1]
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
             resource.setrlimit(kind, (value, value))
-    hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
-    stack = _STACK if hard == resource.RLIM_INFINITY else min(_STACK, hard)
-    resource.setrlimit(resource.RLIMIT_STACK, (stack, stack))
 
 
 def drop_capabilities() -> None:
@@ -147,21 +144,14 @@ def make_filter(machine: str, pid: int) -> bytes:
     ]
     if machine == "x86_64":
         lines += [(_AT_LEAST, 0, 1, _X32), (_RETURN, 0, 0, _REFUSE)]
-    for numbers in syscalls.ALLOWED.values():
-        if numbers[column] is not None:
-            lines += _block(numbers[column], [(_RETURN, 0, 0, _ALLOW)])
-    for numbers, rules in syscalls.restricted(pid):
-        if numbers[column] is not None:
+    for numbers, rules in [*((numbers, {}) for numbers in syscalls.ALLOWED.values()), *syscalls.restricted(pid)]:
+        number = numbers[column]
+        if number is not None:  # else that architecture has no such call
             body = [line for argument, rule in rules.items() for line in _refuse_unless(argument, rule)]
-            lines += _block(numbers[column], [*body, (_RETURN, 0, 0, _ALLOW)])
+            body.append((_RETURN, 0, 0, _ALLOW))
+            lines += [(_EQUAL, 0, len(body), number), *body]  # all other calls go past it
     lines.append((_RETURN, 0, 0, _REFUSE))
     return b"".join(struct.pack("HBBI", *line) for line in lines)
-
-
-def _block(number: int | None, body: Sequence[Instruction]) -> list[Instruction]:
-    """The body, which returns, for that system call; all others go past it."""
-    assert number is not None
-    return [(_EQUAL, 0, len(body), number), *body]
 
 
 def _refuse_unless(argument: int, rule: syscalls.Rule) -> list[Instruction]:

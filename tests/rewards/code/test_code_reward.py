@@ -14,7 +14,8 @@ from coterie.errors import RewardError, UserError
 from coterie.rewards.builtin import make_builtin
 from coterie.rewards.code.reward import Code
 from coterie.rewards.code.tests import Equality, Test, equal, passes, read_tests
-from coterie.sandbox.base import Outcome, Output, make_sandbox
+from coterie.sandbox.base import Outcome, Output
+from coterie.sandbox.make import make_sandbox
 
 WHOLE = [{"stdin": "1 2\n", "stdout": "3\n"}, {"stdin": "5 -9\n", "stdout": "-4\n"}]
 
