@@ -16,7 +16,7 @@ from coterie.errors import UserError, nearest
 from coterie.reading import MAX_DEPTH, read_yaml, read_yaml_file, short
 from coterie.recipe.explain import explained
 from coterie.recipe.kinds import Place, idle_settings
-from coterie.recipe.methods import DPO, GRPO, METHODS, PPO, SFT, Recipe, RewardModel, Sampled
+from coterie.recipe.methods import DPO, GRPO, METHODS, PPO, SFT, Recipe, RewardModel, Sampled, taken_out
 from coterie.recipe.older import with_new_names
 from coterie.recipe.paths import absolute_paths, plain_rewards
 from coterie.recipe.presets import PRESETS
@@ -81,13 +81,15 @@ def make_recipe(values: Mapping[str, Any], *, source: str = "recipe", folder: Pa
     merged = _filled_in(given, PRESETS[preset] if isinstance(preset, str) else {})
     plain_rewards(merged, folder)
     absolute_paths(merged, folder)
+    lines = [line for name, why in taken_out(merged).items() for line in _without_effect(given, name, why)]
     try:
         recipe: Recipe = METHODS.read(merged)
     except ValidationError as error:
-        raise UserError(explained(error, source, merged)) from None
-    idle = [line for name, why in idle_settings(recipe).items() for line in _without_effect(given, name, why)]
-    if idle:
-        raise UserError(f"{source}: " + "\n".join(idle))
+        lines += explained(error, merged)
+    else:
+        lines += [line for name, why in idle_settings(recipe).items() for line in _without_effect(given, name, why)]
+    if lines:
+        raise UserError(f"{source}: " + "\n".join(lines))
     return recipe
 
 
@@ -111,12 +113,12 @@ def _filled_in(given: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str,
 
 
 def _without_effect(given: Mapping[str, Any], name: str, why: str) -> list[str]:
-    """A line for a setting that does nothing, and for each of a section that does nothing, where it is given."""
+    """A line for a setting that does nothing, where it is given; of a section that another setting than the method idles, for each in it."""
     section, _, key = name.rpartition(".")
     home = given.get(section) if section else given
     if not isinstance(home, dict) or key not in home:
         return []
-    inside = home[key] if not section and isinstance(home[key], dict) else {}
+    inside = home[key] if "." in why and not section and isinstance(home[key], dict) else {}
     names = [f"{name}.{inner}" for inner in inside] or [name]
     return [f"{one}: has no effect while {why}; change that, or leave this out" for one in names]
 

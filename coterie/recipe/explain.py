@@ -19,7 +19,7 @@ _KINDS = {"int_type": "a whole number", "int_parsing": "a whole number", "int_fr
           "model_attributes_type": "a group of settings", "dict_type": "a group of settings"}  # fmt: skip
 
 
-def explained(error: ValidationError, source: str, values: Mapping[str, Any]) -> str:
+def explained(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
     """One sentence for each wrong setting among a recipe's values: its key, what was given, and what is allowed."""
     lines: list[str] = []
     problems = error.errors()
@@ -31,7 +31,10 @@ def explained(error: ValidationError, source: str, values: Mapping[str, Any]) ->
         ]
         key, kind, given = ".".join(place), problem["type"], problem.get("input")
         if kind == "extra_forbidden":
-            line = _unknown(key, place, values)
+            here = place_of(place, values)
+            if here.owner is None:  # what it is meant to be is told as wrong
+                continue
+            line = f"{key}: there is no such setting; {_nearest_setting(place, here, values)}"
         elif kind == "value_error":
             line = f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
         elif kind == "missing":
@@ -42,11 +45,11 @@ def explained(error: ValidationError, source: str, values: Mapping[str, Any]) ->
             line = f"{key}: {short(given)} is not {_KINDS[kind]}"
         else:
             line = f"{key}: {short(given)} is not allowed; {problem['msg'][0].lower() + problem['msg'][1:]}"
-        if line and line not in lines:
+        if line not in lines:
             lines.append(line)
     if len(problems) > _MAX_EXPLAINED:
         lines.append(f"and {len(problems) - _MAX_EXPLAINED:,} more")
-    return f"{source}: " + "\n".join(_without_union_noise(lines))
+    return _without_union_noise(lines)
 
 
 _MAX_EXPLAINED = 10  # problems, in one error
@@ -67,18 +70,6 @@ def _nearest_choice(key: str, place: Sequence[str], values: Mapping[str, Any], g
     if choice is not None and choice.key == key:
         choices, own = list(choice.kinds), "; your own is file.py:function" if choice.own is not None else ""
     return nearest(given if isinstance(given, str) else short(given), choices) + own
-
-
-def _unknown(key: str, place: Sequence[str], values: Mapping[str, Any]) -> str:
-    """Of a setting that its section lacks: what shuts it out, or the nearest name. Nothing where it is open what the section is."""
-    here = place_of(place, values)
-    if here.owner is None:
-        return ""
-    if here.choice is not None and here.is_shut_out(place[-1]):
-        given = here.choice.given(values if len(place) == 1 else values[place[0]])
-        why = f"{here.choice.key} is {given}"
-        return f"{key}: has no effect while {why}; change that, or leave this out"
-    return f"{key}: there is no such setting; {_nearest_setting(place, here, values)}"
 
 
 def _nearest_setting(place: Sequence[str], here: Place, values: Mapping[str, Any]) -> str:

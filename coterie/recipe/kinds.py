@@ -36,6 +36,10 @@ class OneOf:
         said = values.get(self._name) if isinstance(values, Mapping) else None
         return next(iter(self.kinds)) if said is None else said
 
+    def said(self, values: Any) -> str:
+        """In words, what they are."""
+        return f"{self.key} is {self.given(values)}"
+
     def chosen(self, values: Any) -> type[Settings] | None:
         """The kind that the values are meant to be; None where there is none of that name."""
         given = self.given(values)
@@ -119,8 +123,13 @@ class Place:
         return self.owner.model_fields if self.owner is not None else {}
 
     def is_shut_out(self, name: str) -> bool:
-        """Whether other kinds have a setting of that name."""
-        return self.choice is not None and name not in self.fields and name in self.choice.fields()
+        """Whether other kinds have a setting of that name, and the chosen one has not."""
+        return (
+            self.choice is not None
+            and self.owner is not None
+            and name not in self.fields
+            and name in self.choice.fields()
+        )
 
 
 def _parts(annotation: Any) -> Iterator[type]:

@@ -248,3 +248,19 @@ def place_of(place: Sequence[str], values: Mapping[str, Any]) -> Place:
     if len(place) > 1:
         found = Place.of_field(found.fields.get(place[0]), values.get(place[0]))
     return found
+
+
+def taken_out(values: dict[str, Any]) -> dict[str, str]:
+    """Take out of a recipe's values the sections and settings that the chosen kinds lack and others have: their names, and why."""
+    found = {}
+    for section, inside in [*values.items()]:
+        if place_of((section,), values).is_shut_out(section):
+            del values[section]
+            found[section] = METHODS.said(values)
+            continue
+        here = place_of((section, ""), values)
+        for name in [*inside] if isinstance(inside, dict) else ():
+            if here.choice is not None and here.is_shut_out(name):
+                found[f"{section}.{name}"] = here.choice.said(inside)
+                values[section] = {key: value for key, value in values[section].items() if key != name}
+    return found

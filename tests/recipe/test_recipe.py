@@ -355,6 +355,8 @@ def test_an_empty_section_is_no_section():
 def test_every_mistake_is_told_at_once():
     message = refusal(stpes=3, seed=-1, loss={"clip_low": "low"})
     assert all(f"{key}:" in message for key in ("stpes", "seed", "loss.clip_low"))
+    message = refusal(preset="reward_model", loss={"clip_low": 0.1}, sampling={"top_k": 3}, group_size=4)
+    assert all(f"{key}: has no effect" in message for key in ("loss", "sampling", "rewards", "group_size"))
 
 
 @pytest.mark.parametrize(
