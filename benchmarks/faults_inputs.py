@@ -37,7 +37,7 @@ from coterie.models.codec import Codec
 from coterie.models.load import make_byte_tokenizer
 from coterie.recipe.settings import DatasetTask
 from coterie.runs.checkpoint import Position
-from coterie.runs.store import Store
+from coterie.runs.reader import Reader
 from coterie.tasks.dataset import Dataset
 
 OBJECTIVES = """
@@ -475,7 +475,7 @@ def readers(lab: Lab) -> Outcome:
 
 def _read_whole_steps(run: Path, wrong: list[str]) -> int:
     """Read all steps: the last one. Notes those that are not whole."""
-    store = Store(run / "run.db", read_only=True)
+    store = Reader(run / "run.db")
     try:
         found = store.read(
             "SELECT step, (SELECT COUNT(*) FROM completions c WHERE c.stage = m.stage AND c.step = m.step) AS number "

@@ -50,7 +50,7 @@ PATH = (
     ("training/metrics.py", "sums and counts"),
     ("training/step_metrics.py", "what a step is said to have been like"),
     ("runs/recorder.py", "a step in one transaction"),
-    ("runs/store.py", "the tables of run.db"),
+    ("runs/store.py", "the tables of run.db, and who writes them"),
 )  # fmt: skip
 FAST = (
     ("fast/serve.py", "which of it serves"),

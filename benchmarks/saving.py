@@ -23,7 +23,7 @@ import coterie
 from coterie.models.load import start_model
 from coterie.recipe import load_recipe
 from coterie.runs.checkpoint import Position, Snapshot, TrainState, write_checkpoint
-from coterie.runs.store import Store
+from coterie.runs.reader import Reader
 from coterie.tasks.load import load_codec
 from coterie.training.step import make_optimiser
 
@@ -40,7 +40,7 @@ def cost_of_saving(steps: int = STEPS) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         with contextlib.redirect_stdout(io.StringIO()):
             run = coterie.train(RECIPE, overrides=changes, out=f"{scratch}/run")
-        store = Store(run.folder / "run.db", read_only=True)
+        store = Reader(run.folder / "run.db")
         step = statistics.median(
             row["value"] for row in store.read("SELECT value FROM metrics WHERE name = 'time/step_seconds'")
         )

@@ -1,6 +1,7 @@
 """Imports go downwards, in the order that docs/architecture.md states."""
 
 import ast
+import re
 from pathlib import Path
 
 import coterie
@@ -47,6 +48,19 @@ def test_imports_go_downwards():
 def test_every_folder_is_in_a_layer():
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and next(path.glob("*.py"), None)}
     assert folders == {name for names in LAYERS.values() for name in names} - {"cli"}
+
+
+def test_run_db_is_asked_and_written_in_two_files():
+    """So a column can be renamed there alone. The judge's cache is a database of its own."""
+    allowed = {"runs/store.py", "runs/reader.py", "rewards/judge/cache.py"}
+    statement = re.compile(r"\b(SELECT|INSERT|DELETE FROM|UPDATE|PRAGMA|CREATE TABLE)\b")
+    found = {
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and statement.search(node.value)
+    }
+    assert found == allowed
 
 
 def test_the_order_is_documented():

@@ -48,3 +48,4 @@ def test_a_bundled_recipe_trains_from_the_wheel_in_any_folder(tmp_path, tiny_rec
         cwd=home, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert made_by.stdout.startswith(str(site))
+    assert (home / "runs" / "equations" / "report.html").is_file()  # from a template in the wheel

@@ -28,7 +28,7 @@ from coterie.rewards.base import Reward
 from coterie.rewards.load import closing_all, load_rewards
 from coterie.rewards.score import check_fits, score
 from coterie.runs.console import Console
-from coterie.runs.store import Store
+from coterie.runs.reader import Reader
 from coterie.tasks.rows import answer_of, jsonl_rows, prompt_of
 from coterie.types import Completion, Group, Prompt, RewardFailure
 from coterie.user_code import awaited
@@ -186,20 +186,14 @@ def _rows_of_run(recipe: Recipe, folder: Path) -> list[Candidate]:
     codec = load_codec(recipe)
     task = make_task(recipe.task, codec)
     known = {prompt.text: prompt for prompt in (*task.heldout, *task.train)}
-    store = Store(folder / "run.db", read_only=True)
-    try:
-        recorded = store.read(
-            "SELECT step, prompt_number, prompt, text, tokens FROM completions WHERE stage = 'train' "
-            "ORDER BY step, prompt_number, completion_number"
-        )
-    finally:
-        store.close()
+    with Reader(folder / "run.db") as record:
+        recorded = list(record.completions_of_training())
     rows = []
     for step, number, text, completion, tokens in recorded:
         origin = f"{folder}, step {step}, prompt {number + 1}"
         if text not in known:
             raise UserError(f"{origin}: the recipe's task has no prompt {text!r:.80}")
-        rows.append(Candidate(origin, f"{step} {number}", known[text], completion, json.loads(tokens)))
+        rows.append(Candidate(origin, f"{step} {number}", known[text], completion, tokens))
     if not rows:
         raise UserError(f"score: {folder} has recorded no completions")
     return rows

@@ -17,7 +17,7 @@ from coterie.recipe import GRPO, Recipe
 from coterie.recipe.settings import Limits
 from coterie.redact import hidden_in
 from coterie.runs.notice import Notice, Recorded
-from coterie.runs.store import SKIPPED, Store
+from coterie.runs.reader import SKIPPED, Reader
 
 _MEAN = "reward/mean"  # which a step has that has a reward at all
 _HISTORY = 50  # steps that a gradient's norm is compared with
@@ -97,9 +97,9 @@ class Alarms:
     """
 
     def __init__(
-        self, folder: Path, store: Store, recipe: Recipe, is_solved: Callable[[Mapping[str, float]], bool]
+        self, folder: Path, record: Reader, recipe: Recipe, is_solved: Callable[[Mapping[str, float]], bool]
     ) -> None:
-        self._folder, self._store, self._recipe, self._is_solved = folder, store, recipe, is_solved
+        self._folder, self._record, self._recipe, self._is_solved = folder, record, recipe, is_solved
 
     def limits(self, step: Recorded) -> Iterator[Notice]:
         """The limits that begin to be passed, those of `limits.stop_on` ending the run."""
@@ -110,7 +110,7 @@ class Alarms:
         found = self._passed(step.stage, step.step, step.metrics)
         if not found:
             return
-        earlier = self._store.metrics_of(step.stage, step.step - 1)
+        earlier = self._record.metrics_of(step.stage, step.step - 1)
         before = {alarm.limit for alarm in self._passed(step.stage, step.step - 1, earlier)}
         for alarm in found:
             if alarm.limit not in before:
@@ -122,7 +122,7 @@ class Alarms:
 
     def _passed(self, stage: str, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
         spans = ((1, min(_HISTORY, step - 1)), (step - _HISTORY, step - 1))
-        usual = usual_norm(*(self._store.gradient_norms(stage, *span) for span in spans))
+        usual = usual_norm(*(self._record.gradient_norms(stage, *span) for span in spans))
         return alarms(metrics, usual, self._recipe.limits, solved=self._is_solved(metrics))
 
     def skipped(self, step: Recorded) -> Iterator[Notice]:
@@ -134,7 +134,7 @@ class Alarms:
         shown = f"{what}, so the weights stay as they were; its rows: {file}"
         yield Notice("step_skipped", f"{what}; its rows: {file}", shown)
         limit = self._recipe.limits.skipped_steps
-        if self._store.num_skipped(step.stage, step.step - limit + 1, step.step) == limit:
+        if self._record.num_skipped(step.stage, step.step - limit + 1, step.step) == limit:
             raise RunFailedError(
                 f"{what} in {limit} steps in a row; the weights are as they were before. A lower optimiser.learning_rate may help"
             )
@@ -174,7 +174,7 @@ class Alarms:
     def _spoken(self, step: Recorded, name: str, back: int, count: int) -> bool:
         """Whether one of the `count` steps up to `back` before this one has the metric; also steps before the first."""
         last = step.step - back
-        return last < 1 or bool(self._store.num_with_metric(step.stage, name, last - count + 1, last))
+        return last < 1 or bool(self._record.num_with_metric(step.stage, name, last - count + 1, last))
 
 
 def write_rows(file: Path, step: Recorded) -> Path:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -83,43 +82,6 @@ class Snapshot:
     @property
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for of_file in self.tensors.values() for tensor in of_file.values())
-
-
-class Saver:
-    """Writes snapshots into a folder, one at a time, while training goes on."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
-
-    def save(self, snapshot: Snapshot, after: Callable[[], None]) -> None:
-        """Begin to write, once the one before is done; `after` is called when it is. Raises what went wrong with that one."""
-        self.wait()
-
-        def write() -> None:
-            try:
-                write_checkpoint(self._folder, snapshot)
-                after()
-            except Exception as error:  # of a thread: told to the one that waits for it
-                self._error = error
-
-        self._thread = threading.Thread(target=write, name="checkpoint")
-        self._thread.start()
-
-    @property
-    def failed(self) -> bool:
-        """Whether a save went wrong that nobody has waited for yet."""
-        return self._error is not None
-
-    def wait(self) -> None:
-        """Until what was begun is written. Raises what went wrong: OSError where the disk is full or the folder gone."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
 
 
 def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
@@ -195,13 +157,13 @@ def load_checkpoint(path: Path, state: TrainState, *, checked: bool = False) -> 
                     )
                 parameter.copy_(tensors[key])
     for name, (model, optimiser) in state.optimisers.items():
-        found = load_file(path / f"{name}.safetensors")
+        slots: dict[str, dict[str, Tensor]] = {}  # by parameter; a checkpoint of the very start has none
+        for place, value in load_file(path / f"{name}.safetensors").items():
+            key, _, slot = place.rpartition("/")
+            slots.setdefault(key, {})[slot] = value
         for key, parameter in model.named_parameters():
-            slots = {
-                place.rpartition("/")[2]: value for place, value in found.items() if place.rpartition("/")[0] == key
-            }
-            if slots:  # a checkpoint of the very start has none
-                optimiser.state[parameter] = {slot: value.to(parameter.device) for slot, value in slots.items()}
+            if key in slots:
+                optimiser.state[parameter] = {slot: value.to(parameter.device) for slot, value in slots[key].items()}
     state.numbers.update(json.loads((path / "position.json").read_text())["numbers"])
 
 
@@ -299,15 +261,8 @@ def _damage(path: Path) -> str | None:
     for name in (*written, "model.safetensors", "optimiser.safetensors", "position.json"):
         if name not in expected:
             return f"{MANIFEST} does not name {name}"
-    for name in expected:
-        wrong = _damage_of(path / name, *expected[name])
-        if wrong is not None:
-            return f"{name} {wrong}"
-    try:
-        load_file(path / "optimiser.safetensors")
-    except SafetensorError as error:
-        return f"optimiser.safetensors can't be read: {error}"
-    return None
+    wrongs = ((name, _damage_of(path / name, *expected[name])) for name in expected)
+    return next((f"{name} {wrong}" for name, wrong in wrongs if wrong is not None), None)
 
 
 def _damage_of(file: Path, size: object, sha256: object) -> str | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup, escape
 
 _COLOURS = {
     "sample": "#2563eb",
@@ -44,22 +45,13 @@ def _cell(section: Mapping[str, Any] | None) -> str:
     return f"{duration(section['seconds']):>8}  {section['share']:>5.1%}  {size(section['peak_bytes']):>8}"
 
 
-def profile_panel(folder: Path) -> str:
-    """For each stage a bar a section, their figures, and the slowest operators. Empty where the run has no profile.
-
-    plotly's script has to be on the page already.
-    """
-    profile = load_profile(folder)
-    if profile is None:
-        return ""
-    parts = ["<h2>Where a step goes</h2>"]
-    for name, stage in profile["stages"].items():
-        parts.append(
-            f"<h3>{html.escape(name.replace('_', ' ').capitalize())}</h3><p class='note'>{html.escape(_note(stage))}</p>"
-        )
-        parts.append(_bars(stage["sections"]))
-        parts.append(f"<div class='profile'>{_sections(stage)}{_operators(stage)}</div>")
-    return "\n".join(parts)
+def profile_panels(folder: Path) -> list[tuple[str, str, Markup, dict[str, Any]]]:
+    """For each stage its title, which steps its figures are of, a bar for each section, and the figures. Empty where there are none."""
+    stages = (load_profile(folder) or {"stages": {}})["stages"]
+    return [
+        (name.replace("_", " ").capitalize(), _note(stage), _bars(stage["sections"]), stage)
+        for name, stage in stages.items()
+    ]
 
 
 def _note(stage: Mapping[str, Any]) -> str:
@@ -76,13 +68,13 @@ def _note(stage: Mapping[str, Any]) -> str:
     return note
 
 
-def _bars(sections: list[dict[str, Any]]) -> str:
+def _bars(sections: list[dict[str, Any]]) -> Markup:
     import plotly.graph_objects as go
 
     by_time = sorted(sections, key=lambda section: section["seconds"])
     bar = go.Bar(
         x=[float(section["seconds"]) for section in by_time],
-        y=[html.escape(str(section["name"]), quote=False) for section in by_time],
+        y=[str(escape(section["name"])) for section in by_time],
         orientation="h",
         text=[f"{duration(section['seconds'])}  {section['share']:.1%}" for section in by_time],
         textposition="outside",
@@ -103,37 +95,11 @@ def _bars(sections: list[dict[str, Any]]) -> str:
     return figure_of(figure)
 
 
-def figure_of(figure: Any) -> str:
+def figure_of(figure: Any) -> Markup:
     """A plotly figure as a place in the page, and as data that the page's script draws there: nothing that a browser would run."""
     data = figure.to_json().replace("<", "\\u003c")
-    height = figure.layout.height
-    return f"<div class='figure' style='height:{height}px'></div><script type='application/json'>{data}</script>"
-
-
-def _sections(stage: Mapping[str, Any]) -> str:
-    rows = [
-        (s["name"], duration(s["seconds"]), f"{s['share']:.1%}", f"{s['calls']:.3g}" if s["calls"] else "", size(s["peak_bytes"]))
-        for s in sorted(stage["sections"], key=lambda section: section["seconds"], reverse=True)
-    ]  # fmt: skip
-    return _table(("section", "a step", "share", "calls", "peak memory"), rows)
-
-
-def _operators(stage: Mapping[str, Any]) -> str:
-    """Empty where no step was traced."""
-    if not stage["operators"]:
-        return ""
-    on_device = any(operator["device_seconds"] is not None for operator in stage["operators"])
-    rows = [
-        (o["name"], f"{o['calls']:,}", duration(o["seconds"]), *([duration(o["device_seconds"])] if on_device else []))
-        for o in stage["operators"]
-    ]
-    return _table(("slowest operators", "calls", "CPU", *(["GPU"] if on_device else [])), rows)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div><table class='figures'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    place = Markup("<div class='figure' style='height:{}px'></div>").format(figure.layout.height)
+    return place + Markup(f"<script type='application/json'>{data}</script>")
 
 
 def duration(seconds: float) -> str:

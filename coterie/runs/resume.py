@@ -10,6 +10,7 @@ from coterie.errors import UserError
 from coterie.recipe import Recipe
 from coterie.runs.checkpoint import STAGES, Position, find_checkpoint
 from coterie.runs.console import Console
+from coterie.runs.reader import Reader
 from coterie.runs.resume_check import at_home, check_inputs, inputs_of, portable
 from coterie.runs.store import Store
 from coterie.runs.surroundings import surroundings, what_differs
@@ -69,7 +70,7 @@ def _newest(checkpoints: Path, console: Console) -> Position | None:
         return None
 
 
-def _lost_record(store: Store, position: Position | None, has_inputs: bool) -> tuple[str, str] | None:
+def _lost_record(store: Reader, position: Position | None, has_inputs: bool) -> tuple[str, str] | None:
     """What run.db should be and what it is, where it was deleted or an older copy put in its place."""
     if not has_inputs:
         return "the run's", "empty"

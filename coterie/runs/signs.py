@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 
 from coterie.runs.notice import Notice
-from coterie.runs.store import Store
+from coterie.runs.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -278,19 +278,15 @@ class Watch:
         self._held: dict[tuple[str, str], int] = {}  # the last step at which each sign held
 
     @classmethod
-    def of(cls, store: Store, weights: Mapping[str, float]) -> Watch:
+    def of(cls, record: Reader, weights: Mapping[str, float]) -> Watch:
         """One that has seen what is recorded, so that a resumed run is told what an uninterrupted one is."""
         watch = cls(weights)
-        steps: dict[int, dict[str, float]] = {}
-        for step, name, value in store.read("SELECT step, name, value FROM metrics WHERE stage = 'train'"):
-            steps.setdefault(step, {})[name] = math.nan if value is None else value
-        query = "SELECT step, value, low, high FROM evaluations WHERE stage = 'train' AND mode = 'sampled' AND name = 'accuracy'"
-        accuracies = {step: Accuracy(*figures) for step, *figures in store.read(query)}
+        steps, accuracies = record.metrics_by_step(), record.accuracies()
         for step in sorted({*steps, *accuracies}):
             if step in steps:
-                watch.add(step, steps[step])
+                watch.add(step, {name: math.nan if value is None else value for name, value in steps[step].items()})
             if step in accuracies:
-                watch.add_accuracy(step, accuracies[step])
+                watch.add_accuracy(step, Accuracy(*accuracies[step]))
         return watch
 
     def add(self, step: int, metrics: Mapping[str, float]) -> list[Sign]:

@@ -1,4 +1,4 @@
-"""`run.db`: everything that is recorded of a run, in SQLite. One writer, any number of readers.
+"""`run.db`: everything that is recorded of a run, in SQLite: its tables, and its one writer. `reader.py` reads it.
 
 A step is written in one transaction, so a killed writer leaves whole steps only. Lists of numbers are stored as JSON.
 """
@@ -17,12 +17,11 @@ from typing import Any
 from torch import Tensor
 
 from coterie.deadline import running
-from coterie.errors import UserError
 from coterie.noise import permutation
 from coterie.redact import hidden
+from coterie.runs.reader import SCHEMA, Reader
 from coterie.types import Completion, Scored
 
-_SCHEMA = 3  # of the tables below; a database of a later one is refused
 _TABLES = {  # columns and primary key; a table may hold more than this version knows, and what it lacks is added
     "metrics": ("stage TEXT, step INTEGER, name TEXT, value REAL", "stage, step, name"),
     "completions": (
@@ -47,68 +46,42 @@ _COLUMNS = {  # the names alone, of what is written as a run goes on
     for table, (columns, _) in _TABLES.items()
     if table not in ("inputs", "surroundings")
 }
-SKIPPED = ("optimiser/skipped_share", "value/skipped_share")  # the metrics that say a step's loss was not finite
 _PATIENCE = 5.0  # seconds for which another program may hold the file before what is written is kept in memory
 _RETRY = 0.5  # seconds between two tries from then on
 _HELD_SECONDS, _HELD_BYTES = 900.0, 1 << 28  # how long, and how much is kept so
 
 
-class Store:
-    """A connection to a run's database.
+class Store(Reader):
+    """A connection that writes a run's database, and reads it.
 
     Where another program holds the file (a person who looks at it, a backup) what is written is kept in memory, read from there
     too, and brought into the file once that is free. `tell` is called with a sentence when that begins and ends.
     UserError for a database that a newer version has written.
     """
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.tell: Callable[[str], None] = lambda _: None
         self._held_since: float | None = None
         self._tried = 0.0
         self._into = "main"
-        if read_only:
-            self._db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None)
-            self._refuse_programs()
-            self._version()
-        else:
-            self._db = sqlite3.connect(path, isolation_level=None)
-            self._db.execute(f"PRAGMA busy_timeout={_PATIENCE * 1000:.0f}")
-            self._refuse_programs()
-            version = self._version()
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            self._migrate(version)
+        self._db = sqlite3.connect(path, isolation_level=None)
+        self._db.execute(f"PRAGMA busy_timeout={_PATIENCE * 1000:.0f}")
+        self._refuse_programs()
+        version = self._version()
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        self._migrate(version)
         self._db.row_factory = sqlite3.Row
-
-    def _refuse_programs(self) -> None:
-        """UserError for a database that would do something when it is read or written to, which may be somebody else's."""
-        self._db.execute("PRAGMA trusted_schema=OFF")
-        found = self._db.execute(
-            "SELECT type, name FROM sqlite_schema WHERE type NOT IN ('table', 'index') OR sql LIKE 'CREATE VIRTUAL%'"
-        ).fetchone()
-        if found is not None:
-            self._db.close()
-            raise UserError(f"{self.path}: holds the {found[0]} {found[1]!r:.80}, which no run writes; it is not used")
-
-    def _version(self) -> int:
-        version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
-        if version > _SCHEMA:
-            self._db.close()
-            raise UserError(
-                f"{self.path}: was written by a newer version of coterie (its schema is {version}, and this version knows up to "
-                f"{_SCHEMA}); go on with that version"
-            )
-        return version
 
     def _migrate(self, version: int) -> None:
         """Bring a new database, or an older one, to what this version writes."""
         lacking = [line for table, made_of in _TABLES.items() for line in self._lacking(table, *made_of)]
-        if lacking or version < _SCHEMA:
+        if lacking or version < SCHEMA:
             with self.transaction(keep=False):
                 for statement in lacking:
                     self._db.execute(statement)
-                self._db.execute(f"PRAGMA user_version={_SCHEMA}")
+                self._db.execute(f"PRAGMA user_version={SCHEMA}")
 
     def _lacking(self, table: str, columns: str, key: str | None) -> list[str]:
         """The statements that make a table what it should be."""
@@ -117,9 +90,6 @@ class Store:
             return [f"CREATE TABLE {table} ({columns}{f', PRIMARY KEY ({key})) WITHOUT ROWID' if key else ')'}"]
         missing = [column for column in columns.split(", ") if column.split()[0] not in there]
         return [f"ALTER TABLE {table} ADD COLUMN {column}" for column in missing]
-
-    def close(self) -> None:
-        self._db.close()
 
     def sync(self) -> None:
         """Bring what was written to the disk, so that a checkpoint that outlives a power cut has its steps here."""
@@ -285,61 +255,6 @@ class Store:
                 self._db.execute(f"DELETE FROM main.{table} WHERE stage = ? AND step > ?", (stage, step))
                 for later in later_stages:
                     self._db.execute(f"DELETE FROM main.{table} WHERE stage = ?", (later,))
-
-    def inputs_before(self) -> tuple[dict[str, str], dict[str, str]]:
-        """What was written by `inputs`: what the run depends on, and its surroundings."""
-        inputs, surroundings = (
-            {row["name"]: row["value"] for row in self.read(f"SELECT name, value FROM {table}")}
-            for table in ("inputs", "surroundings")
-        )
-        return inputs, surroundings
-
-    def num_steps(self, stage: str, last: int) -> int:
-        """How many steps up to `last` have a metric."""
-        query = "SELECT COUNT(DISTINCT step) AS number FROM metrics WHERE stage = ? AND step <= ?"
-        return int(self.read(query, stage, last)[0]["number"])
-
-    def num_skipped(self, stage: str, first: int, last: int) -> int:
-        """In how many of these steps, ends included, a loss or gradient was not finite."""
-        query = (
-            "SELECT COUNT(DISTINCT step) AS number FROM metrics WHERE stage = ? AND name IN (?, ?) AND value > 0 "
-            "AND step BETWEEN ? AND ?"
-        )
-        return int(self.read(query, stage, *SKIPPED, first, last)[0]["number"])
-
-    def num_with_metric(self, stage: str, name: str, first: int, last: int) -> int:
-        """How many of these steps, ends included, have a finite value of a metric."""
-        query = "SELECT COUNT(value) AS number FROM metrics WHERE stage = ? AND name = ? AND step BETWEEN ? AND ?"
-        return int(self.read(query, stage, name, first, last)[0]["number"])
-
-    def metrics_of(self, stage: str, step: int) -> dict[str, float]:
-        """The finite metrics of a step."""
-        query = "SELECT name, value FROM metrics WHERE stage = ? AND step = ? AND value IS NOT NULL"
-        return {row["name"]: row["value"] for row in self.read(query, stage, step)}
-
-    def gradient_norms(self, stage: str, first: int, last: int) -> list[float]:
-        """The gradient's norm in these steps, ends included, but for those in which no group had a signal."""
-        query = (
-            "SELECT norm.value FROM metrics AS norm LEFT JOIN metrics AS silent ON silent.stage = norm.stage AND silent.step = "
-            "norm.step AND silent.name = 'group/no_signal_share' WHERE norm.stage = ? AND norm.name = 'optimiser/grad_norm' "
-            "AND norm.step BETWEEN ? AND ? AND norm.value IS NOT NULL AND COALESCE(silent.value, 0) < 1"
-        )
-        return [value for (value,) in self.read(query, stage, first, last)]
-
-    def best_steps(self, count: int) -> list[int]:
-        """The steps on the way with the highest held-out accuracy, or reward where there is none."""
-        for name in ("accuracy", "reward"):
-            rows = self.read(
-                "SELECT step FROM evaluations WHERE stage = 'train' AND mode IN ('sampled', 'pairs') AND name = ? AND step > 0 "
-                "ORDER BY value DESC, step DESC LIMIT ?",
-                *(name, count),
-            )
-            if rows:
-                return [row["step"] for row in rows]
-        return []
-
-    def read(self, query: str, *values: Any) -> list[sqlite3.Row]:
-        return self._db.execute(query, values).fetchall()
 
 
 _HELD = "run.db has been held by another program for too long: end what reads or copies it"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,8 +86,11 @@ class Profiler:
             timing(Stopwatch(marks.turn)) as stopwatch,
         ):
             yield
-        events = trace.profiler.kineto_results.events() if trace is not None else ()
-        peaks, operators = peak_memory(events, self._device.type), slowest_operators(events, NUM_OPERATORS)
+        events = (
+            trace.profiler.kineto_results.events() if trace is not None else ()
+        )  # the one place that has allocations
+        peaks = peak_memory(events, self._device.type)
+        operators = slowest_operators(trace.key_averages() if trace is not None else (), NUM_OPERATORS)
         self._watched.append(Watched(number, mode, stopwatch.nanoseconds, stopwatch.calls, peaks, operators))
         self._stages[stage] = summarise(self._watched)
         written = json.dumps({"device": self._device.type, "stages": self._stages}, indent=1)
@@ -179,55 +182,26 @@ def peak_memory(events: Sequence[Any], device: str) -> dict[str, int]:
     return peaks
 
 
-def slowest_operators(events: Sequence[Any], count: int) -> list[dict[str, Any]]:
-    """The operators that took longest by themselves, without those that they call, from the profiler's events of one step.
+def slowest_operators(rows: Iterable[Any], count: int) -> list[dict[str, Any]]:
+    """The operators that took longest by themselves, without those that they call, from the rows of torch's `key_averages`.
 
-    seconds: on the CPU, where launching work for a GPU counts too. device_seconds: on the GPU, by which they are ordered where
-    there is one.
+    seconds: on the CPU, where launching work for a GPU counts too. device_seconds: of what it launched on the GPU, by which they
+    are ordered where there is one.
     """
-    by_thread: dict[int, list[tuple[int, int, str]]] = {}
-    owners: dict[int, str] = {}
-    launched: list[tuple[int, int]] = []
-    for event in events:
-        name, device = event.name(), event.device_type().name
-        if device != "CPU" and event.linked_correlation_id() > 0 and not event.is_user_annotation():
-            launched.append((event.linked_correlation_id(), event.duration_ns()))
-        if device != "CPU" or name.startswith(("[", "profiler::")) or event.is_user_annotation() or event.is_async():
-            continue
-        by_thread.setdefault(event.start_thread_id(), []).append((event.start_ns(), event.duration_ns(), name))
-        if event.linked_correlation_id() == 0:
-            owners[event.correlation_id()] = name
-    calls: dict[str, int] = {}
-    nanoseconds: dict[str, int] = {}
-    of_device: dict[str, int] = {}
-    for spans in by_thread.values():
-        _add_self_times(spans, calls, nanoseconds)
-    for correlation, duration in launched:
-        if correlation in owners:
-            of_device[owners[correlation]] = of_device.get(owners[correlation], 0) + duration
-    slowest = sorted(calls, key=lambda name: (of_device.get(name, 0), nanoseconds[name]), reverse=True)
+    operators = [
+        row
+        for row in rows
+        if row.device_type.name == "CPU" and not row.is_user_annotation and not row.is_async
+        if not row.key.startswith(("[", "profiler::"))
+    ]
+    on_device = any(row.self_device_time_total for row in operators)
+    operators.sort(key=lambda row: (row.self_device_time_total, row.self_cpu_time_total), reverse=True)
     return [
         {
-            "name": name,
-            "calls": calls[name],
-            "seconds": nanoseconds[name] / 1e9,
-            "device_seconds": of_device.get(name, 0) / 1e9 if of_device else None,
+            "name": row.key,
+            "calls": row.count,
+            "seconds": row.self_cpu_time_total / 1e6,
+            "device_seconds": row.self_device_time_total / 1e6 if on_device else None,
         }
-        for name in slowest[:count]
+        for row in operators[:count]
     ]
-
-
-def _add_self_times(spans: list[tuple[int, int, str]], calls: dict[str, int], nanoseconds: dict[str, int]) -> None:
-    """Add the calls and the own time of one thread's operators: (start, duration, name) each, of which some hold others.
-
-    An operator that calls itself, on its way through the dispatcher, is one call.
-    """
-    around: list[tuple[int, str]] = []  # (end, name) of the operators that the current one lies in
-    for start, duration, name in sorted(spans, key=lambda span: (span[0], -span[1])):
-        while around and around[-1][0] <= start:
-            around.pop()
-        if around:
-            nanoseconds[around[-1][1]] -= duration
-        calls[name] = calls.get(name, 0) + (not around or around[-1][1] != name)
-        nanoseconds[name] = nanoseconds.get(name, 0) + duration
-        around.append((start + duration, name))

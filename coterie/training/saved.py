@@ -20,7 +20,7 @@ from coterie.models.load import start_model
 from coterie.recipe import RewardModel, load_recipe
 from coterie.runs.checkpoint import STAGES, Position, TrainState, load_checkpoint
 from coterie.runs.find import find_run
-from coterie.runs.store import Store
+from coterie.runs.reader import Reader
 from coterie.tasks.load import load_codec
 
 
@@ -98,20 +98,11 @@ def saved_steps(run: Path) -> list[int]:
 def best_step(run: Path, steps: list[int]) -> tuple[int, str]:
     """Of these steps the one with the highest held-out accuracy, or reward where no accuracy was measured; of equals the last.
     Beside it, in words, a better one whose checkpoint was not kept. UserError where none was evaluated."""
-    store = Store(run / "run.db", read_only=True)
     try:
-        for name in ("accuracy", "reward"):
-            rows = store.read(
-                "SELECT step, value FROM evaluations WHERE stage = ? AND mode IN ('sampled', 'pairs') AND name = ? ORDER BY step",
-                *(STAGES[-1], name),
-            )
-            if rows:
-                break
+        with Reader(run / "run.db") as record:
+            name, values = record.held_out()
     except sqlite3.Error as error:
         raise UserError(f"{run / 'run.db'}: can't be read: {error}") from None
-    finally:
-        store.close()
-    values = {row["step"]: row["value"] for row in rows}
     kept = [step for step in steps if step in values]
     if not kept:
         raise UserError(

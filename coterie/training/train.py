@@ -266,18 +266,12 @@ def write_summary(run: Session) -> dict[str, Any]:
     """summary.json, from what run.db holds: the figures before and after, the examples, the seconds and the seed."""
     summary: dict[str, Any] = {}
     for when, step in (("before", 0), ("after", run.recipe.steps)):
-        rows = run.store.read("SELECT * FROM evaluations WHERE stage = 'train' AND step = ?", step)
         entry = summary[when] = {}
-        for row in rows:
+        for row in run.store.evaluations_after(step):
             name = row["name"] if row["mode"] == "sampled" else f"{row['mode']}_{row['name']}"
             entry[name] = row["value"]
             entry[f"{name}_interval"] = [row["low"], row["high"]]
-    query = (
-        "SELECT a.prompt AS prompt, a.text AS before, a.reward AS before_reward, a.correct AS before_correct, "
-        "b.text AS after, b.reward AS after_reward, b.correct AS after_correct FROM examples a JOIN examples b "
-        "ON a.number = b.number AND a.stage = b.stage WHERE a.step = 0 AND b.step = ? ORDER BY a.number"
-    )
-    summary["examples"] = _telling_examples([dict(row) for row in run.store.read(query, run.recipe.steps)])
+    summary["examples"] = _telling_examples(run.store.examples(run.recipe.steps))
     summary["seconds"] = run.seconds
     summary["seed"] = run.recipe.seed
     write_whole(run.folder / "summary.json", json.dumps(hidden_in(summary), indent=2, ensure_ascii=False) + "\n")

@@ -7,11 +7,11 @@ import threading
 import pytest
 import torch
 
-from coterie.errors import UserError
-from coterie.runs import checkpoint
+from coterie.errors import RunFailedError, UserError
+from coterie.recipe.settings import Checkpoint
+from coterie.runs import saving
 from coterie.runs.checkpoint import (
     Position,
-    Saver,
     Snapshot,
     TrainState,
     find_checkpoint,
@@ -19,6 +19,9 @@ from coterie.runs.checkpoint import (
     prune_checkpoints,
     write_checkpoint,
 )
+from coterie.runs.console import Console
+from coterie.runs.saving import Checkpoints
+from coterie.runs.store import Store
 
 
 @pytest.fixture
@@ -39,39 +42,42 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_what_is_written_is_the_state_of_the_moment_it_was_taken(state, tmp_path):
+@pytest.fixture
+def checkpoints(tmp_path):
+    store = Store(tmp_path / "run.db")
+    yield Checkpoints(tmp_path, store, Console(), 0)
+    store.close()
+
+
+def test_what_is_written_is_the_state_of_the_moment_it_was_taken(state, tmp_path, checkpoints, monkeypatch):
     """Training goes on while the write has not begun."""
     model = state.models["model"]
     before = model.weight.detach().clone()
-    saver, begin = Saver(tmp_path / "all"), threading.Event()
-    snapshot = Snapshot.of(Position("train", 1), state)
-    real = checkpoint.write_checkpoint
+    begin = threading.Event()
 
     def late(*given):
         begin.wait(10)
-        return real(*given)
+        return write_checkpoint(*given)
 
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(checkpoint, "write_checkpoint", late)
-        saver.save(snapshot, lambda: None)
-        with torch.no_grad():
-            model.weight.add_(1.0)
-        state.numbers["kl_weight"] = 9.0
-        begin.set()
-        saver.wait()
-    load_checkpoint(tmp_path / "all" / "step_000001", state)
+    monkeypatch.setattr(saving, "write_checkpoint", late)
+    checkpoints.save(Position("train", 1), state, Checkpoint(), patience=None)
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    state.numbers["kl_weight"] = 9.0
+    begin.set()
+    checkpoints.wait()
+    load_checkpoint(tmp_path / "checkpoints" / "step_000001", state)
     assert torch.equal(model.weight, before)
     assert state.numbers["kl_weight"] == 0.1
 
 
-def test_a_save_that_failed_is_told_of_once(state, tmp_path):
-    (tmp_path / "file").touch()
-    saver = Saver(tmp_path / "file" / "checkpoints")
-    saver.save(Snapshot.of(Position("train", 1), state), lambda: None)
-    with pytest.raises(OSError, match="this save needs"):
-        saver.wait()
-    saver.wait()
-    assert not saver.failed
+def test_a_save_that_failed_is_told_of_once(state, tmp_path, checkpoints):
+    (tmp_path / "checkpoints").touch()
+    checkpoints.save(Position("train", 1), state, Checkpoint(), patience=None)
+    with pytest.raises(RunFailedError, match="this save needs"):
+        checkpoints.wait()
+    checkpoints.wait()
+    assert not checkpoints.failed
 
 
 def test_the_newest_the_best_and_the_start_are_kept(state, tmp_path):

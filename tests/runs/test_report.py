@@ -12,6 +12,7 @@ import torch
 
 from coterie.errors import UserError
 from coterie.recipe import make_recipe
+from coterie.runs.reader import Reader
 from coterie.runs.report import write_report
 from coterie.runs.store import Store
 from coterie.types import Completion, Group, Prompt, RewardFailure, Scored
@@ -120,7 +121,7 @@ def layouts(page):
 
 def test_what_is_kept_of_a_step_is_bounded_in_whole_groups(tmp_path):
     left_out = write_run(tmp_path, max_bytes=1500)
-    store = Store(tmp_path / "run.db", read_only=True)
+    store = Reader(tmp_path / "run.db")
     rows = store.read("SELECT step, prompt_number, COUNT(*) AS n FROM completions GROUP BY step, prompt_number")
     assert all(row["n"] == 2 for row in rows)
     assert 0 < left_out == 9 - len(rows)
@@ -285,13 +286,13 @@ def test_nothing_in_a_sent_runs_database_is_a_part_of_the_page(tmp_path, quick_p
         "CREATE VIRTUAL TABLE theirs USING fts5(text)",
     ],
 )
-@pytest.mark.parametrize("read_only", [True, False])
-def test_a_database_that_acts_when_it_is_used_is_refused(tmp_path, statement, read_only):
+@pytest.mark.parametrize("opened", [Reader, Store])
+def test_a_database_that_acts_when_it_is_used_is_refused(tmp_path, statement, opened):
     write_run(tmp_path)
     with contextlib.closing(sqlite3.connect(tmp_path / "run.db")) as db:
         db.executescript(statement)
     with pytest.raises(UserError, match="which no run writes"):
-        Store(tmp_path / "run.db", read_only=read_only)
+        opened(tmp_path / "run.db")
 
 
 def test_the_page_asks_the_network_for_nothing_and_shows_no_key(tmp_path, monkeypatch):
@@ -306,19 +307,17 @@ def test_the_page_asks_the_network_for_nothing_and_shows_no_key(tmp_path, monkey
 
 def test_the_steps_are_looked_up_and_not_searched_for(tmp_path):
     """A run's completions may be gigabytes: what is read for that does not grow with their number in a step."""
-    from coterie.runs.report import _steps
-
     counts = []
     for num_rows in (1, 500):
         store = Store(tmp_path / f"{num_rows}.db")
-        assert _steps(store) == []
+        assert store.steps_with_completions() == []
         rows = [("train", step, 0, row, "p", "t" * 100, "[]", "[]", "[]", 0.0, 1.0, "{}", "stop", None)
                 for step in (1, 2, 3, 7) for row in range(num_rows)]  # fmt: skip
         with store.transaction():
             store._insert("completions", rows)
         work = []
         store._db.set_progress_handler(lambda work=work: work.append(1) and 0, 1)
-        assert _steps(store) == [1, 2, 3, 7]
+        assert store.steps_with_completions() == [1, 2, 3, 7]
         counts.append(len(work))
         store.close()
     assert counts[1] <= counts[0] + 20
