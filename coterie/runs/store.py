@@ -64,7 +64,6 @@ class Store(Reader):
         self.tell: Callable[[str], None] = lambda _: None
         self._held_since: float | None = None
         self._tried = 0.0
-        self._into = "main"
         self._db = sqlite3.connect(path, isolation_level=None)
         self._db.execute(f"PRAGMA busy_timeout={_PATIENCE * 1000:.0f}")
         self._refuse_programs()
@@ -160,7 +159,7 @@ class Store(Reader):
                 raise sqlite3.OperationalError(_HELD)
             return
         self.tell(f"{self.path} is held by another program; what is recorded is kept in memory until it lets go")
-        self._held_since, self._into = running() - _PATIENCE, "held"
+        self._held_since = running() - _PATIENCE
         if not any(name == "held" for _, name, _ in self._db.execute("PRAGMA database_list")):
             self._db.execute("ATTACH ':memory:' AS held")
         for table, columns in _COLUMNS.items() if self._tables() else ():
@@ -179,19 +178,19 @@ class Store(Reader):
             self._db.execute(f"INSERT OR REPLACE INTO main.{table} ({columns}) SELECT {columns} FROM held.{table}")
             self._db.execute(f"DELETE FROM held.{table}")
         seconds = running() - self._held_since
-        self._held_since, self._into = None, "main"
+        self._held_since = None
         self.tell(f"{self.path} is free again after {seconds:.0f} s, and nothing is missing")
 
     def _insert(self, table: str, rows: Sequence[tuple[Any, ...]]) -> None:
         columns = _COLUMNS[table]
         marks = ", ".join("?" * len(columns.split(",")))
         insert = "INSERT OR REPLACE" if table in ("evaluations", "examples") else "INSERT"
-        self._db.executemany(f"{insert} INTO {self._into}.{table} ({columns}) VALUES ({marks})", rows)
+        with self.transaction():
+            into = "held" if self.held else "main"
+            self._db.executemany(f"{insert} INTO {into}.{table} ({columns}) VALUES ({marks})", rows)
 
     def metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        rows = [(stage, step, name, value if math.isfinite(value) else None) for name, value in values.items()]
-        with self.transaction():
-            self._insert("metrics", rows)
+        self._insert("metrics", [(stage, step, name, _number(value)) for name, value in values.items()])
 
     def completions(
         self, stage: str, step: int, scored: Scored, advantages: Tensor, pieces: Any, *, max_bytes: float
@@ -221,25 +220,21 @@ class Store(Reader):
                 left_out += 1
                 continue
             size += group_size
-            with self.transaction():
-                self._insert("completions", rows)
+            self._insert("completions", rows)
         return left_out
 
     def evaluation(
         self, stage: str, step: int, mode: str, name: str, value: float, low: float, high: float, count: int
     ) -> None:
-        with self.transaction():
-            self._insert("evaluations", [(stage, step, mode, name, value, low, high, count)])
+        self._insert("evaluations", [(stage, step, mode, name, value, low, high, count)])
 
     def example(
         self, stage: str, step: int, number: int, prompt: str, text: str, reward: float | None, correct: bool | None
     ) -> None:
-        with self.transaction():
-            self._insert("examples", [(stage, step, number, prompt, text, reward, correct)])
+        self._insert("examples", [(stage, step, number, prompt, text, reward, correct)])
 
     def event(self, stage: str, step: int, kind: str, message: str) -> None:
-        with self.transaction():
-            self._insert("events", [(time.time(), stage, step, kind, hidden(message))])
+        self._insert("events", [(time.time(), stage, step, kind, hidden(message))])
 
     def inputs(self, values: Mapping[str, str], surroundings: Mapping[str, str]) -> None:
         """Replace what is known of what the run depends on, and of where it runs."""

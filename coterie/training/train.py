@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -22,15 +20,14 @@ from coterie.models.load import choose_device, start_model
 from coterie.models.policy import Policy, quiet_transformers
 from coterie.recipe import DPO, GRPO, PPO, SFT, Recipe, RewardModel, find_recipe, load_recipe
 from coterie.recipe.settings import ColdStart, DatasetTask, Reference
-from coterie.redact import hidden_in
 from coterie.rewards.load import closing_all
 from coterie.runs.checkpoint import STAGES, Position, TrainState, load_checkpoint
 from coterie.runs.console import Console
 from coterie.runs.folder import RunFolder
 from coterie.runs.outlet import outliving_console
 from coterie.runs.profile import profile_table
-from coterie.runs.report import marks_of, write_report
-from coterie.runs.writing import write_whole, writing
+from coterie.runs.report import write_report
+from coterie.runs.writing import writing
 from coterie.training.evaluation import evaluate_whole
 from coterie.training.grpo import train_grpo
 from coterie.training.ppo import train_ppo
@@ -42,8 +39,8 @@ from coterie.training.saved import save_model
 from coterie.training.session import Session
 from coterie.training.sft import train_sft
 from coterie.training.step import make_optimiser
+from coterie.training.summary import say_results, write_summary
 
-_SHOWN_EXAMPLES = 4
 _LARGE = 20_000_000  # bytes of a data file that is told of before it is read
 
 
@@ -129,13 +126,43 @@ def run_name(recipe: Path) -> str:
 
 
 def _train(run: Session, problem: Problem) -> None:
-    recipe, console, codec = run.recipe, run.console, problem.codec
+    recipe = run.recipe
     ends = [run.folder / name for name in ("summary.json", "report.html")]  # in the order in which they are written
     if run.position and run.position.step >= recipe.steps and all(path.is_file() for path in ends):
-        console.say(f"{run.folder} is finished; its report is {run.folder / 'report.html'}")
+        run.console.say(f"{run.folder} is finished; its report is {run.folder / 'report.html'}")
         return
-    device = choose_device(recipe.device)
-    model = start_model(recipe, codec, device)
+    policy = _start(run, problem)
+    if not (run.position and run.position.stage == "train"):
+        if recipe.cold_start is not None:
+            _cold_start(run, recipe.cold_start, problem, policy)
+            if run.stopped:
+                run.say_how_to_resume()
+                return
+        if not isinstance(recipe, RewardModel):
+            evaluate_whole(run, problem, policy, 0, "before")
+    _stand_at_start(run, "train", policy)
+    policy = as_trained(policy, recipe, run.console)
+    start = make_reference(policy, recipe.reference if isinstance(recipe, GRPO) else Reference())
+    trained = _train_method(run, problem, policy, start)
+    if run.stopped:
+        run.say_how_to_resume()
+        return
+    if not isinstance(recipe, RewardModel):
+        evaluate_whole(run, problem, policy, recipe.steps, "after")
+    if trained.adapter is not None:
+        trained.adapter.merge()
+    with writing(run.folder):
+        run.store.settle()  # the report reads the file
+        save_model(run.folder / "model", trained.model, problem.codec)
+        summary = write_summary(run)
+        write_report(run.folder)
+    say_results(run, summary)
+
+
+def _start(run: Session, problem: Problem) -> Policy:
+    """The model that the recipe begins with, as a policy, and what has to be known of it and of the problem said."""
+    recipe, console, device = run.recipe, run.console, choose_device(run.recipe.device)
+    model = start_model(recipe, problem.codec, device)
     policy = tried_policy(model, console)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     console.say(f"run {run.folder}: {type(model).__name__}, {num_parameters:,} parameters, on {device}")
@@ -156,31 +183,7 @@ def _train(run: Session, problem: Problem) -> None:
             "dtype: bfloat16 weights keep 8 bits, and small updates are rounded away; float32 learns what a low learning "
             "rate asks for"
         )
-    if not (run.position and run.position.stage == "train"):
-        if recipe.cold_start is not None:
-            _cold_start(run, recipe.cold_start, problem, policy)
-            if run.stopped:
-                run.say_how_to_resume()
-                return
-        if not isinstance(recipe, RewardModel):
-            evaluate_whole(run, problem, policy, 0, "before")
-    _stand_at_start(run, "train", policy)
-    policy = as_trained(policy, recipe, console)
-    start = make_reference(policy, recipe.reference if isinstance(recipe, GRPO) else Reference())
-    trained = _train_method(run, problem, policy, start)
-    if run.stopped:
-        run.say_how_to_resume()
-        return
-    if not isinstance(recipe, RewardModel):
-        evaluate_whole(run, problem, policy, recipe.steps, "after")
-    if trained.adapter is not None:
-        trained.adapter.merge()
-    with writing(run.folder):
-        run.store.settle()  # the report reads the file
-        save_model(run.folder / "model", trained.model, codec)
-        summary = write_summary(run)
-        write_report(run.folder)
-    _say_results(run, summary)
+    return policy
 
 
 def _cold_start(run: Session, settings: ColdStart, problem: Problem, policy: Policy) -> None:
@@ -260,61 +263,3 @@ def _as_sft(recipe: Recipe) -> ColdStart:
         warmup_steps=optimiser.warmup_steps,
         schedule=optimiser.schedule,
     )
-
-
-def write_summary(run: Session) -> dict[str, Any]:
-    """summary.json, from what run.db holds: the figures before and after, the examples, the seconds and the seed."""
-    summary: dict[str, Any] = {}
-    for when, step in (("before", 0), ("after", run.recipe.steps)):
-        entry = summary[when] = {}
-        for row in run.store.evaluations_after(step):
-            name = row["name"] if row["mode"] == "sampled" else f"{row['mode']}_{row['name']}"
-            entry[name] = row["value"]
-            entry[f"{name}_interval"] = [row["low"], row["high"]]
-    summary["examples"] = _telling_examples(run.store.examples(run.recipe.steps))
-    summary["seconds"] = run.seconds
-    summary["seed"] = run.recipe.seed
-    write_whole(run.folder / "summary.json", json.dumps(hidden_in(summary), indent=2, ensure_ascii=False) + "\n")
-    return summary
-
-
-def _telling_examples(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that show most of what has changed: for better or worse, then in reward, then in words; of equals the first."""
-
-    def change(example: dict[str, Any]) -> tuple[bool, ...]:
-        return tuple(example[f"before{of}"] != example[f"after{of}"] for of in ("_correct", "_reward", ""))
-
-    return sorted(examples, key=change, reverse=True)[:_SHOWN_EXAMPLES]
-
-
-def _say_results(run: Session, summary: dict[str, Any]) -> None:
-    """The table at the end."""
-    names = [name for name in summary["after"] if not name.endswith("_interval")]
-    rows = [
-        (
-            name.replace("_", " "),
-            *(
-                _estimate(summary[when].get(name), summary[when].get(f"{name}_interval"))
-                for when in ("before", "after")
-            ),
-        )
-        for name in names
-    ]
-    run.console.say()
-    if rows:
-        run.console.table("Held-out results (95 % intervals)", ("", "before", "after"), rows)
-    for example in summary["examples"]:
-        run.console.say(f"\n{example['prompt']}")
-        header = [f"{when}{marks_of(example, when)}" for when in ("before", "after")]
-        run.console.table("", header, _side_by_side(example["before"], example["after"]))
-    run.console.say(f"\n{run.seconds:.0f} seconds. Report: {run.folder / 'report.html'}  Model: {run.folder / 'model'}")
-
-
-def _estimate(value: float | None, interval: Sequence[float] | None) -> str:
-    return "-" if value is None or interval is None else f"{value:.3f}  [{interval[0]:.3f}, {interval[1]:.3f}]"
-
-
-def _side_by_side(left: str, right: str) -> list[tuple[str, str]]:
-    lefts, rights = left.splitlines() or [""], right.splitlines() or [""]
-    size = max(len(lefts), len(rights))
-    return list(zip(lefts + [""] * (size - len(lefts)), rights + [""] * (size - len(rights)), strict=True))
