@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from coterie.errors import UserError
+from coterie.evals.statistics import Estimate
 
 SCHEMA = 3  # of the tables in `store.py`; a database of a later one is refused
 SKIPPED = ("optimiser/skipped_share", "value/skipped_share")  # the metrics that say a step's loss was not finite
@@ -128,10 +129,10 @@ class Reader:
         """All held-out figures after a step."""
         return self.read("SELECT * FROM evaluations WHERE stage = 'train' AND step = ?", step)
 
-    def accuracies(self) -> dict[int, tuple[float, float, float]]:
-        """The held-out accuracy of samples with its interval, by step."""
-        query = "SELECT step, value, low, high FROM evaluations WHERE stage = 'train' AND mode = 'sampled' AND name = 'accuracy'"
-        return {step: (value, low, high) for step, value, low, high in self.read(query)}
+    def accuracies(self) -> dict[int, Estimate]:
+        """The held-out accuracy of samples, by step."""
+        query = "SELECT step, value, low, high, count FROM evaluations WHERE stage = 'train' AND mode = 'sampled' AND name = 'accuracy'"
+        return {step: Estimate(*figures) for step, *figures in self.read(query)}
 
     def held_out(self, first: int = 0) -> tuple[str, dict[int, float]]:
         """The name of what the best step is chosen by, and its values from step `first` on: accuracy, or reward where there is none."""

@@ -15,7 +15,7 @@ from coterie.runs.checkpoint import STAGES
 from coterie.runs.console import Console
 from coterie.runs.notice import Listener, Notice, Recorded, Row
 from coterie.runs.outlet import troubles
-from coterie.runs.signs import Accuracy, Watch
+from coterie.runs.signs import Watch
 from coterie.runs.store import Store
 from coterie.runs.writing import writing
 from coterie.sections import section
@@ -80,7 +80,7 @@ class Recorder:
                 self._store.example(stage, step, number, shown.prompt, shown.text, shown.reward, shown.correct)
         accuracy = evaluation.estimates.get("sampled", {}).get("accuracy")
         if self._watches(stage) and self._watch is not None and accuracy is not None:
-            signs = self._watch.add_accuracy(step, Accuracy(accuracy.value, accuracy.low, accuracy.high))
+            signs = self._watch.add_accuracy(step, accuracy)
             self._tell(stage, step, (sign.notice for sign in signs))
 
     def _tell(self, stage: str, step: int, notices: Iterable[Notice]) -> None:

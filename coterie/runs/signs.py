@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
+from coterie.evals.statistics import Estimate
 from coterie.runs.notice import Notice
 from coterie.runs.reader import Reader
 
@@ -64,15 +65,6 @@ class Sign:
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """A held-out accuracy with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class Change:
     """The means of two windows, and the standard error of their difference."""
 
@@ -101,7 +93,7 @@ class History:
     series: dict[str, list[float]] = field(default_factory=dict)
     smallest: dict[str, float] = field(default_factory=dict)
     largest: dict[str, float] = field(default_factory=dict)
-    accuracies: dict[int, Accuracy] = field(default_factory=dict)
+    accuracies: dict[int, Estimate] = field(default_factory=dict)
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
         """The figures of the next step; a name has NaN for the steps in which it was missing."""
@@ -286,7 +278,7 @@ class Watch:
             if step in steps:
                 watch.add(step, {name: math.nan if value is None else value for name, value in steps[step].items()})
             if step in accuracies:
-                watch.add_accuracy(step, Accuracy(*accuracies[step]))
+                watch.add_accuracy(step, accuracies[step])
         return watch
 
     def add(self, step: int, metrics: Mapping[str, float]) -> list[Sign]:
@@ -299,7 +291,7 @@ class Watch:
         """Whether the figures of a step are those of a policy that gets about the best reward each time."""
         return self._history.is_solved(metrics.get("reward/mean", math.nan), self._limits)
 
-    def add_accuracy(self, step: int, accuracy: Accuracy) -> list[Sign]:
+    def add_accuracy(self, step: int, accuracy: Estimate) -> list[Sign]:
         """A held-out accuracy after a step -> the signs that begin with it."""
         before = max((measured for measured in self._history.accuracies if measured < step), default=0)
         self._history.accuracies[step] = accuracy
@@ -310,19 +302,3 @@ class Watch:
         new = [sign for sign in found if self._held.get((sign.name, sign.about), -math.inf) < since]
         self._held |= {(sign.name, sign.about): sign.step for sign in found}
         return new
-
-
-def signs_of(
-    weights: Mapping[str, float],
-    series: Mapping[str, Sequence[float]],
-    accuracies: Mapping[int, Accuracy] | None = None,
-    limits: Limits = LIMITS,
-) -> list[Sign]:
-    """Every sign that begins in whole series, in order."""
-    watch, found = Watch(weights, limits), []
-    for step in range(max(map(len, series.values()), default=0) + 1):
-        if step > 0:
-            found += watch.add(step, {name: values[step - 1] for name, values in series.items() if step <= len(values)})
-        if accuracies and step in accuracies:
-            found += watch.add_accuracy(step, accuracies[step])
-    return found

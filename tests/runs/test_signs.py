@@ -4,7 +4,8 @@ import random
 import sqlite3
 
 import coterie
-from coterie.runs.signs import Accuracy, Limits, Watch, signs_of
+from coterie.evals.statistics import Estimate
+from coterie.runs.signs import LIMITS, Limits, Watch
 from coterie.runs.store import Store
 
 TWO = {"correct": 1.0, "format": 1.0}
@@ -18,6 +19,17 @@ def noisy(values, size, seed):
 
 def line(start, end, steps):
     return [start + (end - start) * step / (steps - 1) for step in range(steps)]
+
+
+def signs_of(weights, series, accuracies=None, limits=LIMITS):
+    """Every sign that begins in whole series, in order."""
+    watch, found = Watch(weights, limits), []
+    for step in range(max(map(len, series.values()), default=0) + 1):
+        if step > 0:
+            found += watch.add(step, {name: values[step - 1] for name, values in series.items() if step <= len(values)})
+        if accuracies and step in accuracies:
+            found += watch.add_accuracy(step, accuracies[step])
+    return found
 
 
 def names(signs):
@@ -134,7 +146,7 @@ def test_groups_without_signal_for_long():
 
 
 def accuracy(value):
-    return Accuracy(value, value - 0.05, value + 0.05)
+    return Estimate(value, value - 0.05, value + 0.05, 400)
 
 
 def test_reward_that_rises_while_held_out_accuracy_falls():
