@@ -10,6 +10,7 @@ from coterie.errors import UserError
 from coterie.recipe import Recipe
 from coterie.runs.checkpoint import STAGES, Position, find_checkpoint
 from coterie.runs.console import Console
+from coterie.runs.notice import Notice
 from coterie.runs.reader import Reader
 from coterie.runs.resume_check import at_home, check_inputs, inputs_of, portable
 from coterie.runs.store import Store
@@ -22,17 +23,15 @@ class Beginning:
     """What a resume begins with.
 
     recipe: with its files where they lie now. position: of the newest whole checkpoint; None where nothing was saved. inputs,
-    surroundings: by name. changes: what differs and was allowed; moved: which files lie elsewhere than before; differs: what of
-    the surroundings does; all in words. overridden: whether a setting was.
+    surroundings: by name. notices: which files lie elsewhere than before, what of the surroundings differs, and what else does and was
+    allowed. overridden: whether a setting was.
     """
 
     recipe: Recipe
     position: Position | None
     inputs: Mapping[str, str]
     surroundings: Mapping[str, str]
-    changes: Sequence[str]
-    moved: Sequence[str]
-    differs: Sequence[str]
+    notices: Sequence[Notice]
     overridden: bool
 
 
@@ -56,7 +55,13 @@ def find_beginning(
     here = surroundings(recipe)
     made_with = {name: str(value) for name, value in (recipe.made_with or {}).items()}
     differs = what_differs(surroundings_before or made_with, here)
-    return Beginning(recipe, position, now, here, changes, moved, differs, bool(overrides))
+    elsewhere = "goes on in other surroundings, and the bits may differ from here"
+    notices = [
+        *(Notice("moved", line, f"goes on with {line}") for line in moved),
+        *(Notice("surroundings", line, f"{elsewhere}: {line}") for line in differs),
+        *(Notice("changed", line, f"goes on with a change: {line}") for line in changes),
+    ]
+    return Beginning(recipe, position, now, here, notices, bool(overrides))
 
 
 def _newest(checkpoints: Path, console: Console) -> Position | None:
@@ -84,19 +89,12 @@ def take_over(folder: Path, store: Store, console: Console, beginning: Beginning
     """Remove what was recorded after the checkpoint, and record and say what differs from here on."""
     position = beginning.position or Position(STAGES[0], -1)
     store.truncate(position.stage, position.step, STAGES[STAGES.index(position.stage) + 1 :])
-    if beginning.overridden or beginning.moved:
+    if beginning.overridden or any(notice.kind == "moved" for notice in beginning.notices):
         write_whole(folder / "recipe.yaml", portable(beginning.recipe, folder))
     if beginning.overridden:
         for name in ("report.html", "summary.json"):  # of the run as it was; both are there again once it has ended
             (folder / name).unlink(missing_ok=True)
     store.inputs(beginning.inputs, beginning.surroundings)
-    for line in beginning.moved:
-        console.warn(f"goes on with {line}")
-    for line in beginning.differs:
-        console.warn(f"goes on in other surroundings, and the bits may differ from here: {line}")
-    kinds = {"changed": beginning.changes, "moved": beginning.moved, "surroundings": beginning.differs}
-    for kind, lines in kinds.items():
-        for line in lines:
-            store.event(position.stage, max(position.step, 0), kind, line)
-    for change in beginning.changes:
-        console.warn(f"goes on with a change: {change}")
+    for notice in beginning.notices:
+        console.warn(notice.shown)
+        store.event(position.stage, max(position.step, 0), notice.kind, notice.text)
