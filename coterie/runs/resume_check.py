@@ -65,10 +65,9 @@ def check_inputs(before: Mapping[str, str], now: Mapping[str, str], allowed: Col
         if not name.endswith(_CONTENT):
             text = f"{name}: was {before.get(name, 'not there')}, is {now.get(name, 'not there')}"
         elif not part and name not in now and plain in now and plain not in allowed:
-            place, function = _home_of(now[plain]), _function_of(now[plain])
-            where = f"PATH:{function}" if function else "PATH"
+            place, colon, function = _parted(json.loads(now[plain]))
             lost.append(
-                f"{plain}: {place} is not there. If it was moved or renamed, say where it is: --set {plain}={where}"
+                f"{plain}: {place} is not there. If it was moved or renamed, say where it is: --set {plain}=PATH{colon}{function}"
             )
             continue
         else:
@@ -97,25 +96,20 @@ def _moved(value: str) -> str:
 def _only_moved(name: str, before: Mapping[str, str], now: Mapping[str, str]) -> bool:
     """Whether the setting names a file that lies elsewhere, or is called otherwise, with the same content, and the same function in it."""
     content = f"{name}{_CONTENT}"
-    if content not in before or content not in now or name not in before or name not in now:
+    if not all(key in of for key in (name, content) for of in (before, now)):
         return False
+    (old, _, function), (place, _, same_function) = (_parted(json.loads(of[name])) for of in (before, now))
     if before[content] != now[content]:
-        path = Path(_home_of(now[name]))
-        if not path.is_file() or _hash(path, Path(_home_of(before[name])).name) != before[content]:
+        path = Path(place)
+        if not path.is_file() or _hash(path, Path(old).name) != before[content]:
             return False
-    return _function_of(before[name]) == _function_of(now[name])
+    return function == same_function
 
 
-def _function_of(value: str) -> str:
-    """The function's name where a setting, as JSON, names a file and a function in it."""
-    home, _, function = str(json.loads(value)).rpartition(":")
-    return function if home.endswith(".py") else ""
-
-
-def _home_of(value: str) -> str:
-    text = str(json.loads(value))
-    home, _, _ = text.rpartition(":")
-    return home if home.endswith(".py") else text
+def _parted(value: object) -> tuple[str, str, str]:
+    """What a setting names: a file or module, and behind a colon the function in it where it is a file with one."""
+    place, colon, function = str(value).rpartition(":")
+    return (place, colon, function) if place.endswith(".py") else (str(value), "", "")
 
 
 def _meant(now: Mapping[str, str]) -> dict[str, Any]:
@@ -162,7 +156,7 @@ def portable(recipe: Recipe, folder: Path) -> str:
     homes = [home for home in homes if home != home.parent]
 
     def shorter(value: str) -> str:
-        path, colon, function = value.rpartition(":") if ".py:" in value else (value, "", "")
+        path, colon, function = _parted(value)
         if not path.startswith("/") or not any(map(Path(path).is_relative_to, homes)) or not Path(path).exists():
             return value
         relative = os.path.relpath(path, folder)
@@ -205,7 +199,7 @@ def at_home(
         return recipe, []
 
     def own_of(value: str) -> str:
-        path, colon, function = value.rpartition(":") if ".py:" in value else (value, "", "")
+        path, colon, function = _parted(value)
         return f"{found[str(Path(path))]}{colon}{function}" if path and str(Path(path)) in found else value
 
     lines = [f"{own} instead of {path}: the project was moved or copied" for path, own in found.items()]
