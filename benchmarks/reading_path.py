@@ -50,6 +50,7 @@ PATH = (
     ("training/metrics.py", "sums and counts"),
     ("training/step_metrics.py", "what a step is said to have been like"),
     ("runs/recorder.py", "a step in one transaction"),
+    ("runs/notice.py", "what is recorded of a step, and what is said of it"),
     ("runs/store.py", "the tables of run.db, and who writes them"),
 )  # fmt: skip
 FAST = (
