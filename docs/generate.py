@@ -334,7 +334,7 @@ TABLES = {
 
 
 def database_page() -> str:
-    parts = [DATABASE_HEAD, f"The schema's number (`PRAGMA user_version`) is {store._SCHEMA}.\n"]
+    parts = [DATABASE_HEAD, f"The schema's number (`PRAGMA user_version`) is {store.SCHEMA}.\n"]
     for name, (columns, key) in store._TABLES.items():
         about, meanings = TABLES[name]
         rows = []
