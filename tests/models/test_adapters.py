@@ -1,11 +1,11 @@
 """LoRA's matrices: nothing at the start, the only thing that is trained, and a plain model again at the end."""
 
-import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import SHAPES, some_quick
+from small_streams import policy_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coterie.errors import UserError
@@ -22,12 +22,6 @@ STREAM = make_stream(
         ([3, 4, 5], [[6, 7], [8, 9, 10, 11], [12]]), ([13], [[14, 15, 16]]), ([17, 18, 19, 20], [[21], [22, 23]])
     ]]
 )  # fmt: skip
-
-
-def policy_of(model):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return Policy.of(model)
 
 
 def logprobs(policy):

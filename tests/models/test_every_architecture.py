@@ -19,6 +19,7 @@ import torch
 import transformers
 from architectures import NOT_ON_THE_STREAM, TYPES, VARIANTS, VOCABULARY, tiny_model
 from conftest import some_quick
+from small_streams import plain_logprobs, stream_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,8 +28,6 @@ from coterie.fast.serve import Policy, make_engine
 from coterie.models.logprobs import token_logprobs
 from coterie.models.rounding import TIMES, rounding_of
 from coterie.recipe.settings import Lora, Sampling
-from coterie.rollouts.pack import Row, make_stream
-from coterie.types import Stream
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 Groups = list[tuple[list[int], list[list[int]]]]
@@ -51,21 +50,6 @@ def some_groups() -> Groups:
     generator = torch.Generator().manual_seed(3)
     draw = lambda n: torch.randint(3, VOCABULARY, (n,), generator=generator).tolist()  # noqa: E731
     return [(draw(prompt), [draw(length) for length in lengths]) for prompt, lengths in SHAPES]
-
-
-def stream_of(groups: Groups) -> Stream:
-    return make_stream([(p, [Row(c, torch.zeros(len(c))) for c in cs]) for p, cs in groups])
-
-
-def plain_logprobs(model: PreTrainedModel, groups: Groups) -> Tensor:
-    """Each sequence by itself through the model as transformers has it: [N]."""
-    parts = []
-    for prompt, completions in groups:
-        for completion in completions:
-            logits = model(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0].float()
-            logprobs = logits.log_softmax(-1)[len(prompt) - 1 : -1]
-            parts.append(logprobs.gather(1, torch.tensor(completion)[:, None])[:, 0])
-    return torch.cat(parts)
 
 
 def gradients_of(model: PreTrainedModel, logprobs: Tensor) -> dict[str, Tensor]:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from architectures import tiny_model
-from test_every_architecture import LOGPROBS, plain_logprobs, some_groups, stream_of
+from small_streams import plain_logprobs, stream_of
+from test_every_architecture import LOGPROBS, some_groups
 
 from coterie.errors import UserError
 from coterie.fast.serve import Policy

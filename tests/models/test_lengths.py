@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import SMALL
+from small_streams import stream_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coterie.errors import UserError
@@ -12,7 +13,6 @@ from coterie.fast.serve import Policy
 from coterie.models.lengths import Lengths
 from coterie.models.logprobs import token_logprobs
 from coterie.recipe.settings import Sampling
-from coterie.rollouts.pack import Row, make_stream
 from coterie.rollouts.padded import PaddedEngine
 
 LIMIT = 32
@@ -60,10 +60,6 @@ def groups_of(lengths):
     generator = torch.Generator().manual_seed(5)
     draw = lambda n: torch.randint(61, (n,), generator=generator).tolist()  # noqa: E731
     return [(draw(prompt), [draw(n) for n in completions]) for prompt, completions in lengths]
-
-
-def stream_of(groups):
-    return make_stream([(p, [Row(c, torch.zeros(len(c))) for c in cs]) for p, cs in groups])
 
 
 def alone(architecture, groups):

@@ -3,12 +3,12 @@
 import os
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
 from conftest import SHAPES, some_quick
-from test_stream import random_groups, stream_of
+from small_streams import policy_of, stream_of
+from test_stream import random_groups
 
 import coterie
 from coterie.errors import UserError
@@ -18,12 +18,6 @@ from coterie.models.heads import Scorer
 from coterie.models.logprobs import token_logprobs, token_statistics
 from coterie.models.recompute import recomputable_layers, recomputed
 from coterie.recipe.settings import Lora
-
-
-def policy_of(model):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return Policy.of(model)
 
 
 def loss_and_gradients(policy):

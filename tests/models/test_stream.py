@@ -3,11 +3,11 @@
 import pytest
 import torch
 from conftest import SHAPES
+from small_streams import plain_logprobs, stream_of
 
 from coterie.fast.serve import Policy
 from coterie.models import logprobs
 from coterie.models.logprobs import chunked_logprobs, token_logprobs
-from coterie.rollouts.pack import Row, make_stream
 
 pytestmark = pytest.mark.usefixtures("each_way")
 SERVED = [name for name in SHAPES if name != "doge"]
@@ -19,21 +19,6 @@ def random_groups(seed=0, vocabulary=61):
     draw = lambda n: torch.randint(vocabulary, (n,), generator=generator).tolist()  # noqa: E731
     shapes = [(5, (4, 17, 1)), (11, (2, 3)), (3, (9,)), (1, (6, 30, 8, 2)), (23, (5, 5))]
     return [(draw(p), [draw(c) for c in cs]) for p, cs in shapes]
-
-
-def stream_of(groups):
-    return make_stream([(p, [Row(c, torch.zeros(len(c))) for c in cs]) for p, cs in groups])
-
-
-def plain_logprobs(model, groups, temperature=1.0):
-    """Row by row through the unmodified model: no packing, no sharing, no padding."""
-    parts = []
-    for prompt, completions in groups:
-        for completion in completions:
-            logits = model(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0].float()
-            logprobs = (logits / temperature).log_softmax(-1)[len(prompt) - 1 : -1]
-            parts.append(logprobs[torch.arange(len(completion)), torch.tensor(completion)])
-    return torch.cat(parts)
 
 
 @pytest.mark.parametrize("architecture", SERVED)
