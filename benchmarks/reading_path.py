@@ -65,7 +65,10 @@ FAST = (
     ("fast/cascade.py", "attention in parts that are merged, in half precision"),
     ("fast/flex.py", "FlexAttention over the stream"),
     ("fast/kernels/calls.py", "the compiled loops as functions of tensors"),
-    ("fast/kernels/kernels.c", "the loops"),
+    ("fast/kernels/layers.c", "norm, rope and gate"),
+    ("fast/kernels/attention.c", "attention over the stream"),
+    ("fast/kernels/decode.c", "rows from token to token"),
+    ("fast/kernels/kernels.h", "what these loops share: vectors, exp, softmax"),
 )
 
 

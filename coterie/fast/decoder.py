@@ -9,58 +9,22 @@ Legend: R rows, D width, H heads, K key-value heads, E width of a head, S longes
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from coterie.fast.grid import Grid
 from coterie.fast.kernels.build import library, matrix_product
 from coterie.fast.kernels.calls import rope_fits, run
-from coterie.fast.kernels.structs import Cache, Layer, Step
+from coterie.fast.kernels.structs import Decoding, LayerCache, LayerWeights
 from coterie.models.policy import Policy
 from coterie.recipe.settings import Sampling
+from coterie.rollouts.engine import Sampled
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _FIXED_ROTARY = ("default", "linear", "llama3", "yarn")  # whose angles depend on the position alone
-
-
-@dataclass(frozen=True)
-class CachedRows:
-    """The rows that are decoded and their keys and values, as `Grid` has them.
-
-    now: the column of the next key. slots: rows a prompt. firsts, starts, prompt_lengths: int64 [R]. live: bool [R] and
-    logits [R, V], both changed in place.
-    own: keys [R, K, E, C] and values [R, K, C, E] by layer, C a multiple of 16. prompts: [P, K, E, S] and [P, K, S, E] by layer,
-    or nothing where they are copied.
-    """
-
-    now: int
-    slots: int
-    firsts: Tensor
-    starts: Tensor
-    prompt_lengths: Tensor
-    live: Tensor
-    logits: Tensor
-    own: Mapping[int, tuple[Tensor, Tensor]]
-    prompts: Mapping[int, tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """What rows drew in n steps: [n, R] each. live: where the rest means something. ended: by an end token."""
-
-    live: Tensor
-    ended: Tensor
-    tokens: Tensor
-    logprobs: Tensor
-    entropies: Tensor
-
-    @property
-    def num_steps(self) -> int:
-        """How many steps any row was live in."""
-        return int(self.live.any(1).sum())
 
 
 class Decoder:
@@ -73,7 +37,7 @@ class Decoder:
         model: Any = policy.model.base_model
         layer, self._dtype = model.layers[0], head.weight.dtype
         settings = policy.body.settings
-        self._layers = (Layer * len(settings))(*(_layer(one, settings[i]) for i, one in enumerate(model.layers)))
+        self._layers = (LayerWeights * len(settings))(*(_layer(one, settings[i]) for i, one in enumerate(model.layers)))
         cos, sin = model.rotary_emb(head.weight[:1, None], torch.arange(longest)[None])
         half = cos.shape[2] // 2
         sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], 1)
@@ -116,17 +80,20 @@ class Decoder:
             return None
         return cls(policy, longest)
 
-    def draw(self, rows: CachedRows, keys: Tensor, sampling: Sampling, ends: Tensor, num_steps: int) -> Drawn:
+    def draw(
+        self, grid: Grid, keys: Tensor, sampling: Sampling, ends: Tensor, num_steps: int
+    ) -> tuple[Tensor, Tensor, Sampled]:
         """Up to `num_steps` tokens for each live row, without truncation or stop strings: as `sample_tokens`, time after time.
 
-        keys [R]: what seeds each row's noise. The cache has room for the steps. Rows that end are no longer live.
+        keys [R]: what seeds each row's noise. The grid has room for the steps. Rows that end are no longer live in it.
+        Returns, for each step and row, [n, R]: whether the rest means something, whether an end token ended it, what was drawn.
         """
-        shape = (num_steps, len(rows.live))
+        shape = (num_steps, grid.num_slots)
         live, ended = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
         tokens = torch.zeros(shape, dtype=torch.long)
-        logprobs, entropies = rows.logits.new_zeros(shape), rows.logits.new_zeros(shape)
+        logprobs, entropies = grid.logits.new_zeros(shape), grid.logits.new_zeros(shape)
         self._run(
-            rows,
+            grid,
             num_steps,
             tokens,
             draws=1,
@@ -141,33 +108,32 @@ class Decoder:
             was_live=_at(live),
             ended=_at(ended),
         )
-        return Drawn(live, ended, tokens, logprobs, entropies)
+        return live, ended, Sampled(tokens, logprobs, entropies, None)
 
-    def feed(self, rows: CachedRows, tokens: Tensor) -> None:
-        """Run one given token of each live row, [R], and leave the logits that follow in `rows.logits`."""
-        self._run(rows, 1, tokens, draws=0)
+    def feed(self, grid: Grid, tokens: Tensor) -> None:
+        """Run one given token of each live row, [R], and leave the logits that follow in the grid."""
+        self._run(grid, 1, tokens, draws=0)
 
-    def _run(self, rows: CachedRows, num_steps: int, tokens: Tensor, **how: float | None) -> None:
-        own, prompts = rows.own, rows.prompts
-        caches = (Cache * len(own))(
-            *(Cache(*map(_at, (*own[i], *prompts.get(i, (None, None))))) for i in range(len(own)))
+    def _run(self, grid: Grid, num_steps: int, tokens: Tensor, **how: float | None) -> None:
+        own, prompts = grid.own_kv, grid.prompt_kv
+        caches = (LayerCache * len(own))(
+            *(LayerCache(*map(_at, (*own[i], *prompts.get(i, (None, None))))) for i in range(len(own)))
         )
-        _, kv_heads, columns, _ = own[0][1].shape
-        step = Step(
+        step = Decoding(
             **self._model,
             **how,
-            rows=len(rows.live),
-            kv_heads=kv_heads,
-            columns=columns,
-            now=rows.now,
-            slots=rows.slots,
-            longest_prompt=prompts[0][1].shape[2] if prompts else 0,
+            rows=grid.num_slots,
+            kv_heads=own[0][1].shape[1],
+            columns=grid.num_columns,
+            now=grid.now,
+            slots=grid.width,
+            longest_prompt=grid.longest_prompt,
             num_steps=num_steps,
-            firsts=_at(rows.firsts),
-            starts=_at(rows.starts),
-            prompts=_at(rows.prompt_lengths),
-            live=_at(rows.live),
-            logits=_at(rows.logits),
+            firsts=_at(grid.firsts),
+            starts=_at(grid.starts),
+            prompts=_at(grid.prompt_lengths),
+            live=_at(grid.live),
+            logits=_at(grid.logits),
             tokens=_at(tokens),
         )
         compiled = library(self._dtype)
@@ -175,12 +141,12 @@ class Decoder:
         run(compiled.decode, ctypes.byref(step), self._layers, caches)
 
 
-def _layer(layer: Any, settings: Any) -> Layer:
+def _layer(layer: Any, settings: Any) -> LayerWeights:
     attention = layer.self_attn
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     projections = _projections(layer)
-    return Layer(
+    return LayerWeights(
         *(_at(norm.weight) if norm is not None else None for norm in norms),
         *(_at(module.weight) for module in projections),
         *(_at(module.bias) for module in projections),

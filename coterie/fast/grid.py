@@ -19,14 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coterie.fast.decoder import CachedRows
 from coterie.fast.stream import StreamLayout
 from coterie.models.attention import AttentionSettings
 from coterie.models.layout import attention_weights
 
-KeysValues = dict[
-    int, tuple[Tensor, Tensor]
-]  # by layer; keys have their columns last: a query reads many columns at once
+# By layer; keys have their columns last: a query reads many columns at once
+KeysValues = dict[int, tuple[Tensor, Tensor]]
 
 _ROOM = 64  # columns that are added at a time
 
@@ -50,6 +48,30 @@ class Grid:
     width: int
     prompt_kv: KeysValues
     own_kv: KeysValues
+
+    @classmethod
+    def of(
+        cls, stored: KeysValues, lengths: Tensor, logits: Tensor, rows: Tensor, live: Tensor, copies_prompts: bool
+    ) -> Grid:
+        """Rows that begin: prompts' keys and values, lengths [Q] and last logits [Q, V], and W slots each, rows and live [Q, W]."""
+        which = torch.arange(len(lengths), device=rows.device)[:, None].expand_as(live)
+        if copies_prompts:
+            which, rows, live = which[live], rows[live], live[live]  # no empty slots where no rectangle is needed
+        width = 1 if copies_prompts else rows.shape[1]
+        which, rows, live = which.flatten(), rows.flatten(), live.flatten()
+        start = int(lengths.max()) if copies_prompts else 0
+        return cls(
+            rows=rows,
+            live=live,
+            firsts=start - lengths[which] if copies_prompts else torch.zeros_like(rows),
+            starts=torch.full_like(rows, start),
+            prompt_lengths=lengths[which],
+            logits=logits[which],
+            now=start,
+            width=width,
+            prompt_kv={} if copies_prompts else stored,
+            own_kv=_copied(stored, lengths, which) if copies_prompts else _empty(stored, len(rows)),
+        )
 
     @property
     def num_slots(self) -> int:
@@ -99,20 +121,6 @@ class Grid:
         if not self.prompt_kv:
             return own
         return torch.cat([torch.arange(self.longest_prompt, device=self.rows.device).expand(len(own), -1), own], 1)
-
-    def cached_rows(self) -> CachedRows:
-        """What a compiled decoder reads of it."""
-        return CachedRows(
-            now=self.now,
-            slots=self.width,
-            firsts=self.firsts,
-            starts=self.starts,
-            prompt_lengths=self.prompt_lengths,
-            live=self.live,
-            logits=self.logits,
-            own=self.own_kv,
-            prompts=self.prompt_kv,
-        )
 
     @property
     def num_columns(self) -> int:
@@ -222,7 +230,7 @@ class PrefillLayout:
         return self._layout.attend(layer, q, k, v, settings)
 
 
-def copied(stored: KeysValues, lengths: Tensor, which: Tensor) -> KeysValues:
+def _copied(stored: KeysValues, lengths: Tensor, which: Tensor) -> KeysValues:
     """Prompts in front of the rows' own keys, from those of the prompts and each row's prompt, which [R].
 
     Prompts end where the rows' own keys begin, at column S.
@@ -239,7 +247,7 @@ def copied(stored: KeysValues, lengths: Tensor, which: Tensor) -> KeysValues:
     return {layer: rows(*pair) for layer, pair in stored.items()}
 
 
-def empty(stored: KeysValues, num_slots: int) -> KeysValues:
+def _empty(stored: KeysValues, num_slots: int) -> KeysValues:
     """Room for rows that have no keys yet."""
 
     def room(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,226 +1,194 @@
 """The native engine: the trainer's own weights, one prefill per prompt for its whole group, rows that come and go.
 
-Legend: P prompts, G completions per prompt, R slots for rows, S longest prompt, V vocabulary.
+Legend: P prompts, G completions per prompt, Q prompts that are let in together, R slots for rows, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from coterie.fast.decoder import Decoder
-from coterie.fast.grid import DecodeLayout, Grid, PrefillLayout, copied, empty
+from coterie.fast.grid import DecodeLayout, Grid, PrefillLayout
 from coterie.fast.replay import ROOM, Replayer
 from coterie.models.policy import Policy
-from coterie.recipe.settings import Sampling
-from coterie.rollouts.engine import Done, History, Sampled, StopStrings, sample_tokens
+from coterie.rollouts.engine import Ends, Engine, History, Job, Sampled, sample_tokens
 from coterie.sections import section
 from coterie.stopping import may_stop
 from coterie.types import Completion
 
-_COPIED_PROMPT = (
-    32  # without compiled loops, prompts up to this length are copied to their rows, which then attend in one product
-)
+# Without compiled loops, prompts up to this length are copied to their rows, which then attend in one product
+_COPIED_PROMPT = 32
 _STEPS, _STEPS_BETWEEN = 64, 8  # that compiled loops decode at a time, and while others wait for a place
 _PATIENCE = 1.5  # steps' worth of ended rows that are carried along before the grid is built anew, which costs as much
-_LOOK_EVERY = {"cpu": 1}  # steps between looks at which rows have ended; elsewhere a look waits for the device
-_LOOK_EVERY_ELSEWHERE = 16
+_LOOK_EVERY = {"cpu": 1, "cuda": 16}  # steps between looks at which rows have ended: a look waits for a GPU
 
 
-class NativeEngine:
-    """Samples from a policy that serves the packed stream. It holds no weights of its own, so there is nothing to load."""
+class NativeEngine(Engine):
+    """Samples from a policy that serves the packed stream."""
 
     def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+        super().__init__(policy)
         self.replays = policy.device.type == "cuda"  # whether steps are in static shapes, recorded and replayed
         self._bytes_per_token: int | None = None  # of keys and values
 
-    def load_weights(self, policy: Policy, version: int) -> None:
-        self.policy = policy
-
-    @torch.no_grad()
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        keys: Tensor,
-        sampling: Sampling,
-        end_tokens: Sequence[int],
-        decode: Callable[[Sequence[int]], str] | None = None,
-        done: Done | None = None,
-    ) -> list[list[Completion]]:
-        """Sample G completions of each prompt: keys [P, G] -> P lists of G. See `Engine`.
-
-        Raises UserError where a sequence's positions could change while it is sampled."""
-        lengths = self.policy.lengths
-        for prompt in prompts:
-            lengths.check(len(prompt), sampling.max_new_tokens)
+    def sampled(self, job: Job) -> list[list[Completion]]:
         made: dict[int, list[Completion]] = {}
-        for chosen in lengths.alike([len(prompt) for prompt in prompts]):
-            finish = (lambda i, of, chosen=chosen: done(chosen[i], of)) if done is not None else None
-            of_part = [prompts[i] for i in chosen]
-            found = self._generate(of_part, keys[chosen], sampling, end_tokens, decode, finish)
-            made |= dict(zip(chosen, found, strict=True))
-        return [made[number] for number in range(len(prompts))]
+        for chosen in self.policy.lengths.alike([len(prompt) for prompt in job.prompts]):
+            made |= dict(zip(chosen, _Sampling(self, _part(job, chosen)).run(), strict=True))
+        return [made[number] for number in range(len(job.prompts))]
 
-    def _generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        keys: Tensor,
-        sampling: Sampling,
-        end_tokens: Sequence[int],
-        decode: Callable[[Sequence[int]], str] | None,
-        done: Done | None,
-    ) -> list[list[Completion]]:
-        """Prompts that may be run together."""
-        num_completions, device = keys.shape[1], self.policy.device
-        keys = keys.to(device).flatten()
-        ends = torch.tensor(list(end_tokens), device=device)
-        stops = StopStrings.of(sampling, decode)
-        look_every = _LOOK_EVERY.get(device.type, _LOOK_EVERY_ELSEWHERE)
-        decoder = Decoder.of(self.policy, max(map(len, prompts)) + sampling.max_new_tokens)
-        replayer = Replayer(self.policy) if self.replays and decoder is None else None
-        draws = decoder is not None and stops is None and not sampling.truncates
-        copies_prompts = decoder is None and (num_completions == 1 or max(map(len, prompts)) <= _COPIED_PROMPT)
-        queue = _Queue.of(prompts, num_completions, sampling, self._kv_bytes(prompts[0]), copies_prompts)
-        history = History()
-        made: dict[int, list[Completion]] = {}
-        grid: Grid | None = None
-        num_live = num_steps = 0
-        carried = 0.0  # work on rows that have ended, in steps
-
-        def hand_over() -> None:
-            """Sort into completions what was drawn for prompts that have no row waiting or under way."""
-            busy = {job.prompt for job in queue.waiting}
-            if grid is not None:
-                busy.update((grid.rows[grid.live] // num_completions).tolist())
-            ready = [prompt for prompt in range(len(prompts)) if prompt not in made and prompt not in busy]
-            if ready:
-                made.update(zip(ready, history.completions(ready, num_completions), strict=True))
-            if done is not None:
-                for prompt in ready:
-                    done(prompt, made[prompt])
-
-        while queue.waiting or grid is not None:
-            may_stop()
-            looked = draws or num_steps % look_every == 0  # only then is it known how many rows are live
-            if looked and done is not None:
-                hand_over()
-            admitted = queue.admit(num_live) if looked else []
-            if admitted:
-                new = self._prefill(prompts, admitted, num_completions, queue.copies_prompts)
-                grid, carried = new if grid is None else grid.joined(new), 0.0
-                num_live += sum(job.count for job in admitted)
-            elif grid is not None and looked and carried >= _PATIENCE:
-                grid, carried = grid.compacted(), 0.0
-            assert grid is not None
-            if draws and decoder is not None:
-                steps = _STEPS_BETWEEN if queue.waiting or done is not None else _STEPS
-                self._draw(decoder, grid, keys, sampling, ends, history, steps)
-                num_live = int(grid.live.sum())
-                grid = grid if num_live else None
-                continue
-            written = grid.num_written
-            sampled = sample_tokens(grid.logits, keys[grid.rows], written, sampling)
-            ended = torch.isin(sampled.tokens, ends)
-            if stops is not None:
-                ended |= stops.completed(grid.rows, grid.live, sampled.tokens)
-            history.add(grid.rows, grid.live, ended, sampled)
-            grid.live = grid.live & ~ended & (written + 1 < sampling.max_new_tokens)
-            num_steps += 1
-            if num_steps % look_every == 0:
-                num_live = int(grid.live.sum())
-                if num_live == 0:
-                    grid = None
-                    continue
-            carried += 1 - num_live / grid.num_slots
-            self._feed(grid, sampled.tokens, decoder, replayer)
-            if replayer is not None:
-                self.replays = replayer.usable
-        hand_over()
-        return [made[prompt] for prompt in range(len(prompts))]
-
-    @section("sample/prefill")
-    def _prefill(
-        self, prompts: Sequence[Sequence[int]], admitted: Sequence[_Job], num_completions: int, copies_prompts: bool
-    ) -> Grid:
-        """Run each admitted prompt once and open slots for its completions."""
-        device = self.policy.device
-        chosen = [prompts[job.prompt] for job in admitted]
-        recorder = PrefillLayout([len(prompt) for prompt in chosen], device)
-        tokens = torch.tensor([token for prompt in chosen for token in prompt], device=device)
-        positions = torch.cat([torch.arange(len(prompt)) for prompt in chosen]).to(device)
-        lengths = torch.tensor([len(prompt) for prompt in chosen], device=device)  # [Q]
-        logits = self.policy.logits(self.policy.run(tokens, positions, recorder, lengths.cumsum(0) - 1))  # [Q, V]
-
-        width = max(job.count for job in admitted)
-        member = torch.arange(width)
-        rows = torch.stack([job.prompt * num_completions + job.first + member for job in admitted])  # [Q, W]
-        live = member < torch.tensor([[job.count] for job in admitted])
-        which = torch.arange(len(admitted))[:, None].expand_as(live)
-        if copies_prompts:
-            which, rows, live = which[live], rows[live], live[live]  # no empty slots where no rectangle is needed
-        which, rows, live = (x.flatten().to(device) for x in (which, rows.where(live, 0), live))
-        start = int(lengths.max()) if copies_prompts else 0
-        stored = recorder.stored
-        return Grid(
-            rows=rows,
-            live=live,
-            firsts=start - lengths[which] if copies_prompts else torch.zeros_like(rows),
-            starts=torch.full_like(rows, start),
-            prompt_lengths=lengths[which],
-            logits=logits[which],
-            now=start,
-            width=1 if copies_prompts else width,
-            prompt_kv={} if copies_prompts else stored,
-            own_kv=copied(stored, lengths, which) if copies_prompts else empty(stored, len(rows)),
-        )
-
-    @section("sample/decode")
-    def _feed(self, grid: Grid, tokens: Tensor, decoder: Decoder | None, replayer: Replayer | None) -> None:
-        """Run for each row the token it drew, [R], and put the logits that follow in the grid."""
-        grid.make_room(1, ROOM if replayer is not None else 0)
-        if decoder is not None:
-            decoder.feed(grid.cached_rows(), tokens)
-        else:
-            positions = grid.prompt_lengths + grid.num_written
-            positions *= grid.live  # those of ended rows would run past the model's last one
-            if replayer is not None:
-                grid.logits = replayer.feed(grid, tokens, positions)
-            else:
-                grid.logits = self.policy.logits(self.policy.run(tokens, positions, DecodeLayout(grid)))
-        grid.now += 1
-
-    @section("sample/decode")
-    def _draw(
-        self, decoder: Decoder, grid: Grid, keys: Tensor, sampling: Sampling, ends: Tensor, history: History, steps: int
-    ) -> None:
-        """Draw and run tokens for each row until it ends, or for so many steps."""
-        fewest = int(grid.num_written[grid.live].min())
-        steps = min(steps, sampling.max_new_tokens - fewest)
-        grid.make_room(steps)
-        drawn = decoder.draw(grid.cached_rows(), keys[grid.rows], sampling, ends, steps)
-        of_each = (drawn.live, drawn.ended, drawn.tokens, drawn.logprobs, drawn.entropies)
-        live, ended, tokens, logprobs, entropies = (x.flatten() for x in of_each)
-        history.add(grid.rows.repeat(steps), live, ended, Sampled(tokens, logprobs, entropies, None))
-        grid.now += drawn.num_steps
-
-    def _kv_bytes(self, prompt: Sequence[int]) -> int:
+    def kv_bytes(self, token: int) -> int:
         """What one token's keys and values take, found by running one."""
         if self._bytes_per_token is None:
             recorder, device = PrefillLayout([1], self.policy.device), self.policy.device
-            self.policy.run(
-                torch.tensor(prompt[:1], device=device), torch.zeros(1, dtype=torch.long, device=device), recorder
-            )
+            self.policy.run(torch.tensor([token], device=device), torch.tensor([0], device=device), recorder)
             self._bytes_per_token = sum(x.numel() * x.element_size() for pair in recorder.stored.values() for x in pair)
         return self._bytes_per_token
 
 
+def _part(job: Job, chosen: Sequence[int]) -> Job:
+    """The job of some of the prompts, by their numbers."""
+    whole_done = job.done
+
+    def done(number: int, completions: list[Completion]) -> None:
+        assert whole_done is not None
+        whole_done(chosen[number], completions)
+
+    prompts = [job.prompts[number] for number in chosen]
+    return replace(job, prompts=prompts, keys=job.keys[chosen], done=done if whole_done is not None else None)
+
+
+class _Sampling:
+    """A job under way whose prompts may be run together: the rows in the grid, those that wait, and what was drawn."""
+
+    def __init__(self, engine: NativeEngine, job: Job) -> None:
+        longest, device = max(map(len, job.prompts)), engine.policy.device
+        self._engine, self._policy, self._job = engine, engine.policy, job
+        self._ends, self._history = Ends(job), History()
+        self._decoder = Decoder.of(self._policy, longest + job.sampling.max_new_tokens)
+        self._replayer = Replayer(self._policy) if engine.replays and self._decoder is None else None
+        # Whether compiled loops draw the tokens too, many at a time
+        self._draws = self._decoder is not None and not self._ends.reads_text and not job.sampling.truncates
+        self._look_every = 1 if self._draws else _LOOK_EVERY[device.type]
+        copies = self._decoder is None and (job.num_completions == 1 or longest <= _COPIED_PROMPT)
+        self._queue = _Queue.of(job, engine.kv_bytes(job.prompts[0][0]), copies)
+        self._made: dict[int, list[Completion]] = {}
+        self._grid: Grid | None = None
+        self._num_live = 0
+        self._carried = 0.0  # work on rows that have ended, in steps
+
+    def run(self) -> list[list[Completion]]:
+        num_steps = 0
+        while self._queue.waiting or self._grid is not None:
+            may_stop()
+            if num_steps % self._look_every == 0:
+                self._admit()
+            grid = self._grid
+            assert grid is not None
+            tokens = self._draw(grid)
+            num_steps += 1
+            if num_steps % self._look_every == 0:
+                self._num_live = int(grid.live.sum())
+                if not self._num_live:
+                    self._grid = None
+                    continue
+            if tokens is not None:
+                self._feed(grid, tokens)
+        self._hand_over()
+        return [self._made[prompt] for prompt in range(len(self._job.prompts))]
+
+    def _admit(self) -> None:
+        """Now that it is known which rows are live: hand over what is whole, and let others in."""
+        if self._job.done is not None:
+            self._hand_over()
+        admitted = self._queue.admit(self._num_live)
+        if admitted:
+            new = self._prefill(admitted)
+            self._grid, self._carried = new if self._grid is None else self._grid.joined(new), 0.0
+            self._num_live += sum(share.count for share in admitted)
+        elif self._grid is not None and self._carried >= _PATIENCE:
+            self._grid, self._carried = self._grid.compacted(), 0.0
+
+    def _hand_over(self) -> None:
+        """Sort into completions what was drawn for prompts that have no row waiting or under way."""
+        busy = {share.prompt for share in self._queue.waiting}
+        if self._grid is not None:
+            busy.update((self._grid.rows[self._grid.live] // self._job.num_completions).tolist())
+        ready = [prompt for prompt in range(len(self._job.prompts)) if prompt not in self._made and prompt not in busy]
+        if ready:
+            self._made.update(zip(ready, self._history.completions(ready, self._job.num_completions), strict=True))
+        if self._job.done is not None:
+            for prompt in ready:
+                self._job.done(prompt, self._made[prompt])
+
+    @section("sample/prefill")
+    def _prefill(self, admitted: Sequence[_Share]) -> Grid:
+        """Run each admitted prompt once and open slots for its completions."""
+        device, prompts = self._policy.device, [self._job.prompts[share.prompt] for share in admitted]
+        recorder = PrefillLayout([len(prompt) for prompt in prompts], device)
+        tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+        positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts]).to(device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # [Q]
+        logits = self._policy.logits(self._policy.run(tokens, positions, recorder, lengths.cumsum(0) - 1))  # [Q, V]
+        member = torch.arange(max(share.count for share in admitted))
+        firsts = torch.tensor([share.prompt * self._job.num_completions + share.first for share in admitted])
+        live = member < torch.tensor([[share.count] for share in admitted])  # [Q, W]
+        rows = (firsts[:, None] + member).where(live, 0)
+        return Grid.of(recorder.stored, lengths, logits, rows.to(device), live.to(device), self._queue.copies_prompts)
+
+    def _draw(self, grid: Grid) -> Tensor | None:
+        """A token for each row, [R], which is still to be fed; or several, where compiled loops draw them and feed them."""
+        sampling = self._job.sampling
+        keys, written = self._job.keys.flatten()[grid.rows], grid.num_written
+        if self._draws:
+            self._draw_compiled(grid, keys, sampling.max_new_tokens - int(written[grid.live].min()))
+            return None
+        sampled = sample_tokens(grid.logits, keys, written, sampling)
+        ended = self._ends.reached(grid.rows, grid.live, sampled.tokens)
+        self._history.add(grid.rows, grid.live, ended, sampled)
+        grid.live = grid.live & ~ended & (written + 1 < sampling.max_new_tokens)
+        return sampled.tokens
+
+    @section("sample/decode")
+    def _draw_compiled(self, grid: Grid, keys: Tensor, most: int) -> None:
+        """Draw and run tokens for each row until it ends, or for some steps."""
+        assert self._decoder is not None
+        steps = min(_STEPS_BETWEEN if self._queue.waiting or self._job.done is not None else _STEPS, most)
+        grid.make_room(steps)
+        live, ended, sampled = self._decoder.draw(grid, keys, self._job.sampling, self._job.end_tokens, steps)
+        tokens, logprobs, entropies = (x.flatten() for x in (sampled.tokens, sampled.logprobs, sampled.entropies))
+        flat = Sampled(tokens, logprobs, entropies, None)
+        self._history.add(grid.rows.repeat(steps), live.flatten(), ended.flatten(), flat)
+        grid.now += int(live.any(1).sum())
+
+    @section("sample/decode")
+    def _feed(self, grid: Grid, tokens: Tensor) -> None:
+        """Run for each row the token it drew, [R], and put the logits that follow in the grid."""
+        self._carried += 1 - self._num_live / grid.num_slots
+        grid.make_room(1, ROOM if self._replayer is not None else 0)
+        if self._decoder is not None:
+            self._decoder.feed(grid, tokens)
+        else:
+            grid.logits = self._logits_after(grid, tokens)
+        grid.now += 1
+
+    def _logits_after(self, grid: Grid, tokens: Tensor) -> Tensor:
+        """By tensor operations: [R, V]."""
+        positions = (grid.prompt_lengths + grid.num_written) * grid.live  # an ended row's would run past the last one
+        if self._replayer is None:
+            return self._policy.logits(self._policy.run(tokens, positions, DecodeLayout(grid)))
+        logits = self._replayer.feed(grid, tokens, positions)
+        self._engine.replays = self._replayer.usable
+        return logits
+
+
 @dataclass(frozen=True)
-class _Job:
+class _Share:
     """Completions first .. first + count of a prompt, sampled from one prefill."""
 
     prompt: int
@@ -235,7 +203,7 @@ class _Queue:
     A group is admitted whole, unless it would not fit alone.
     """
 
-    waiting: deque[_Job]
+    waiting: deque[_Share]
     max_rows: int
     max_bytes: float
     row_bytes: int
@@ -243,37 +211,31 @@ class _Queue:
     copies_prompts: bool
 
     @classmethod
-    def of(
-        cls,
-        prompts: Sequence[Sequence[int]],
-        num_completions: int,
-        sampling: Sampling,
-        token_bytes: int,
-        copies: bool,
-    ) -> _Queue:
-        longest = max(map(len, prompts))
-        row_bytes = token_bytes * (sampling.max_new_tokens + (longest if copies else 0))
-        prompt_bytes = 0 if copies else token_bytes * longest
+    def of(cls, job: Job, token_bytes: int, copies_prompts: bool) -> _Queue:
+        """For all completions of a job, whose prompts are copied to each row or kept once for all."""
+        sampling, longest = job.sampling, max(map(len, job.prompts))
+        row_bytes = token_bytes * (sampling.max_new_tokens + (longest if copies_prompts else 0))
+        prompt_bytes = 0 if copies_prompts else token_bytes * longest
         max_bytes = sampling.max_cache_megabytes * 1e6
         fitting = max(1, min(sampling.max_rows, int((max_bytes - prompt_bytes) / row_bytes)))
-        jobs = [
-            _Job(prompt, first, min(fitting, num_completions - first))
-            for prompt in range(len(prompts))
-            for first in range(0, num_completions, fitting)
+        shares = [
+            _Share(prompt, first, min(fitting, job.num_completions - first))
+            for prompt in range(len(job.prompts))
+            for first in range(0, job.num_completions, fitting)
         ]
-        return cls(deque(jobs), fitting, max_bytes, row_bytes, prompt_bytes, copies)
+        return cls(deque(shares), fitting, max_bytes, row_bytes, prompt_bytes, copies_prompts)
 
-    def admit(self, num_live: int) -> list[_Job]:
-        """Take the next jobs, if there is room for a good part of them. A live row is counted with a prompt of its own."""
+    def admit(self, num_live: int) -> list[_Share]:
+        """Take the next ones, if there is room for a good part of them. A live row is counted with a prompt of its own."""
         if not self.waiting or (num_live and self.max_rows - num_live < max(self.waiting[0].count, self.max_rows // 4)):
             return []
         free_rows = self.max_rows - num_live
         free_bytes = self.max_bytes - num_live * (self.row_bytes + self.prompt_bytes)
-        admitted: list[_Job] = []
+        admitted: list[_Share] = []
         while self.waiting:
-            job = self.waiting[0]
-            free_rows -= job.count
-            free_bytes -= job.count * self.row_bytes + self.prompt_bytes
+            share = self.waiting[0]
+            free_rows -= share.count
+            free_bytes -= share.count * self.row_bytes + self.prompt_bytes
             if (free_rows < 0 or free_bytes < 0) and (admitted or num_live):
                 break
             admitted.append(self.waiting.popleft())

@@ -6,10 +6,10 @@ Legend: P prompts, G completions per prompt, R rows that are being decoded, V vo
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,16 +23,29 @@ from coterie.types import Completion
 Done = Callable[[int, list[Completion]], None]
 
 
-class Engine(Protocol):
-    """Samples completions. `keys` [P, G] int64 seed the noise: equal keys, prompt and weights give equal tokens.
+@dataclass(frozen=True)
+class Job:
+    """What an engine is asked for: see `Engine.generate`. keys [P, G] and end_tokens are on the policy's device."""
 
-    A completion ends with one of `end_tokens`, with the token that completes one of `sampling.stop` in what `decode` makes of
-    its last tokens, or at `sampling.max_new_tokens`. `done` is called with a prompt's number and its G completions as soon as it
-    is known that all of them have ended.
-    """
+    prompts: Sequence[Sequence[int]]
+    keys: Tensor
+    sampling: Sampling
+    end_tokens: Tensor
+    decode: Callable[[Sequence[int]], str] | None
+    done: Done | None
 
-    policy: Policy
+    @property
+    def num_completions(self) -> int:
+        return self.keys.shape[1]
 
+
+class Engine(ABC):
+    """Samples completions with a policy's own weights; it holds none of its own."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -41,9 +54,23 @@ class Engine(Protocol):
         end_tokens: Sequence[int],
         decode: Callable[[Sequence[int]], str] | None = None,
         done: Done | None = None,
-    ) -> list[list[Completion]]: ...
+    ) -> list[list[Completion]]:
+        """G completions of each prompt: keys [P, G] -> P lists of G.
 
-    def load_weights(self, policy: Policy, version: int) -> None: ...
+        keys: int64, seed the noise: equal keys, prompt and weights give equal tokens. A completion ends with one of `end_tokens`,
+        with the token that completes one of `sampling.stop` in what `decode` makes of its last tokens, or at
+        `sampling.max_new_tokens`. `done` is called with a prompt's number and its completions as soon as it is known that all of
+        them have ended. Raises UserError where a sequence's positions could change while it is sampled.
+        """
+        for prompt in prompts:
+            self.policy.lengths.check(len(prompt), sampling.max_new_tokens)
+        device = self.policy.device
+        ends = torch.tensor(list(end_tokens), device=device)
+        return self.sampled(Job(prompts, keys.to(device), sampling, ends, decode, done))
+
+    @abstractmethod
+    def sampled(self, job: Job) -> list[list[Completion]]:
+        """What `generate` gives."""
 
 
 @dataclass(frozen=True)
@@ -105,75 +132,69 @@ def _last_possible(probabilities: Tensor) -> Tensor:
     return probabilities.shape[1] - 1 - (probabilities > 0).flip(1).int().argmax(1)
 
 
-class StopStrings:
-    """Watches each row's text for the strings that end it."""
+class Ends:
+    """What ends the rows of a job: an end token, or a stop string in the text of the last tokens, which it keeps by row."""
 
-    def __init__(self, strings: Sequence[str], decode: Callable[[Sequence[int]], str]) -> None:
-        self._strings, self._decode = strings, decode
-        self._num_watched = 4 * max(map(len, strings))  # a character has four bytes at most, and a token at least one
+    def __init__(self, job: Job) -> None:
+        self._tokens, self._decode = job.end_tokens, job.decode
+        self._strings = job.sampling.stop if job.decode is not None else ()
+        self._num_watched = 4 * max(
+            map(len, self._strings), default=0
+        )  # a character has four bytes at most, a token at least one
         self._tails: dict[int, deque[int]] = {}
 
-    @classmethod
-    def of(cls, sampling: Sampling, decode: Callable[[Sequence[int]], str] | None) -> StopStrings | None:
-        return cls(sampling.stop, decode) if sampling.stop and decode is not None else None
+    @property
+    def reads_text(self) -> bool:
+        return bool(self._strings)
 
-    def completed(self, rows: Tensor, live: Tensor, tokens: Tensor) -> Tensor:
-        """Which rows hold a stop string, with the tokens they just drew: rows [R], live [R], tokens [R] -> bool [R]."""
-        found = []
-        for row, counts, token in zip(rows.tolist(), live.tolist(), tokens.tolist(), strict=True):
-            if counts:
-                tail = self._tails.setdefault(row, deque(maxlen=self._num_watched))
-                tail.append(token)
-            text = self._decode(list(tail)) if counts else ""
-            found.append(any(string in text for string in self._strings))
-        return torch.tensor(found, device=tokens.device)
+    def reached(self, rows: Tensor, live: Tensor, tokens: Tensor) -> Tensor:
+        """Which rows end with the tokens they just drew: rows [R], their numbers in the job, live [R], tokens [R] -> bool [R]."""
+        ended = torch.isin(tokens, self._tokens)
+        if not self._strings:
+            return ended
+        drawn = zip(rows.tolist(), live.tolist(), tokens.tolist(), strict=True)
+        found = [counts and self._completes(row, token) for row, counts, token in drawn]
+        return ended | torch.tensor(found, device=tokens.device)
+
+    def _completes(self, row: int, token: int) -> bool:
+        assert self._decode is not None
+        tail = self._tails.setdefault(row, deque(maxlen=self._num_watched))
+        tail.append(token)
+        text = self._decode(list(tail))
+        return any(string in text for string in self._strings)
 
 
-@dataclass
 class History:
     """What was drawn, step by step, until it is sorted into completions. Only live rows count; of others nothing is read."""
 
-    rows: list[Tensor] = field(default_factory=list)
-    live: list[Tensor] = field(default_factory=list)
-    ended: list[Tensor] = field(default_factory=list)
-    tokens: list[Tensor] = field(default_factory=list)
-    logprobs: list[Tensor] = field(default_factory=list)
-    entropies: list[Tensor] = field(default_factory=list)
-    supports: list[Tensor] = field(default_factory=list)  # of the live rows of all steps, one after the other
+    def __init__(self) -> None:
+        self._steps: list[tuple[Tensor, ...]] = []
+        self._supports: list[Tensor] = []  # of the live rows of all steps, one after the other
 
     def add(self, rows: Tensor, live: Tensor, ended: Tensor, sampled: Sampled) -> None:
         """rows [R]: the number of each row in the whole job. live [R], ended [R]: bool."""
-        drawn = (rows, live, ended, sampled.tokens, sampled.logprobs, sampled.entropies)
-        kept_of = (self.rows, self.live, self.ended, self.tokens, self.logprobs, self.entropies)
-        for column, values in zip(kept_of, drawn, strict=True):
-            column.append(values)
+        self._steps.append((live, rows, ended, sampled.tokens, sampled.logprobs, sampled.entropies))
         if sampled.kept is not None:
             kept = sampled.kept[live]
-            self.supports += kept.nonzero()[:, 1].cpu().split(kept.sum(1).tolist())
+            self._supports += kept.nonzero()[:, 1].cpu().split(kept.sum(1).tolist())
 
     def completions(self, prompts: Sequence[int], num_completions: int) -> list[list[Completion]]:
         """Those of some prompts, by their numbers in ascending order, all of which have ended: a list of G each."""
-        live = torch.cat(self.live)
-        rows, ended, tokens, logprobs, entropies = (
-            torch.cat(column)[live].cpu()
-            for column in (self.rows, self.ended, self.tokens, self.logprobs, self.entropies)
-        )
+        live, *columns = map(torch.cat, zip(*self._steps, strict=True))
+        rows, *columns = (column[live].cpu() for column in columns)
         chosen = torch.isin(rows // num_completions, torch.tensor(prompts)).nonzero().squeeze(1)
         order = chosen[torch.argsort(rows[chosen], stable=True)]
         sizes = rows[order].unique_consecutive(return_counts=True)[1].tolist()
-        supports = [self.supports[i] for i in order.tolist()] if self.supports else None
-        made, start = [], 0
-        columns = (x[order].split(sizes) for x in (tokens, logprobs, entropies, ended))
-        for of_row, of_logprobs, of_entropies, of_ended in zip(*columns, strict=True):
-            stop = start + len(of_row)
+        made = []
+        for of_row in zip(*(x.split(sizes) for x in (order, *(column[order] for column in columns))), strict=True):
+            places, ended, tokens, logprobs, entropies = of_row
             made.append(
                 Completion(
-                    tokens=of_row.tolist(),
-                    logprobs=of_logprobs,
-                    entropies=of_entropies,
-                    ended="stop" if of_ended[-1] else "length",
-                    support=supports[start:stop] if supports is not None else None,
+                    tokens=tokens.tolist(),
+                    logprobs=logprobs,
+                    entropies=entropies,
+                    ended="stop" if ended[-1] else "length",
+                    support=[self._supports[i] for i in places.tolist()] if self._supports else None,
                 )
             )
-            start = stop
         return [made[start : start + num_completions] for start in range(0, len(made), num_completions)]

@@ -1,35 +1,24 @@
-"""The slow engine, for architectures that can't share a prompt.
+"""The plain engine: one group after another, through what the model itself keeps of the tokens before. The reference of the others.
 
 Legend: G completions of a prompt, S its tokens, n tokens after it, V vocabulary.
 """
 
 from __future__ import annotations
 
-import inspect
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from coterie.errors import UserError
 from coterie.models.policy import Policy
-from coterie.models.rounding import TIMES, rounding_of
-from coterie.recipe.settings import Sampling
-from coterie.rollouts.engine import Done, History, StopStrings, sample_tokens
+from coterie.rollouts.engine import Ends, Engine, History, Job, sample_tokens
+from coterie.rollouts.memory import next_logits, remembers
 from coterie.sections import section
 from coterie.stopping import may_stop
 from coterie.types import Completion
 
-_DECODED = 4  # tokens that are decoded to see whether the model's memory holds
-_WORTH = 1e-3  # of what the tokens before do to a prediction: an error that is none
-_LONGEST = 1024  # tokens up to which the check goes past the windows and chunks of a configuration
 
-
-class PaddedEngine:
+class PaddedEngine(Engine):
     """Samples one group after another, through what transformers' model keeps of the tokens before: keys and values, a state.
 
     That is tried on a few tokens first. A model that keeps nothing, or hands back something else than it was, is run on the whole
@@ -37,142 +26,35 @@ class PaddedEngine:
     """
 
     def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-        if policy.model not in _remembering:
-            with policy.acting(), policy.lengths.fresh():
-                _remembering[policy.model] = _remembers(policy)
-        self._remembers = _remembering[policy.model]
+        super().__init__(policy)
+        self._remembers = remembers(policy)
 
-    def load_weights(self, policy: Policy, version: int) -> None:
-        self.policy = policy
-
-    @torch.no_grad()
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        keys: Tensor,
-        sampling: Sampling,
-        end_tokens: Sequence[int],
-        decode: Callable[[Sequence[int]], str] | None = None,
-        done: Done | None = None,
-    ) -> list[list[Completion]]:
-        """See `Engine`."""
-        device = self.policy.device
-        num_completions = keys.shape[1]
-        keys, ends = keys.to(device), torch.tensor(list(end_tokens), device=device)
-        stops = StopStrings.of(sampling, decode)
+    def sampled(self, job: Job) -> list[list[Completion]]:
         made = []
-        for prompt in prompts:
-            self.policy.lengths.check(len(prompt), sampling.max_new_tokens)
-        for number, prompt in enumerate(prompts):
-            history = History()
-            inputs = torch.tensor([list(prompt)] * num_completions, device=device)  # [G, S]
-            kept: Mapping[str, Any] = {}
-            over = torch.zeros(num_completions, dtype=torch.bool, device=device)
-            rows = torch.arange(num_completions, device=device)
-            for position in range(sampling.max_new_tokens):
-                may_stop()
-                with (
-                    section("sample/decode" if position else "sample/prefill"),
-                    self.policy.acting(),
-                    self.policy.lengths.fresh(),
-                ):
-                    logits, kept = _next_logits(self.policy.model, inputs, kept, self._remembers)
-                sampled = sample_tokens(logits, keys[number], torch.full_like(rows, position), sampling)
-                of_job = number * num_completions + rows
-                ended = torch.isin(sampled.tokens, ends)
-                if stops is not None:
-                    ended |= stops.completed(of_job, ~over, sampled.tokens)
-                history.add(of_job, ~over, ended, sampled)
-                tokens = sampled.tokens[:, None]
-                inputs = tokens if self._remembers else torch.cat([inputs, tokens], 1)
-                over = over | ended
-                if over.all():
-                    break
-            made += history.completions([number], num_completions)
-            if done is not None:
-                done(number, made[number])
+        for number in range(len(job.prompts)):
+            made.append(self._group(job, number))
+            if job.done is not None:
+                job.done(number, made[number])
         return made
 
-
-_remembering: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()  # of each model, what the check found
-
-
-def _next_logits(
-    model: PreTrainedModel, inputs: Tensor, kept: Mapping[str, Any], remembers: bool
-) -> tuple[Tensor, Mapping[str, Any]]:
-    """What follows inputs [G, n], with what the model kept of the tokens before: [G, V], and what it keeps now.
-
-    Its memory is what it returns under the name of one of its arguments: `cache`, `past_key_values`, `cache_params`, `state`, ...
-    Under another name many models swallow it without a word.
-    """
-    output = model(input_ids=inputs, use_cache=remembers, **kept)
-    if not remembers:
-        return output.logits[:, -1], {}
-    arguments = inspect.signature(type(model).forward).parameters
-    return output.logits[:, -1], {name: value for name, value in output.items() if name in arguments}
-
-
-@torch.no_grad()
-def _remembers(policy: Policy) -> bool:
-    """Whether decoding from the model's memory gives what the plain pass gives. A warning where it does not."""
-    model, tokens = policy.model, _trial_tokens(policy)
-    start, name = tokens.shape[1] - _DECODED, type(policy.model).__name__
-
-    def predictions(inputs: Tensor) -> Tensor:
-        return model(input_ids=inputs, use_cache=False).logits.float().log_softmax(-1)
-
-    try:
-        plain, moved = rounding_of(model, lambda: predictions(tokens)[:, start - 1 : -1])  # [2, n, V]
-    except RuntimeError as error:
-        raise UserError(
-            f"model: {name} can't be run with weights of the type {model.dtype}: {str(error).splitlines()[0]}"
-        ) from error
-    forgetful = torch.stack([predictions(tokens[:, at - 1 : at])[:, -1] for at in range(start, tokens.shape[1])], 1)
-    allowed = max(_WORTH * (forgetful - plain).abs().max().item(), TIMES * moved.max().item())
-    try:
-        found = torch.stack(_decoded(model, tokens, start), 1)
-    except Exception as error:  # the model's own code, called in a way that it may not be made for
-        why = f"decoding from its cache fails: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-    else:
-        off = (found - plain).abs().max().item()
-        if off <= allowed:
-            return True
-        why = f"decoding from what it keeps of them is {off:.2g} nats off"
-    warnings.warn(
-        f"{name} does not remember the tokens before ({why}); for every token that it samples it is run on the whole sequence, "
-        "which is slower",
-        stacklevel=3,
-    )
-    return False
-
-
-def _decoded(model: PreTrainedModel, tokens: Tensor, start: int) -> list[Tensor]:
-    """Log-probabilities of what follows each of the last tokens, one after another from the model's memory: n of [2, V]."""
-    inputs, found = tokens[:, :start], []
-    kept: Mapping[str, Any] = {}
-    for at in range(start, tokens.shape[1]):
-        logits, kept = _next_logits(model, inputs, kept, remembers=True)
-        found.append(logits.float().log_softmax(-1))
-        inputs = tokens[:, at : at + 1]
-    return found
-
-
-def _trial_tokens(policy: Policy) -> Tensor:
-    """Two sequences with one beginning, that go past the windows and chunks of the configuration where these are short: [2, S + n].
-
-    The token for padding is among them: some models count positions without it.
-    """
-    model, generator = policy.model, torch.Generator().manual_seed(0)
-    config = model.config.get_text_config()
-    spans = (value for name, value in config.to_dict().items() if "window" in name or "chunk" in name)
-    longest = max((span for span in spans if isinstance(span, int) and 8 < span <= _LONGEST), default=8) + 1
-    limits = (policy.context_length, *policy.lengths.switches, *policy.lengths.stretches)
-    start = max(1, min(longest, *(limit - _DECODED for limit in limits if limit), longest))
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    prompt = torch.randint(vocabulary, (1, start), generator=generator).expand(2, -1)
-    tokens = torch.cat([prompt, torch.randint(vocabulary, (2, _DECODED), generator=generator)], 1)
-    padding = getattr(config, "pad_token_id", None)
-    if isinstance(padding, int) and 0 <= padding < vocabulary:
-        tokens[:, [start // 2, start]] = padding
-    return tokens.to(model.device)
+    def _group(self, job: Job, number: int) -> list[Completion]:
+        """The completions of one prompt, a token of each at a time."""
+        policy, device = self.policy, self.policy.device
+        history, ends = History(), Ends(job)
+        inputs = torch.tensor([list(job.prompts[number])] * job.num_completions, device=device)  # [G, S]
+        kept: Mapping[str, Any] = {}
+        live = torch.ones(job.num_completions, dtype=torch.bool, device=device)
+        rows = number * job.num_completions + torch.arange(job.num_completions, device=device)
+        for position in range(job.sampling.max_new_tokens):
+            may_stop()
+            with section("sample/decode" if position else "sample/prefill"), policy.acting(), policy.lengths.fresh():
+                logits, kept = next_logits(policy.model, inputs, kept, self._remembers)  # [G, V]
+            sampled = sample_tokens(logits, job.keys[number], torch.full_like(rows, position), job.sampling)
+            ended = ends.reached(rows, live, sampled.tokens)
+            history.add(rows, live, ended, sampled)
+            live = live & ~ended
+            if not live.any():
+                break
+            tokens = sampled.tokens[:, None]
+            inputs = tokens if self._remembers else torch.cat([inputs, tokens], 1)
+        return history.completions([number], job.num_completions)[0]

@@ -57,7 +57,6 @@ def train_grpo(run: Session, problem: Problem, policy: Policy, reference: Policy
         learning_rate = set_learning_rate(optimiser, step, recipe.steps, recipe.optimiser)
         tally = update(streams, totals, recipe, weights, reference_logprobs=watched.held, gaps=gaps)
         move_reference(reference, policy, recipe.reference, step)
-        engine.load_weights(policy, step)
         clock.lap("time/train_seconds")
         tally.merge(rollout_metrics(drawn.scored, groups_with_signal(drawn.scored, recipe.advantage)))
         tally.merge(dynamic_sampling_metrics(drawn), penalty_metrics(scored))

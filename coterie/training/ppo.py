@@ -74,7 +74,6 @@ def train_ppo(run: Session, problem: Problem, policy: Policy, reference: Policy,
                 streams, totals, recipe, weights, reference_logprobs=held, token_advantages=of_tokens, gaps=gaps
             )
         tally.merge(fit_values(value, value_optimiser, streams, totals, old_values, returns, recipe))
-        engine.load_weights(policy, step)
         clock.lap("time/train_seconds")
         tally.merge(
             rollout_metrics(scored, has_signal(scored.rewards)), divergence_metrics(streams, reference_logprobs)

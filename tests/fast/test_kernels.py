@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from coterie.fast.decoder import CachedRows, Decoder
+from coterie.fast.decoder import Decoder
+from coterie.fast.grid import Grid
 from coterie.fast.kernels import build, calls, structs
 from coterie.fast.native import NativeEngine
 from coterie.fast.pieces import CompiledAttention, rms_norm, rope, swiglu
@@ -135,29 +136,29 @@ def test_drawing_in_one_call_is_drawing_from_the_model_s_logits(make_model, arch
     zeros = torch.zeros(num_rows, dtype=torch.long)
     first_logits = randoms((num_rows, 61), seed=3)[0].detach()
     layers = range(model.config.num_hidden_layers)
-    rows = CachedRows(
-        now=0, slots=1, firsts=zeros, starts=zeros, prompt_lengths=zeros,
-        live=torch.ones(num_rows, dtype=torch.bool), logits=first_logits.clone(), prompts={},
-        own={i: (torch.full((num_rows, kv_heads, width, 16), torch.nan, dtype=torch.float64),
+    grid = Grid(
+        rows=zeros, now=0, width=1, firsts=zeros, starts=zeros, prompt_lengths=zeros,
+        live=torch.ones(num_rows, dtype=torch.bool), logits=first_logits.clone(), prompt_kv={},
+        own_kv={i: (torch.full((num_rows, kv_heads, width, 16), torch.nan, dtype=torch.float64),
                  torch.full((num_rows, kv_heads, 16, width), torch.nan, dtype=torch.float64)) for i in layers},
     )  # fmt: skip
-    drawn = decoder.draw(rows, keys, sampling, ends, 9)
+    live, ended, drawn = decoder.draw(grid, keys, sampling, ends, 9)
     for row in range(num_rows):
         logits, tokens = first_logits[row], []
         for step in range(9):
             expected = sample_tokens(logits[None], keys[row : row + 1], torch.tensor([step]), sampling)
-            assert drawn.live[step, row]
+            assert live[step, row]
             assert drawn.tokens[step, row] == expected.tokens[0]
             torch.testing.assert_close(drawn.logprobs[step, row].float(), expected.logprobs[0], rtol=1e-5, atol=2e-6)
             torch.testing.assert_close(drawn.entropies[step, row].float(), expected.entropies[0], rtol=1e-5, atol=2e-6)
             tokens.append(int(expected.tokens[0]))
-            assert drawn.ended[step, row] == (tokens[-1] in (3, 40))
+            assert ended[step, row] == (tokens[-1] in (3, 40))
             if tokens[-1] in (3, 40):
-                assert not drawn.live[step + 1 :, row].any()
+                assert not live[step + 1 :, row].any()
                 break
             with torch.no_grad():
                 logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
-    assert not rows.live.any()
+    assert not grid.live.any()
 
 
 def test_the_widest_heads_are_turned():
@@ -207,19 +208,26 @@ def test_memory_that_is_not_there_is_an_error_and_no_crash():
     step |= {name: ones.data_ptr() for name in ("starts", "prompts", "firsts")} | {"live": live.data_ptr()}
     decode = build.library(torch.float32).decode
     with pytest.raises(MemoryError, match="allocate memory"):
-        calls.run(decode, ctypes.byref(structs.Step(**step, vocabulary=1 << 44)), None, None)
+        calls.run(decode, ctypes.byref(structs.Decoding(**step, vocabulary=1 << 44)), None, None)
     for little in ({"columns": 0}, {"positions": 0}, {"head_width": 514}):
         with pytest.raises(AssertionError, match="no room"):
-            calls.run(decode, ctypes.byref(structs.Step(**{**step, **little})), None, None)
+            calls.run(decode, ctypes.byref(structs.Decoding(**{**step, **little})), None, None)
 
 
-@pytest.mark.parametrize("struct", ["Stream", "Layer", "Cache", "Step"])
-def test_a_struct_that_python_and_c_lay_out_otherwise_is_noticed(monkeypatch, struct):
+@pytest.mark.parametrize("struct", ["Attention", "LayerWeights", "LayerCache", "Decoding"])
+def test_python_fills_a_struct_in_where_the_compiler_reads_it(tmp_path, struct):
     fields = getattr(structs, struct)._fields_
-    for other in (fields[:-1], [fields[1], fields[0], *fields[2:]], [*fields, ("more", ctypes.c_long)]):
-        monkeypatch.setattr(structs, struct, type(struct, (ctypes.Structure,), {"_fields_": list(other)}))
-        with pytest.raises(AssertionError, match=f"structs.py differ in .*{struct}"):
-            structs.check_layout(build.library(torch.float32))
+    asked = ", ".join(f"offsetof({struct}, {name}), sizeof((({struct} *)0)->{name})" for name, _ in fields)
+    source, header = tmp_path / "places.c", structs.__file__.replace(".py", ".h")
+    source.write_text(
+        f'#include <stddef.h>\n#include <stdio.h>\n#include "{header}"\nlong places[] = {{{asked}, sizeof({struct})}};\n'
+        'int main(void) { for (long i = 0; i < sizeof places / sizeof *places; i++) printf("%ld ", places[i]); }\n'
+    )
+    subprocess.run(["cc", "-w", source, "-o", tmp_path / "places"], check=True)
+    found = subprocess.run([tmp_path / "places"], capture_output=True, text=True, check=True).stdout
+    ours = [getattr(structs, struct).__dict__[name] for name, _ in fields]
+    expected = [number for field in ours for number in (field.offset, field.size)]
+    assert list(map(int, found.split())) == [*expected, ctypes.sizeof(getattr(structs, struct))]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from coterie.models.logprobs import token_logprobs
 from coterie.noise import key, mix, uniform
 from coterie.recipe.settings import Sampling
 from coterie.rollouts.collect import collect
-from coterie.rollouts.engine import StopStrings
+from coterie.rollouts.engine import Ends, Job
 from coterie.rollouts.pack import Row, make_stream
 from coterie.rollouts.padded import PaddedEngine
 from coterie.tasks.equations import make_tokenizer
@@ -41,6 +41,11 @@ def some_prompts(count=6):
 
 def some_keys(num_prompts, num_completions):
     return mix(mix(torch.tensor(key("test")), torch.arange(num_prompts))[:, None], torch.arange(num_completions))
+
+
+def job_of(prompts, num_completions, sampling, decode=None):
+    none = torch.tensor([], dtype=torch.long)
+    return Job(prompts, some_keys(len(prompts), num_completions), sampling, none, decode, None)
 
 
 @torch.no_grad()
@@ -109,13 +114,13 @@ def test_rows_come_and_go_without_changing_any(make_model):
 def test_rows_that_have_ended_give_up_their_slots(make_model, monkeypatch, without_kernels):
     """Tensor operations compute every slot of a grid, whether its row has ended or not."""
     engine, prompts, keys = NativeEngine(Policy.of(make_model("qwen3"))), some_prompts(10), some_keys(10, 4)
-    slots, feed = [], NativeEngine._feed
+    slots, feed = [], native._Sampling._feed
 
-    def watched(self, grid, *arguments):
+    def watched(self, grid, tokens):
         slots.append(grid.num_slots)
-        feed(self, grid, *arguments)
+        feed(self, grid, tokens)
 
-    monkeypatch.setattr(NativeEngine, "_feed", watched)
+    monkeypatch.setattr(native._Sampling, "_feed", watched)
     made = engine.generate(prompts, keys, Sampling(max_new_tokens=40), ENDS)
     at_the_end = sum(len(completion.tokens) == 40 for group in made for completion in group)
     assert slots[0] == 40
@@ -238,13 +243,13 @@ def test_groups_are_handed_over_as_they_end_and_are_the_same(make_model, archite
 def test_the_first_groups_are_handed_over_while_others_wait(make_model, monkeypatch):
     engine, prompts, keys = NativeEngine(Policy.of(make_model("qwen3"))), some_prompts(9), some_keys(9, 3)
     events = []
-    prefill = NativeEngine._prefill
+    prefill = native._Sampling._prefill
 
-    def watched(self, *arguments):
+    def watched(self, admitted):
         events.append("prefill")
-        return prefill(self, *arguments)
+        return prefill(self, admitted)
 
-    monkeypatch.setattr(NativeEngine, "_prefill", watched)
+    monkeypatch.setattr(native._Sampling, "_prefill", watched)
     sampling = Sampling(max_new_tokens=40, max_rows=6)
     engine.generate(prompts, keys, sampling, ENDS, done=lambda number, completions: events.append("done"))
     assert events.count("done") == 9
@@ -328,9 +333,10 @@ def test_of_stop_strings_that_a_token_completes_the_first_counts(make_model):
 @pytest.mark.parametrize("string", ["。", "答案。完", "ab"])
 def test_a_stop_string_is_found_though_every_byte_is_a_token(string):
     text = ("x" * 9 + string).encode()
-    stops = StopStrings((string,), lambda tokens: bytes(tokens).decode(errors="replace"))
+    sampling = Sampling(max_new_tokens=40, stop=(string,))
+    ends = Ends(job_of([[1]], 1, sampling, lambda tokens: bytes(tokens).decode(errors="replace")))
     row, live = torch.tensor([0]), torch.tensor([True])
-    found = [stops.completed(row, live, torch.tensor([byte])).item() for byte in text]
+    found = [ends.reached(row, live, torch.tensor([byte])).item() for byte in text]
     assert found == [False] * (len(text) - 1) + [True]
 
 
@@ -338,14 +344,14 @@ def test_live_rows_and_prompts_stay_within_the_cache_s_limit():
     """A live row may be the last of its prompt: it is counted with a prompt of its own, and what waits waits on."""
     prompts, token_bytes = [[1] * 90] * 10, 1000
     sampling = Sampling(max_new_tokens=10, max_cache_megabytes=0.5)
-    queue = native._Queue.of(prompts, 2, sampling, token_bytes, False)
-    first = sum(job.count for job in queue.admit(0))
+    queue = native._Queue.of(job_of(prompts, 2, sampling), token_bytes, False)
+    first = sum(share.count for share in queue.admit(0))
     assert first * 10_000 + first / 2 * 90_000 <= 500_000
     for live in range(1, first):
         room = 500_000 - live * (10_000 + 90_000)
         waiting = list(queue.waiting)
         admitted = queue.admit(live)
-        assert sum(job.count * 10_000 + 90_000 for job in admitted) <= max(0, room)
+        assert sum(share.count * 10_000 + 90_000 for share in admitted) <= max(0, room)
         queue.waiting = type(queue.waiting)(waiting)
 
 

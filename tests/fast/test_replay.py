@@ -71,57 +71,13 @@ def test_the_watch_sees_what_waits():
             waits()
 
 
-class FakeGraph:
-    """Replays by computing again, into the tensor that the recording wrote: what a CUDA graph does, at the same addresses."""
-
-    def __init__(self, step):
-        self.step, self.out, self.own_kv = step, step._compute(), step._grid.own_kv
-
-    def replay(self):
-        assert self.step._grid.own_kv is self.own_kv, "the keys have moved"
-        self.out.copy_(self.step._compute())
-
-
-@pytest.fixture
-def recordings(monkeypatch):
-    """As if the CPU could record: the list of what was recorded."""
-    made = []
-
-    def capture(compute, pool):
-        made.append(FakeGraph(compute.__self__))
-        return made[-1], made[-1].out
-
-    monkeypatch.setattr(replay, "_capture", capture)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can record")
+def test_where_recording_fails_sampling_goes_on_without_it(make_model, monkeypatch):
+    """torch refuses to record on a machine that has no GPU."""
     monkeypatch.setattr(replay, "_records_on", lambda device: True)
-    return made
-
-
-def test_each_grid_is_recorded_once_and_replayed(make_model, monkeypatch, recordings):
-    model, prompts, keys = make_model("qwen3"), some_prompts(9), some_keys(9, 3)
-    monkeypatch.setitem(native._LOOK_EVERY, "cpu", 4)
-    sampling = Sampling(max_new_tokens=90, max_rows=12)
-    for ends in (ENDS, ()):  # rows that come and go, and rows that outgrow the grid
-        found, expected = (engine_of(model, again).generate(prompts, keys, sampling, ends) for again in (True, False))
-        assert tokens_of(found) == tokens_of(expected)
-        assert len(recordings) > 3
-        recordings.clear()
-
-
-@pytest.mark.parametrize("what", ["raises", "computes something else"])
-def test_where_recording_fails_sampling_goes_on_without_it(make_model, monkeypatch, recordings, what):
-    if what == "raises":
-
-        def refused(compute, pool):
-            raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
-
-        monkeypatch.setattr(replay, "_capture", refused)
-    else:
-        monkeypatch.setattr(FakeGraph, "replay", lambda self: self.out.zero_())
     model, prompts, keys = make_model("qwen3"), some_prompts(4), some_keys(4, 3)
     engine = engine_of(model, True)
-    why = "stream is capturing" if what == "raises" else "logits differ"
-    with pytest.warns(UserWarning, match=f"without CUDA graphs.*{why}") as warned:
+    with pytest.warns(UserWarning, match="without CUDA graphs, which is slower") as warned:
         found = [engine.generate(prompts, keys, Sampling(max_new_tokens=30), ENDS) for _ in range(2)]
     assert len(warned) == 1
     assert not engine.replays

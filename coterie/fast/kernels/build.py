@@ -1,4 +1,4 @@
-"""Compiles kernels.c with the machine's own C compiler, once, and loads it.
+"""Compiles the loops with the machine's own C compiler, once, and loads them.
 
 What was compiled is kept under a name that ends in its own hash, so that a file that was cut short or changed is built again and
 never loaded. Before it gets that name, another process has tried it: a build that does not fit the machine dies of a signal.
@@ -20,11 +20,10 @@ from pathlib import Path
 
 import torch
 
-from coterie.fast.kernels.structs import check_layout
-
-SOURCE = Path(__file__).with_name("kernels.c")
+_HERE = Path(__file__).parent
+SOURCES = sorted(_HERE.glob("*.c"))
 SWITCH = "COTERIE_KERNELS"  # an environment variable: off does without
-_TRIAL = Path(__file__).with_name("structs.py")
+_TRIAL = _HERE / "structs.py"
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-w")
 _TYPES = {torch.float32: ("-DDOUBLE=0", "sgemm_"), torch.float64: ("-DDOUBLE=1", "dgemm_")}
 _missing: dict[torch.dtype, str] = {}
@@ -40,12 +39,10 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     if dtype not in _TYPES:
         return None
     try:
-        found = ctypes.CDLL(str(_built(dtype)))
+        return ctypes.CDLL(str(_built(dtype)))
     except (OSError, _UnbuiltError) as error:
         _missing[dtype] = str(error)
         return None
-    check_layout(found)
-    return found
 
 
 def why_missing(dtype: torch.dtype) -> str | None:
@@ -71,9 +68,10 @@ def _built(dtype: torch.dtype) -> Path:
     compiler = shutil.which("cc")
     if compiler is None:
         raise _UnbuiltError("no C compiler (cc) was found")
-    command = [compiler, _TYPES[dtype][0], *_FLAGS, str(SOURCE)]
+    command = [compiler, _TYPES[dtype][0], *_FLAGS, *map(str, SOURCES)]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    about = "\0".join([*command, SOURCE.read_text(), version, _processor()])
+    texts = [file.read_text() for file in (*SOURCES, *sorted(_HERE.glob("*.h")))]
+    about = "\0".join([*command, *texts, version, _processor()])
     name = f"kernels-{hashlib.sha256(about.encode()).hexdigest()[:24]}"
     folder = _folder()
     for file in sorted(folder.glob(f"{name}-*.so")):

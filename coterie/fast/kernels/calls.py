@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from coterie.fast.kernels.build import library
-from coterie.fast.kernels.structs import Stream
+from coterie.fast.kernels.structs import Attention
 
-MOST_WIDTH = 512  # of a head that is turned: kernels.c has arrays of this size
+MOST_WIDTH = 512  # of a head with rotary positions: kernels.h has arrays of this size
 _NO_MEMORY, _NO_ROOM = 1, 2
 _long, _pointer, _double = ctypes.c_long, ctypes.c_void_p, ctypes.c_double
 
@@ -29,26 +29,26 @@ def served(*tensors: Tensor | None) -> bool:
 
 
 def rope_fits(width: int) -> bool:
-    """Whether heads of this width can be turned: an even number, up to what the kernels have arrays for."""
+    """Whether heads of this width can have rotary positions: an even number, up to what the kernels have arrays for."""
     return width <= MOST_WIDTH and width % 2 == 0
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """x [T, D], weight [D] -> the normalised rows times the weight, and what each row was multiplied with, [T]."""
     out, scale = torch.empty_like(x), x.new_empty(len(x))
-    _call("norm_forward", x, weight, _double(epsilon), out, scale, *x.shape)
+    _call("rms_norm_forward", x, weight, _double(epsilon), out, scale, *x.shape)
     return out, scale
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of x and the weight."""
     grad_x, grad_weight, room = torch.empty_like(x), torch.empty_like(weight), _rooms(x, len(weight))
-    _call("norm_backward", grad, x, weight, scale, grad_x, grad_weight, room, *x.shape)
+    _call("rms_norm_backward", grad, x, weight, scale, grad_x, grad_weight, room, *x.shape)
     return grad_x, grad_weight
 
 
 def rope(x: Tensor, weight: Tensor | None, epsilon: float, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Heads normalised, where there is a weight [E], and turned by their positions: x [T, H * E], cos and sin [T, E], sin
+    """Heads normalised, where there is a weight [E], and rotated by their positions: x [T, H * E], cos and sin [T, E], sin
     negative in the first half -> [T, H * E], and what each head was multiplied with, [T, H]."""
     tokens, width = len(x), cos.shape[1]
     heads = x.shape[1] // width
@@ -120,9 +120,9 @@ def attend_backward(
     return found
 
 
-def _about(groups: Groups, q: Tensor, k: Tensor, scaling: float, window: int | None) -> Stream:
+def _about(groups: Groups, q: Tensor, k: Tensor, scaling: float, window: int | None) -> Attention:
     (tokens, heads, width), arrays = q.shape, [x.data_ptr() for x in groups.tensors]
-    return Stream(
+    return Attention(
         tokens, len(groups.tensors[0]), heads, k.shape[1], width, window or 0, groups.longest, scaling, *arrays
     )
 
