@@ -3,7 +3,7 @@
 Beside its products a layer of transformers spends as much time again on norms, rotary positions, gates and the calls between:
 many small operations, whose results are all kept for the backward pass. Here the heads of a token stay side by side,
 [T, H * E], and each piece is one autograd function. A model's own forward pass stays in use wherever this one does not compute
-the same: `Policy.of` compares them.
+the same: `models/gate.py` compares them.
 
 Legend: T tokens of a stream, H heads, E width of a head, D width of the model.
 """
@@ -51,13 +51,13 @@ class FastBody:
         known = known and rope_fits(2 * len(getattr(model.rotary_emb, "inv_freq", ())))
         return cls(model, settings) if known and len(settings) == len(model.layers) else None
 
-    def run(
+    def __call__(
         self,
         tokens: Tensor,
         positions: Tensor,
         layout: Layout,
-        places: Tensor | None = None,
-        recompute: Callable[..., Tensor] | None = None,
+        places: Tensor | None,
+        recompute: Callable[..., Tensor] | None,
     ) -> Tensor:
         """tokens [T], positions [T] -> [T, D], or of some places of the stream, [M]: [M, D]. Of the rest the last layer computes
         what they read, and no more. `recompute(function, *arguments)` calls a layer, and again for its gradient."""

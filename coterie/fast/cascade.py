@@ -57,12 +57,55 @@ class _Rectangle:
 
 
 @dataclass(frozen=True)
-class _Cross:
-    """The completions of some groups and the prompts that they read. mask: [Q, 1, 1, S] where the prompts differ in length."""
+class _Block:
+    """Queries and the keys that they read: sequences that attend to themselves, causally; or the completions of some groups, which
+    attend together to all of their prompts. mask: [Q, 1, 1, S] where the prompts differ in length."""
 
     queries: _Rectangle
     keys: _Rectangle
-    mask: Tensor | None
+    causal: bool
+    mask: Tensor | None = None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        """What the queries attend to, and the logarithm of their normaliser, by place: [R * L, H, E] and [R * L, H]."""
+        num_heads, num_kv_heads = q.shape[1], k.shape[1]
+        queries = self._folded(self.queries.gather(q), num_kv_heads)
+        keys, values = self._keys_values(k, v, num_heads)
+        found = _flash(queries, keys, values, 0.0, self.causal, attn_mask=self._mask_of(q), scale=scaling)
+        output, normaliser = (self._by_place(x, num_heads) for x in found)
+        return output, normaliser
+
+    def backward(self, saved: Sequence[Tensor], grad: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of the queries, the keys and the values, by place. saved: q, k, v, what all attended to, and its normaliser."""
+        q, k, v, output, normaliser = saved
+        num_heads, num_kv_heads = q.shape[1], k.shape[1]
+        of_grad, queries, of_output = (self._folded(self.queries.gather(x), num_kv_heads) for x in (grad, q, output))
+        of_normaliser = self._folded(self.queries.gather_normaliser(normaliser), num_kv_heads)
+        inputs = (of_grad, queries, *self._keys_values(k, v, num_heads), of_output, of_normaliser)
+        found = _flash_backward(*inputs, 0.0, self.causal, attn_mask=self._mask_of(q), scale=scaling)
+        grad_q, (grad_k, grad_v) = self._by_place(found[0], num_heads), map(_by_token, found[1:])
+        if grad_k.shape[1] != num_kv_heads:
+            grad_k, grad_v = (x.unflatten(1, (num_kv_heads, -1)).sum(2) for x in (grad_k, grad_v))
+        return grad_q, grad_k, grad_v
+
+    def _keys_values(self, k: Tensor, v: Tensor, num_heads: int) -> Sequence[Tensor]:
+        """Once for the heads that share them; where a place decides what is read, for each head."""
+        keys, values = self.keys.gather(k), self.keys.gather(v)
+        if not self.causal:
+            return keys, values
+        return [x.repeat_interleave(num_heads // k.shape[1], 1) for x in (keys, values)]
+
+    def _folded(self, x: Tensor, num_kv_heads: int) -> Tensor:
+        """[Q, H, L, ...] -> [Q, K, H / K * L, ...] where heads that share keys stand one after another, as if they were more queries."""
+        return x if self.causal or x.shape[1] == num_kv_heads else x.unflatten(1, (num_kv_heads, -1)).flatten(2, 3)
+
+    def _by_place(self, x: Tensor, num_heads: int) -> Tensor:
+        """Of `_folded` queries: [Q * L, H, ...]."""
+        unfolded = x if x.shape[1] == num_heads else x.unflatten(2, (num_heads // x.shape[1], -1)).flatten(1, 2)
+        return _by_token(unfolded)
+
+    def _mask_of(self, q: Tensor) -> Tensor | None:
+        return self.mask.to(q.dtype) if self.mask is not None else None
 
 
 class Cascade:
@@ -80,18 +123,19 @@ class Cascade:
             for length in bounds:
                 runs.append((at, length))
                 at += length
-        self._own: list[_Rectangle] = []
+        self._own: list[_Block] = []
         for chosen in of_similar_length([length for _, length in runs]):
-            self._own.append(_Rectangle.of(*zip(*(runs[i] for i in chosen), strict=True)))
-        tokens, places = _chosen(self._own)
+            run = _Rectangle.of(*zip(*(runs[i] for i in chosen), strict=True))
+            self._own.append(_Block(run, run, causal=True))
+        tokens, places = _chosen([block.queries for block in self._own])
         self._from_own = torch.empty(at, dtype=torch.long).index_copy_(0, tokens, places)  # [T]
-        self._cross: list[_Cross] = []
+        self._cross: list[_Block] = []
         for chosen in of_similar_length([prompt for _, prompt, _ in shared]):
             starts, prompts, totals = zip(*(shared[i] for i in chosen), strict=True)
             queries = _Rectangle.of([s + p for s, p in zip(starts, prompts, strict=True)], totals)
             keys = _Rectangle.of(starts, prompts)
             mask = torch.zeros(len(keys.index)).masked_fill_(keys.padding, -torch.inf).view(len(prompts), 1, 1, -1)
-            self._cross.append(_Cross(queries, keys, mask if keys.padding.any() else None))
+            self._cross.append(_Block(queries, keys, False, mask if keys.padding.any() else None))
         if self._cross:
             self._readers, self._from_queries = _chosen([block.queries for block in self._cross])
             self._read, self._from_keys = _chosen([block.keys for block in self._cross])
@@ -102,10 +146,10 @@ class Cascade:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
         """What each token attends to, [T, H, E], and the logarithm of its normaliser, [T, H]."""
-        output, normaliser = self._parts([_own(block, q, k, v, scaling) for block in self._own], self._from_own)
+        output, normaliser = self._parts([block.forward(q, k, v, scaling) for block in self._own], self._from_own)
         if self._cross:
             read, read_normaliser = self._parts(
-                [_crossed(block, q, k, v, scaling) for block in self._cross], self._from_queries
+                [block.forward(q, k, v, scaling) for block in self._cross], self._from_queries
             )
             before, own = output.index_select(0, self._readers), normaliser.index_select(0, self._readers)
             whole = torch.logaddexp(own, read_normaliser)
@@ -117,10 +161,10 @@ class Cascade:
 
     def backward(self, saved: Sequence[Tensor], grad: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of q, k and v."""
-        own = [_own_backward(block, saved, grad, scaling) for block in self._own]
+        own = [block.backward(saved, grad, scaling) for block in self._own]
         grad_q, grad_k, grad_v = (torch.cat(parts).index_select(0, self._from_own) for parts in zip(*own, strict=True))
         if self._cross:
-            crossed = [_crossed_backward(block, saved, grad, scaling) for block in self._cross]
+            crossed = [block.backward(saved, grad, scaling) for block in self._cross]
             more_q, more_k, more_v = (torch.cat(parts) for parts in zip(*crossed, strict=True))
             grad_q.index_add_(0, self._readers, more_q.index_select(0, self._from_queries))
             grad_k.index_add_(0, self._read, more_k.index_select(0, self._from_keys))
@@ -147,68 +191,9 @@ class _Attention(torch.autograd.Function):
         return (*ctx.cascade.backward(ctx.saved_tensors, grads[0], ctx.scaling), None, None)
 
 
-def _own(block: _Rectangle, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """A sequence to itself: [R * L, H, E] and [R * L, H]."""
-    repeats = q.shape[1] // k.shape[1]
-    keys, values = (block.gather(x).repeat_interleave(repeats, 1) for x in (k, v))
-    output, normaliser = _flash(block.gather(q), keys, values, 0.0, True, scale=scaling)
-    return _by_token(output), _by_token(normaliser)
-
-
-def _own_backward(
-    block: _Rectangle, saved: Sequence[Tensor], grad: Tensor, scaling: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, output, normaliser = saved
-    repeats = q.shape[1] // k.shape[1]
-    keys, values = (block.gather(x).repeat_interleave(repeats, 1) for x in (k, v))
-    found = _flash_backward(
-        *(block.gather(grad), block.gather(q), keys, values, block.gather(output), block.gather_normaliser(normaliser)),
-        *(0.0, True),
-        scale=scaling,
-    )
-    grad_q, grad_k, grad_v = (_by_token(x) for x in found)
-    return grad_q, *(x.view(len(x), -1, repeats, x.shape[2]).sum(2) if repeats > 1 else x for x in (grad_k, grad_v))
-
-
-def _crossed(block: _Cross, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Completions to their prompts. The heads that share keys stand one after another, as if they were more queries."""
-    num_kv_heads = k.shape[1]
-    queries = _folded(block.queries.gather(q), num_kv_heads)
-    mask = block.mask.to(q.dtype) if block.mask is not None else None
-    found = _flash(queries, block.keys.gather(k), block.keys.gather(v), 0.0, False, attn_mask=mask, scale=scaling)
-    output, normaliser = (_by_token(_unfolded(x, q.shape[1])) for x in found)
-    return output, normaliser
-
-
-def _crossed_backward(
-    block: _Cross, saved: Sequence[Tensor], grad: Tensor, scaling: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, output, normaliser = saved
-    num_kv_heads = k.shape[1]
-    of_grad, queries, of_output = (_folded(block.queries.gather(x), num_kv_heads) for x in (grad, q, output))
-    of_normaliser = _folded(block.queries.gather_normaliser(normaliser), num_kv_heads)
-    grad_q, grad_k, grad_v = _flash_backward(
-        *(of_grad, queries, block.keys.gather(k), block.keys.gather(v), of_output, of_normaliser),
-        *(0.0, False),
-        attn_mask=block.mask.to(q.dtype) if block.mask is not None else None,
-        scale=scaling,
-    )
-    return _by_token(_unfolded(grad_q, q.shape[1])), _by_token(grad_k), _by_token(grad_v)
-
-
 def _by_token(x: Tensor) -> Tensor:
     """[R, heads, L, ...] -> [R * L, heads, ...]."""
     return x.transpose(1, 2).flatten(0, 1)
-
-
-def _folded(x: Tensor, num_kv_heads: int) -> Tensor:
-    """[Q, H, L, ...] -> [Q, K, H / K * L, ...]."""
-    return x if x.shape[1] == num_kv_heads else x.unflatten(1, (num_kv_heads, -1)).flatten(2, 3)
-
-
-def _unfolded(x: Tensor, num_heads: int) -> Tensor:
-    """[Q, K, H / K * L, ...] -> [Q, H, L, ...]."""
-    return x if x.shape[1] == num_heads else x.unflatten(2, (num_heads // x.shape[1], -1)).flatten(1, 2)
 
 
 def _chosen(blocks: Sequence[_Rectangle]) -> tuple[Tensor, Tensor]:

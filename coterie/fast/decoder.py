@@ -1,4 +1,4 @@
-"""Sampling from a model of the Llama family in compiled loops: what `Body` does for a stream, for the next token of each row.
+"""Sampling from a model of the Llama family in compiled loops: what `FastBody` does for a stream, for the next token of each row.
 
 The rows are split over the threads, and each thread takes its rows through all layers, token after token, until they end; what
 is shared, weights and prompts, is only read. Products are those of the BLAS that torch brings.
@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coterie.fast.body import FastBody
 from coterie.fast.grid import Grid
 from coterie.fast.kernels.build import library, matrix_product
 from coterie.fast.kernels.calls import rope_fits, run
 from coterie.fast.kernels.structs import Decoding, LayerCache, LayerWeights
+from coterie.fast.tiles import plain_head
 from coterie.models.policy import Policy
 from coterie.recipe.settings import Sampling
 from coterie.rollouts.engine import Sampled
@@ -31,8 +33,8 @@ class Decoder:
     """A policy's weights, ready to decode sequences of at most `longest` tokens."""
 
     def __init__(self, policy: Policy, longest: int) -> None:
-        assert policy.body is not None
-        head = policy.plain_head
+        head = plain_head(policy)
+        assert isinstance(policy.body, FastBody)
         assert head is not None
         model: Any = policy.model.base_model
         layer, self._dtype = model.layers[0], head.weight.dtype
@@ -63,15 +65,16 @@ class Decoder:
     @classmethod
     def of(cls, policy: Policy, longest: int) -> Decoder | None:
         """None where the compiled loops do not serve: another architecture, device, precision, or LoRA's matrices."""
+        head = plain_head(policy)
         if (
-            policy.body is None
+            not isinstance(policy.body, FastBody)
             or policy.adapter is not None
             or policy.device.type != "cpu"
-            or policy.plain_head is None
+            or head is None
         ):
             return None
         model: Any = policy.model.base_model
-        dtype = policy.plain_head.weight.dtype
+        dtype = head.weight.dtype
         plain = all(type(module) is nn.Linear for layer in model.layers for module in _projections(layer))
         plain &= type(model.embed_tokens) is nn.Embedding and model.rotary_emb.rope_type in _FIXED_ROTARY
         plain &= all(settings.plain for settings in policy.body.settings.values())

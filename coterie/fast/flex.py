@@ -8,7 +8,7 @@ Legend: T tokens of the stream with what pads it, H heads, K key-value heads, E 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import count
 from typing import Any
@@ -103,22 +103,21 @@ def _call(device: str) -> Any:
     return torch.compile(flex_attention, dynamic=True)
 
 
-def flex_serves(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, plain: type[Layout]) -> bool:
+def flex_serves(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, plain: Callable[..., Layout]) -> bool:
     """Whether FlexAttention runs on this device for tensors like these, and gives what `plain`, another layout, gives. Tried once."""
-    return _tried(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[3], v.shape[3], softcap, plain)
+    return _tried(q.device, q.dtype, (q.shape[1], k.shape[1]), (q.shape[3], v.shape[3]), softcap, plain)
 
 
 @cache
 def _tried(
     device: torch.device,
     dtype: torch.dtype,
-    num_heads: int,
-    num_kv_heads: int,
-    width: int,
-    width_of_values: int,
+    heads: tuple[int, int],
+    widths: tuple[int, int],
     softcap: float | None,
-    plain: Any,
+    plain: Callable[..., Layout],
 ) -> bool:
+    """heads: of queries, of keys and values. widths: of queries and keys, of values."""
     segments = [(70, (40, 90, 1)), (5, (60,)), (130, (20, 30))]
     length = sum(prompt + sum(completions) for prompt, completions in segments)
     seeds = count()
@@ -127,22 +126,21 @@ def _tried(
         generator = torch.Generator().manual_seed(next(seeds))
         return torch.randn(1, heads, length, last, generator=generator).to(device, dtype)
 
-    inputs = [random(num_heads, width), random(num_kv_heads, width), random(num_kv_heads, width_of_values)]
-    direction = random(num_heads, width_of_values).transpose(1, 2)
-    settings = AttentionSettings(width**-0.5, None, softcap)
+    inputs = [random(heads[0], widths[0]), random(heads[1], widths[0]), random(heads[1], widths[1])]
+    direction = random(heads[0], widths[1]).transpose(1, 2)
+    settings = AttentionSettings(widths[0] ** -0.5, None, softcap)
     allowed = 1e-3 if dtype == torch.float32 else 0.05
-    kinds: tuple[Any, Any] = (FlexLayout, plain)
     try:
         found = []
-        for kind in kinds:
+        for kind in (FlexLayout, plain):
             with torch.enable_grad():
-                leaves = [x.clone().requires_grad_() for x in inputs]
-                out = kind(segments, device).attend(0, *leaves, settings)
-                found.append([out.detach(), *torch.autograd.grad((out * direction).sum(), leaves)])
+                q, k, v = (x.clone().requires_grad_() for x in inputs)
+                out = kind(segments, device).attend(0, q, k, v, settings)
+                found.append([out.detach(), *torch.autograd.grad((out * direction).sum(), (q, k, v))])
         errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*found, strict=True)]
         why = "" if max(errors) <= allowed else f"it differs from plain attention by {max(errors):.2g}"
-    except Exception as error:  # a compiler may raise anything; there is another way
+    except Exception as error:  # broad: a compiler, or a device, may raise anything; there is another way
         why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     if why:
-        warnings.warn(f"FlexAttention is not used for heads of {width} in {dtype} ({why})", stacklevel=2)
+        warnings.warn(f"FlexAttention is not used for heads of {widths[0]} in {dtype} ({why})", stacklevel=2)
     return not why

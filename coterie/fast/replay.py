@@ -16,9 +16,8 @@ from torch import Tensor
 from coterie.fast.grid import Grid, StaticLayout
 from coterie.models.policy import Policy
 
-_BY_HAND = (
-    2  # steps of a grid before one is recorded: grids may be short-lived, and libraries set themselves up in the first
-)
+# Steps of a grid before one is recorded: grids may be short-lived, and libraries set themselves up in the first
+_BY_HAND = 2
 ROOM = 256  # columns that are added at a time, since each time is a recording
 
 

@@ -1,6 +1,6 @@
 """What the set-up builds a run from: policies and engines that are fast where they give the same as the plain ones.
 
-Two seams hold it: what serves a policy's forward pass (`Policy.body_of` and `Policy.layout`), and what generates (`make_engine`).
+Two seams hold it: what serves a policy's forward pass (`body_of`, `layout` and `head_logprobs`), and what generates (`make_engine`).
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from coterie.fast.body import FastBody
 from coterie.fast.native import NativeEngine
 from coterie.fast.stream import StreamLayout
+from coterie.fast.tiles import TiledLogprobs, plain_head
 from coterie.models import load
 from coterie.models.attention import AttentionSettings
 from coterie.models.codec import Codec
@@ -31,7 +32,8 @@ _ALLOWED_GAP = 1e-3  # nats, in float32; a row that lost its keys is off by more
 
 
 class Policy(PlainPolicy):
-    """A policy with the fast forms of its forward pass: our own of the Llama family, and attention that copies no prompt."""
+    """A policy with the fast forms of its forward pass: our own of the Llama family, attention that copies no prompt, and logits in
+    tiles."""
 
     @classmethod
     def body_of(cls, model: nn.Module, settings: Mapping[int, AttentionSettings]) -> FastBody | None:
@@ -39,6 +41,12 @@ class Policy(PlainPolicy):
 
     def layout(self, segments: Sequence[tuple[int, Sequence[int]]]) -> StreamLayout:
         return StreamLayout(segments, self.device)
+
+    def head_logprobs(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor | None:
+        head = plain_head(self)
+        if head is None or not len(targets):
+            return None
+        return TiledLogprobs.apply(hidden, head.weight, head.bias, targets, temperature)
 
 
 def load_policy(source: str, device: torch.device, chat: Chat | None = None) -> tuple[Policy, Codec]:

@@ -153,9 +153,8 @@ def target_layers(model: PreTrainedModel, settings: Lora) -> dict[str, list[nn.M
                 f"lora.targets: {target!r} matches no linear layer of {type(model).__name__} below its head; there are: "
                 f"{kinds}; {ALL_LINEAR} takes all of them"
             )
-    of_weight: dict[
-        nn.Parameter, list[str]
-    ] = {}  # one weight in several layers is one weight more to train, not several
+    # One weight in several layers is one weight more to train, not several
+    of_weight: dict[nn.Parameter, list[str]] = {}
     for name, module in linear.items():
         of_weight.setdefault(module.weight, []).append(name)
     wanted = {place for places in chosen.values() for place in places}
@@ -190,7 +189,7 @@ def _is_linear(module: nn.Module) -> bool:
     x = torch.linspace(-1, 1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)[None]
     try:
         given = module(x)
-    except Exception:  # it takes something else than x
+    except Exception:  # broad: a model's own code, which takes something else than x
         return False
     wanted = F.linear(x, module.weight, module.bias)
     if not isinstance(given, Tensor) or given.shape != wanted.shape or given.dtype != wanted.dtype:

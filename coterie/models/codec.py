@@ -160,7 +160,7 @@ class Codec:
         """What the tokenizer puts before this text; None where it can't encode it."""
         try:
             bare, whole = (list(self.tokenizer(text, add_special_tokens=added)["input_ids"]) for added in (False, True))
-        except Exception:  # the tokenizers' own kind
+        except Exception:  # broad: what a tokenizer can't encode it says with a bare Exception
             return None
         places = (place for place in range(len(whole)) if bare and whole[place : place + len(bare)] == bare)
         return next((whole[:place] for place in places), None)

@@ -25,13 +25,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coterie.errors import UserError
-from coterie.models.attention import UnservedModelError, observed
+from coterie.models.attention import UnservedModelError
 from coterie.models.lengths import Lengths
+from coterie.models.observe import observed
 from coterie.models.policy import Policy, context_length_of
 from coterie.models.rounding import rounding_of
 
 _SMALL = 1 << 25  # parameters of a model that is copied
-_ALLOWED = 1e-3  # of the largest output, or of 1, in float32: rounding is a hundredth of it, and a mistake a hundred times where weights are large
+# Of the largest output, or of 1, in float32: rounding is a hundredth of it, and a mistake a hundred times where weights are large
+_ALLOWED = 1e-3
 _SEED = 0
 
 
@@ -56,7 +58,9 @@ def serve(model: PreTrainedModel, kind: type[_Kind]) -> _Kind:
             _check_type(model, trial.sample)
             try:
                 return _on_stream(model, trial, kind)
-            except Exception as error:  # a model's code may raise anything where it meets what it was not made for
+            except (
+                Exception
+            ) as error:  # broad: a model's code may raise anything where it meets what it was not made for
                 why = _in_a_line(error)
             alone = _differs_beside_others(trial)
     warnings.warn(
@@ -188,7 +192,7 @@ class _Trial:
             other = torch.cat([row[:kept], (row[kept:] + 1) % vocabulary])
             before, after, start = (_output(model, input_ids=tokens[None])[0] for tokens in (row, other, row[:kept]))
             noise = 0.0 if model.dtype in (torch.float32, torch.float64) else _noise(model, row)
-        except Exception as error:  # each architecture asks for what it needs in its own way
+        except Exception as error:  # broad: each architecture asks for what it needs in its own way
             raise UserError(
                 f"model: {name} can't be run on tokens alone, as a language model is: {_in_a_line(error)}"
             ) from error
@@ -252,7 +256,7 @@ def _check_type(model: PreTrainedModel, sample: _Sample) -> None:
     try:
         with torch.enable_grad(), _embeddings_kept(model, leaves):
             torch.autograd.grad(_output(model, input_ids=sample.rows[0][1][None]).sum(), leaves[0], allow_unused=True)
-    except Exception as error:
+    except Exception as error:  # broad: a model's own code, in a precision that it may not be made for
         raise UserError(
             f"model: {type(model).__name__} can't be trained with weights of the type {model.dtype}: {_in_a_line(error)}"
         ) from error
@@ -317,7 +321,7 @@ def _differs_beside_others(trial: _Trial) -> bool:
     policy = Policy(model, "padded", lengths=Lengths.of(model))
     try:
         outputs = policy.padded(lambda **inputs: _output(model, **inputs), rows)
-    except Exception:  # a model that takes no mask, say
+    except Exception:  # broad: a model's own code, which may take no mask, say
         return True
     for beside, alone in zip(outputs, trial.alone(), strict=True):
         if not _difference(beside[-len(alone) :], alone) <= trial.allowed:

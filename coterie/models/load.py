@@ -113,7 +113,7 @@ def _generation_ends(home: str) -> int | list[int] | None:
     """The end tokens of generation_config.json, which a model need not have."""
     try:
         return GenerationConfig.from_pretrained(home).eos_token_id
-    except Exception as error:
+    except Exception as error:  # broad: the hub's client, the network, and what the file holds
         if (Path(home) / "generation_config.json").is_file():
             raise UserError(f"model: {home}/generation_config.json can't be read: {error}") from error
     return None

@@ -5,10 +5,8 @@ Legend: N completion tokens of a stream, C tokens of a chunk, V vocabulary, D wi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -19,8 +17,6 @@ from coterie.stopping import may_stop
 from coterie.types import Stream
 
 CHUNK_LOGITS = 1 << 24  # logits held at a time
-# Of a plain head: logits of a tile, and how many of the vocabulary it covers
-TILE_LOGITS = {"cpu": (1 << 20, 2048), "cuda": (1 << 24, 8192)}
 
 
 @dataclass(frozen=True)
@@ -55,6 +51,9 @@ def token_statistics(
 ) -> TokenStatistics:
     """`token_logprobs`, with the entropy, and the exact KL to a reference, from the same pass where they are asked for."""
     hidden = policy.hidden_states(stream)  # [N, D]
+    if not entropy and reference is None:
+        found = chunked_logprobs(policy, hidden, stream.targets, temperature=temperature, support=stream.support)
+        return TokenStatistics(found)
     reference_hidden = None
     if reference is not None:
         with torch.no_grad():
@@ -83,10 +82,15 @@ def chunked_logprobs(
     *,
     temperature: float,
     support: Sequence[Tensor] | None = None,
-    chunk_logits: int = CHUNK_LOGITS,
+    chunk_logits: int | None = None,
 ) -> Tensor:
     """log softmax(head(hidden) / temperature)[targets]: hidden [N, D], targets [N] -> [N]."""
-    return _in_chunks(_Head(policy, None, temperature, False), hidden, None, targets, support, chunk_logits)[0]
+    found = policy.head_logprobs(hidden, targets, temperature) if support is None else None
+    if found is not None:
+        return found
+    return _in_chunks(
+        _Head(policy, None, temperature, False), hidden, None, targets, support, chunk_logits or CHUNK_LOGITS
+    )[0]
 
 
 @dataclass(frozen=True)
@@ -137,9 +141,6 @@ def _in_chunks(
 ) -> Tensor:
     """The head over chunks of tokens: [quantities, N]."""
     size = max(1, chunk_logits // head.policy.vocabulary_size)
-    plain = head.policy.plain_head if support is None and head.reference is None and not head.entropy else None
-    if plain is not None and len(targets):
-        return _TiledLogprobs.apply(hidden, plain.weight, plain.bias, targets, head.temperature)[None]
     parts = []
     for start in range(0, len(targets), size):
         part = slice(start, start + size)
@@ -151,79 +152,3 @@ def _in_chunks(
         else:
             parts.append(head(*inputs))
     return torch.cat(parts, 1) if parts else hidden.new_zeros(3, 0, dtype=torch.float32)
-
-
-class _TiledLogprobs(torch.autograd.Function):
-    """log softmax(head(hidden) / temperature)[targets], [N], for a head that is one product: hidden [N, D], weight [V, D].
-
-    A tile is some tokens by some of the vocabulary, small enough to stay in a CPU's cache for all that is done to it: with a
-    large vocabulary, passing over logits in memory costs more than the products. The normalisers are summed from tile to tile; in the
-    backward pass a tile's logits are computed again and turned into their gradient in place.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
-    ) -> Tensor:
-        tiles = _Tiles(weight, bias, temperature)
-        chosen, normaliser = hidden.new_zeros(len(hidden)), hidden.new_empty(len(hidden))
-        for rows in tiles.rows(len(hidden)):
-            largest = hidden.new_full((len(hidden[rows]),), -torch.inf)
-            total = torch.zeros_like(largest)
-            for columns in tiles.columns:
-                logits = tiles.logits(hidden[rows], columns)
-                at, inside = tiles.places(targets[rows], columns)
-                chosen[rows] += logits.gather(1, at)[:, 0].where(inside, 0)
-                before, largest = largest, torch.maximum(largest, logits.amax(1))
-                total = total * (before - largest).exp() + logits.sub_(largest[:, None]).exp_().sum(1)
-            normaliser[rows] = largest + total.log()
-        ctx.save_for_backward(hidden, weight, bias, targets, normaliser)
-        ctx.temperature = temperature
-        return chosen - normaliser
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        hidden, weight, bias, targets, normaliser = ctx.saved_tensors
-        tiles = _Tiles(weight, bias, ctx.temperature)
-        grad = grads[0] / ctx.temperature
-        of_hidden = torch.zeros_like(hidden)
-        of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        of_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
-        for rows in tiles.rows(len(hidden)):
-            for columns in tiles.columns:
-                at, inside = tiles.places(targets[rows], columns)
-                of_logits = (
-                    tiles.logits(hidden[rows], columns).sub_(normaliser[rows, None]).exp_().mul_(-grad[rows, None])
-                )
-                of_logits.scatter_add_(1, at, grad[rows].where(inside, 0)[:, None])
-                of_hidden[rows].addmm_(of_logits, weight[columns])
-                if of_weight is not None:
-                    of_weight[columns].addmm_(of_logits.t(), hidden[rows])
-                if of_bias is not None:
-                    of_bias[columns] += of_logits.sum(0)
-        return of_hidden, of_weight, of_bias, None, None
-
-
-class _Tiles:
-    """A head's logits, a tile at a time."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, temperature: float) -> None:
-        size, width = TILE_LOGITS["cpu" if weight.device.type == "cpu" else "cuda"]
-        width = min(width, len(weight))
-        self._weight, self._bias, self._temperature = weight, bias, temperature
-        self._size = max(1, size // width)
-        self.columns = [slice(start, start + width) for start in range(0, len(weight), width)]
-
-    def rows(self, tokens: int) -> list[slice]:
-        return [slice(start, start + self._size) for start in range(0, tokens, self._size)]
-
-    def logits(self, hidden: Tensor, columns: slice) -> Tensor:
-        bias = self._bias[columns] if self._bias is not None else None
-        logits = F.linear(hidden, self._weight[columns], bias)
-        return logits if self._temperature == 1 else logits.div_(self._temperature)
-
-    def places(self, targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-        """Where the targets stand among these columns, [C, 1], and which do, [C]: the others' places mean nothing."""
-        stop = min(columns.stop, len(self._weight))
-        inside = (targets >= columns.start) & (targets < stop)
-        return (targets.clamp(columns.start, stop - 1) - columns.start)[:, None], inside

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, Protocol, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,24 +25,9 @@ from coterie.models.recompute import recomputable_layers, recomputed, recomputed
 from coterie.recipe.settings import Lora
 from coterie.types import Stream
 
-
-class Body(Protocol):
-    """A forward pass that computes what a model does below its head. settings: what each layer's attention is called with."""
-
-    @property
-    def settings(self) -> Mapping[int, AttentionSettings]: ...
-
-    def run(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        layout: Layout,
-        places: Tensor | None = None,
-        recompute: Callable[..., Tensor] | None = None,
-    ) -> Tensor:
-        """tokens [T], positions [T] -> [T, D], or at M places of the stream: [M, D]. `recompute(function, *arguments)` calls a
-        layer, and again for its gradient."""
-        ...
+# What a model computes below its head, in another way: tokens [T], positions [T], a layout, places [M] or None, and how to call
+# what is to be computed again in the backward pass, or None -> [T, D], or [M, D]
+Body = Callable[[Tensor, Tensor, Layout, Tensor | None, Callable[..., Tensor] | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,7 +41,8 @@ class Policy:
     adapter: the LoRA matrices that it computes with, and that are trained in place of the model's weights.
     recomputes: whether a backward pass computes each layer again, from its inputs alone.
 
-    `body_of` and `layout` are plain here: the model's own forward pass, and dense blocks. `coterie.Policy` has faster ones.
+    `body_of`, `layout` and `head_logprobs` are plain here: the model's own forward pass, dense blocks, chunks of logits.
+    `coterie.Policy` has faster ones.
     """
 
     model: PreTrainedModel
@@ -83,6 +69,10 @@ class Policy:
     def layout(self, segments: Sequence[tuple[int, Sequence[int]]]) -> Layout:
         """How a stream of groups attends: (prompt length, lengths of its completions) each."""
         return DenseLayout(segments, self.device)
+
+    def head_logprobs(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor | None:
+        """log softmax(head(hidden) / temperature)[targets], [N], at once; None where it is to be computed in chunks."""
+        return None
 
     def with_adapter(self, settings: Lora, seed: int) -> Self:
         """The same model, to be trained through LoRA matrices that are put into it. They do nothing yet."""
@@ -163,7 +153,7 @@ class Policy:
             if self.body is not None:
                 with self._setting():
                     recompute = recomputed(self._setting) if self._recomputes_now else None
-                    return self.body.run(tokens, positions, layout, places, recompute)
+                    return self.body(tokens, positions, layout, places, recompute)
             with self.acting(layout):
                 output = self.model.base_model(input_ids=tokens[None], position_ids=positions[None], use_cache=False)
         states = output.last_hidden_state[0]
@@ -192,26 +182,19 @@ class Policy:
         """The model's head, with what some architectures do after it: [..., D] -> [..., V]."""
         if self.served == "padded":
             return hidden
-        config = self.model.config.get_text_config()
-        logits = self.model.get_output_embeddings()(hidden)
-        if (scale := getattr(config, "logits_scaling", None)) is not None:  # Granite
-            logits = logits / scale
-        if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
-            logits = logits * scale
-        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2
-            logits = torch.tanh(logits / cap) * cap
+        logits, config = self.model.get_output_embeddings()(hidden), self.model.config.get_text_config()
+        for name, act in AFTER_HEAD.items():
+            if (setting := getattr(config, name, None)) is not None:
+                logits = act(logits, setting)
         return logits
 
-    @property
-    def plain_head(self) -> nn.Linear | None:
-        """The model's head, where it is one product in full precision and nothing follows it."""
-        head, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
-        follows = any(getattr(config, name, None) is not None for name in _AFTER_HEAD)
-        plain = type(head) is nn.Linear and head.weight.dtype in (torch.float32, torch.float64)
-        return head if plain and not follows and self.served == "stream" else None
 
-
-_AFTER_HEAD = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+# What some architectures do to their logits, by the setting that asks for it
+AFTER_HEAD: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "logits_scaling": lambda logits, scale: logits / scale,  # Granite
+    "logit_scale": lambda logits, scale: logits * scale,  # Cohere
+    "final_logit_softcapping": lambda logits, cap: torch.tanh(logits / cap) * cap,  # Gemma 2
+}
 
 
 def quiet_transformers() -> None:

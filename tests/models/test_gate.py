@@ -8,6 +8,7 @@ from test_every_architecture import LOGPROBS, some_groups
 
 from coterie.errors import UserError
 from coterie.fast.serve import Policy
+from coterie.fast.tiles import plain_head
 from coterie.models.logprobs import token_logprobs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*can't share prompts")
@@ -105,7 +106,7 @@ def test_what_follows_the_head_is_the_models(architecture, settings):
     """Which a policy computes by itself, on hidden states: scaled as the model scales them."""
     model, tokens = tiny_model(architecture, **settings), torch.arange(3, 20)[None]
     policy = Policy.of(model)
-    assert (policy.served, policy.plain_head) == ("stream", None)
+    assert (policy.served, plain_head(policy)) == ("stream", None)
     with torch.no_grad():
         hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         torch.testing.assert_close(policy.logits(hidden), model(input_ids=tokens).logits, rtol=0, atol=1e-6)

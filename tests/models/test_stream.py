@@ -5,8 +5,8 @@ import torch
 from conftest import SHAPES
 from small_streams import plain_logprobs, stream_of
 
+from coterie.fast import tiles
 from coterie.fast.serve import Policy
-from coterie.models import logprobs
 from coterie.models.logprobs import chunked_logprobs, token_logprobs
 
 pytestmark = pytest.mark.usefixtures("each_way")
@@ -107,9 +107,9 @@ def test_chunked_logprobs_and_gradients_equal_whole_ones(make_model, temperature
 def test_a_plain_head_s_gradients_in_tiles_are_whole_logits_ones(
     make_model, monkeypatch, architecture, temperature, tile
 ):
-    monkeypatch.setitem(logprobs.TILE_LOGITS, "cpu", tile)
+    monkeypatch.setitem(tiles.TILE_LOGITS, "cpu", tile)
     policy = Policy.of(make_model(architecture))
-    head = policy.plain_head
+    head = tiles.plain_head(policy)
     assert head is not None
     policy.model.double()
     hidden = torch.randn(37, 32, dtype=torch.float64, requires_grad=True)
@@ -126,7 +126,7 @@ def test_a_plain_head_s_gradients_in_tiles_are_whole_logits_ones(
 
 @pytest.mark.parametrize("architecture", ["gemma2", "granite"])
 def test_a_head_with_something_after_it_is_not_plain(make_model, architecture):
-    assert Policy.of(make_model(architecture)).plain_head is None
+    assert tiles.plain_head(Policy.of(make_model(architecture))) is None
 
 
 def test_truncated_logprobs_are_those_of_the_kept_tokens(make_model):
