@@ -37,8 +37,6 @@ PATH = (
     ("models/policy.py", "a transformers model as a policy"),
     ("models/attention.py", "attention handed to a layout"),
     ("models/layout.py", "attention over the stream in dense blocks"),
-    ("models/alibi.py", "attention with a slope for each head"),
-    ("models/lengths.py", "which sequences may be run together"),
     ("algorithms/ratios.py", "the policy against the sampler"),
     ("algorithms/objectives.py", "the loss of each token"),
     ("algorithms/kl.py", "the KL to the reference"),
@@ -60,11 +58,12 @@ FAST = (
     ("fast/replay.py", "a GPU's steps of decoding, recorded and replayed"),
     ("fast/decoder.py", "sampling in compiled loops"),
     ("fast/body.py", "a forward pass of our own"),
-    ("fast/pieces.py", "norm, rope and gate in compiled loops"),
+    ("fast/compiled.py", "norm, rope, gate and attention in compiled loops"),
     ("fast/stream.py", "which attention serves on the stream"),
     ("fast/cascade.py", "attention in parts that are merged, in half precision"),
     ("fast/flex.py", "FlexAttention over the stream"),
-    ("fast/kernels/calls.py", "the compiled loops as functions of tensors"),
+    ("fast/tiles.py", "logits of a plain head in tiles"),
+    ("fast/kernels/calls.py", "how a compiled loop is called"),
     ("fast/kernels/layers.c", "norm, rope and gate"),
     ("fast/kernels/attention.c", "attention over the stream"),
     ("fast/kernels/decode.c", "rows from token to token"),
@@ -99,7 +98,9 @@ def text() -> str:
     rows = lambda files: "".join(f"| `{name}` | {what} | {lines_of(name)} |\n" for name, what in files)  # noqa: E731
     return (
         f"Read these in order, from drawing a prompt to the row in `run.db`: {total:,} lines in {len(PATH)} files, of which {code:,} are code and "
-        f"the rest docstrings, comments and blank lines.\n\n{head}{rows(PATH)}\n"
+        "the rest docstrings, comments and blank lines. Left out is what only some architectures need (`models/alibi.py`, `models/lengths.py`) and "
+        "what decides how a model is served (`models/gate.py`, `models/observe.py`, `rollouts/memory.py`).\n\n"
+        f"{head}{rows(PATH)}\n"
         f"What stands in `fast/` computes the same, faster: {fast:,} lines that a reader may leave shut.\n\n{head}{rows(FAST)}"
     )
 

@@ -2,7 +2,7 @@
 
 Beside its products a layer of transformers spends as much time again on norms, rotary positions, gates and the calls between:
 many small operations, whose results are all kept for the backward pass. Here the heads of a token stay side by side,
-[T, H * E], and each piece is one autograd function. A model's own forward pass stays in use wherever this one does not compute
+[T, H * E], and each step is one autograd function. A model's own forward pass stays in use wherever this one does not compute
 the same: `models/gate.py` compares them.
 
 Legend: T tokens of a stream, H heads, E width of a head, D width of the model.
@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coterie.fast.compiled import rms_norm, rope, swiglu
 from coterie.fast.kernels.calls import rope_fits, served
-from coterie.fast.pieces import rms_norm, rope, swiglu
 from coterie.models.attention import AttentionSettings, Layout
 
 _PARTS = {

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from coterie.fast.cascade import Cascade
+from coterie.fast.compiled import attend
 from coterie.fast.flex import FlexLayout, flex_serves
 from coterie.fast.kernels.calls import Groups, served
-from coterie.fast.pieces import CompiledAttention
 from coterie.models.attention import AttentionSettings
 from coterie.models.layout import DenseLayout
 
@@ -41,7 +41,7 @@ class StreamLayout:
             return self._dense.attend(layer, q, k, v, settings)
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, heads, E]
         if compiled:
-            return CompiledAttention.apply(q, k, v, self._groups, settings.scaling, settings.window)[None]
+            return attend(q, k, v, self._groups, settings.scaling, settings.window)[None]
         return self._cascade.attend(q, k, v, settings.scaling)[None]
 
     @cached_property

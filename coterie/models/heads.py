@@ -78,13 +78,13 @@ class Scorer:
     def values(self, stream: Stream) -> Tensor:
         """What the model expects before each completion token is written: [N]."""
         if self.base.served == "padded":
-            return self._scored(torch.cat([row[prompt - 1 : -1] for prompt, row in self._padded(stream)]))
+            return self._scored(torch.cat([output[:-1] for output in self._padded(stream)]))
         return self._scored(self.base.stream_states(stream, stream.predictors, stream.row))
 
     def scores(self, stream: Stream) -> Tensor:
         """What the model makes of each whole completion, read off its last token: [B]."""
         if self.base.served == "padded":
-            return self._scored(torch.stack([row[-1] for _, row in self._padded(stream)]))
+            return self._scored(torch.stack([output[-1] for output in self._padded(stream)]))
         ends, at = [], 0
         for prompt_length, lengths in stream.segments:
             at += prompt_length
@@ -93,7 +93,7 @@ class Scorer:
                 ends.append(at - 1)
         return self._scored(self.base.stream_states(stream, torch.tensor(ends), torch.arange(len(ends))))
 
-    def _padded(self, stream: Stream) -> list[tuple[int, Tensor]]:
+    def _padded(self, stream: Stream) -> list[Tensor]:
         return self.base.padded_outputs(lambda **inputs: self.base.model(**inputs).last_hidden_state, stream)
 
     def _scored(self, states: Tensor) -> Tensor:

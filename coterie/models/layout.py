@@ -100,43 +100,37 @@ class DenseLayout:
                 own_v = torch.cat([trunk.view(values, v.shape[-1]).index_select(0, block.trunk_row), own_v], 1)
             mask = self._mask(number, settings.window, q.dtype)
             if settings.slopes is not None:
-                places = self._places(number).to(q.dtype)  # [R or 1, 1, 1, keys]
+                places = self._places(block)[0][:, None, None].to(q.dtype)  # [R or 1, 1, 1, keys]
                 mask = mask + places * settings.slopes.to(q.dtype)[:, None, None]
             attended = dense_attention(own_q, own_k, own_v, mask, settings)  # [R, L, H, E]
             outputs.append(attended.reshape(block.num_rows * block.length, -1))
         stream = _Unpad.apply(torch.cat(outputs), self._index, self._inverse)
         return stream.view(1, len(self._inverse), q.shape[1], -1)
 
-    def _places(self, number: int) -> Tensor:
-        """Where a block's keys stand in their sequences: [R or 1, 1, 1, keys]."""
-        block = self._blocks[number]
+    def _places(self, block: _Block) -> tuple[Tensor, Tensor]:
+        """Where a block's keys stand in their sequences, and which are no padding: [R, keys], or [1, keys] where all rows are alike."""
         own = torch.arange(block.length, device=self._device)
         if block.trunk is None:
-            return own.view(1, 1, 1, -1)
-        prefix = torch.arange(self._blocks[block.trunk].length, device=self._device).expand(block.num_rows, -1)
-        lengths = torch.tensor(block.trunk_lengths, device=self._device)[:, None]
-        return torch.cat([prefix, lengths + own], 1)[:, None, None]
+            return own[None], torch.ones_like(own, dtype=torch.bool)[None]
+        alike = len(set(block.trunk_lengths)) == 1
+        lengths = torch.tensor(block.trunk_lengths[:1] if alike else block.trunk_lengths, device=self._device)[:, None]
+        before = torch.arange(self._blocks[block.trunk].length, device=self._device).expand(len(lengths), -1)
+        behind = lengths + own
+        return torch.cat([before, behind], 1), torch.cat(
+            [before < lengths, torch.ones_like(behind, dtype=torch.bool)], 1
+        )
 
     def _mask(self, number: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """What is added to a block's scores: [R or 1, 1, L, keys]."""
         if (number, window, dtype) not in self._masks:
             block = self._blocks[number]
-            own = torch.arange(block.length, device=self._device)
-            query_at, key_at, allowed = own[:, None], own, own <= own[:, None]  # [L, L]
-            if block.trunk is not None:
-                lengths = sorted(set(block.trunk_lengths))
-                lengths = lengths if len(lengths) == 1 else list(block.trunk_lengths)
-                prefix = torch.arange(self._blocks[block.trunk].length, device=self._device)
-                length = torch.tensor(lengths, device=self._device)[:, None, None]  # [R or 1, 1, 1]
-                in_trunk = (prefix < length).expand(-1, block.length, -1)  # [R or 1, L, S]
-                allowed = torch.cat([in_trunk, allowed.expand(len(lengths), -1, -1)], 2)
-                query_at = length + own[:, None]
-                key_at = torch.cat([prefix.expand(len(lengths), 1, -1), length + own], 2)
+            keys, real = self._places(block)
+            back = keys[:, -block.length :, None] - keys[:, None]  # [R or 1, L, keys]
+            allowed = real[:, None] & (back >= 0)
             if window is not None:
-                allowed = allowed & (query_at - key_at < window)
-            allowed = allowed.view(-1, 1, *allowed.shape[-2:])
+                allowed &= back < window
             mask = torch.zeros(allowed.shape, dtype=dtype, device=self._device)
-            self._masks[number, window, dtype] = mask.masked_fill(~allowed, -torch.inf)
+            self._masks[number, window, dtype] = mask.masked_fill(~allowed, -torch.inf)[:, None]
         return self._masks[number, window, dtype]
 
 

@@ -106,7 +106,7 @@ class Policy:
         """What predicts each token that the policy wrote: [N, D]; of a padded policy its logits, [N, V]."""
         if self.served == "padded":
             outputs = self.padded_outputs(lambda **inputs: self.model(**inputs).logits, stream)
-            return torch.cat([row[prompt - 1 : -1] for prompt, row in outputs])
+            return torch.cat([output[:-1] for output in outputs])
         return self.stream_states(stream, stream.predictors, stream.row)
 
     def stream_states(self, stream: Stream, wanted: Tensor, rows: Tensor) -> Tensor:
@@ -125,14 +125,11 @@ class Policy:
         places, which = (x.to(self.device) for x in part.wanted.unique(return_inverse=True))
         return self.run(part.tokens, part.positions, self.layout(part.segments), places).index_select(0, which)
 
-    def padded_outputs(self, run: Callable[..., Tensor], stream: Stream) -> list[tuple[int, Tensor]]:
-        """The slow, obvious way, for every completion with its own copy of the prompt: the length of its prompt, and what was
-        computed for its tokens, prompt included."""
-        rows = stream.rows()
-        return [
-            (prompt, output)
-            for (prompt, _), output in zip(rows, self.padded(run, [row for _, row in rows]), strict=True)
-        ]
+    def padded_outputs(self, run: Callable[..., Tensor], stream: Stream) -> list[Tensor]:
+        """The slow, obvious way, for every completion with its own copy of the prompt: what `run` computes at the last token of the
+        prompt and at each of the completion's n, [n + 1, ...]."""
+        prompts, rows = zip(*stream.rows(), strict=True)
+        return [output[prompt - 1 :] for prompt, output in zip(prompts, self.padded(run, rows), strict=True)]
 
     def padded(self, run: Callable[..., Tensor], rows: Sequence[Tensor]) -> list[Tensor]:
         """What `run(input_ids=, attention_mask=, use_cache=)`, [B, longest, ...], gives for each of B rows, padded on the right.

@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 
+from coterie.fast.compiled import attend, rms_norm, rope, swiglu
 from coterie.fast.decoder import Decoder
 from coterie.fast.grid import Grid
 from coterie.fast.kernels import build, calls, structs
 from coterie.fast.native import NativeEngine
-from coterie.fast.pieces import CompiledAttention, rms_norm, rope, swiglu
 from coterie.fast.serve import Policy
 from coterie.fast.stream import StreamLayout
 from coterie.models.attention import AttentionSettings
@@ -95,7 +95,7 @@ def test_attention_stays_exact_where_scores_are_far_apart():
     inputs = [(60 * x).detach().float().requires_grad_() for x in randoms(*[(NUM_TOKENS, 2, 8)] * 2)]
     inputs.append(randoms((NUM_TOKENS, 2, 8), seed=1)[0].detach().float().requires_grad_())
     groups = calls.Groups.of(SEGMENTS)
-    ours = with_gradients(lambda q, k, v: CompiledAttention.apply(q, k, v, groups, 1.0, None), inputs)
+    ours = with_gradients(lambda q, k, v: attend(q, k, v, groups, 1.0, None), inputs)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     settings = AttentionSettings(1.0, None, None)
     plain = with_gradients(
@@ -108,13 +108,17 @@ def test_attention_stays_exact_where_scores_are_far_apart():
 
 def test_equal_inputs_give_equal_bits_with_any_number_of_threads():
     x, weight, grad = (z.detach().float() for z in randoms((900, 64), (64,), (900, 64)))
-    _, scale = calls.rms_norm(x, weight, 1e-6)
-    first, again = (calls.rms_norm_backward(grad, x, weight, scale) for _ in range(2))
+    inputs = [x.requires_grad_(), weight.requires_grad_()]
+
+    def gradients():
+        return torch.autograd.grad(rms_norm(*inputs, 1e-6), inputs, grad)
+
+    first, again = (gradients() for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3 if before != 3 else 2)
-        other = calls.rms_norm_backward(grad, x, weight, scale)
+        other = gradients()
     finally:
         torch.set_num_threads(before)
     for a, b in zip(first, other, strict=True):
@@ -175,9 +179,9 @@ def test_the_widest_heads_are_turned():
 def test_the_loops_refuse_a_head_that_they_have_no_room_for(width):
     x, cos = torch.zeros(2, width), torch.zeros(2, width)
     with pytest.raises(AssertionError, match="no room"):
-        calls.rope(x, None, 0.0, cos, cos)
+        rope(x, None, 0.0, cos, cos)
     with pytest.raises(AssertionError, match="no room"):
-        calls.rope_backward(x, x, None, cos, cos, None)
+        calls.call("rope_backward", x, x, None, cos, cos, None, x, None, x, 2, 1, width)
 
 
 @pytest.mark.parametrize("width", [512, 520])
@@ -197,12 +201,14 @@ def test_a_model_with_wide_heads_samples_what_it_is(make_model, width):
 
 
 def test_memory_that_is_not_there_is_an_error_and_no_crash():
-    q = torch.zeros(NUM_TOKENS, 2, 8)
+    q = torch.zeros(NUM_TOKENS, 2, 8, requires_grad=True)
     groups = calls.Groups(calls.Groups.of(SEGMENTS).tensors, longest=1 << 44)
     with pytest.raises(MemoryError, match="allocate memory"):
-        calls.attend(groups, q, q, q, 1.0, None)
+        attend(q, q, q, groups, 1.0, None)
+    attended = attend(q, q, q, calls.Groups.of(SEGMENTS), 1.0, None)
+    attended.grad_fn.about.longest = 1 << 44
     with pytest.raises(MemoryError, match="allocate memory"):
-        calls.attend_backward(groups, [q, q, q, q, torch.zeros(NUM_TOKENS, 2)], q, 1.0, None)
+        attended.sum().backward()
     ones, live = torch.ones(1, dtype=torch.int64), torch.ones(1, dtype=torch.bool)
     step = {"rows": 1, "heads": 1, "kv_heads": 1, "head_width": 8, "num_steps": 1, "positions": 9, "columns": 16}
     step |= {name: ones.data_ptr() for name in ("starts", "prompts", "firsts")} | {"live": live.data_ptr()}
@@ -252,8 +258,8 @@ CHANGES = {
 def test_a_damaged_build_is_built_again(fresh_cache, change):
     """In a process of its own, where the damage would be a signal."""
     code = (
-        "import torch; from coterie.fast.kernels import calls; x = torch.ones(9, 8)\n"
-        "assert calls.served(x); print(calls.rms_norm(x, x[0], 0.0)[0].sum().item())"
+        "import torch; from coterie.fast.compiled import rms_norm; x = torch.ones(9, 8)\n"
+        "print(rms_norm(x, x[0], 0.0).sum().item())"
     )
 
     def used():

@@ -1,6 +1,6 @@
-"""The kernels as functions of tensors. Every tensor is dense, on the CPU and of one type, which `served` checks.
+"""How a kernel is called: with tensors that are dense, on the CPU and of one type, which `served` checks.
 
-Legend: T tokens of a stream, D width, H heads, K key-value heads, E width of a head, P groups, B completions.
+Legend: T tokens of a stream, H heads, K key-value heads, E width of a head.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from coterie.fast.kernels.structs import Attention
 
 MOST_WIDTH = 512  # of a head with rotary positions: kernels.h has arrays of this size
 _NO_MEMORY, _NO_ROOM = 1, 2
-_long, _pointer, _double = ctypes.c_long, ctypes.c_void_p, ctypes.c_double
 
 
 def served(*tensors: Tensor | None) -> bool:
@@ -31,56 +30,6 @@ def served(*tensors: Tensor | None) -> bool:
 def rope_fits(width: int) -> bool:
     """Whether heads of this width can have rotary positions: an even number, up to what the kernels have arrays for."""
     return width <= MOST_WIDTH and width % 2 == 0
-
-
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """x [T, D], weight [D] -> the normalised rows times the weight, and what each row was multiplied with, [T]."""
-    out, scale = torch.empty_like(x), x.new_empty(len(x))
-    _call("rms_norm_forward", x, weight, _double(epsilon), out, scale, *x.shape)
-    return out, scale
-
-
-def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of x and the weight."""
-    grad_x, grad_weight, room = torch.empty_like(x), torch.empty_like(weight), _rooms(x, len(weight))
-    _call("rms_norm_backward", grad, x, weight, scale, grad_x, grad_weight, room, *x.shape)
-    return grad_x, grad_weight
-
-
-def rope(x: Tensor, weight: Tensor | None, epsilon: float, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Heads normalised, where there is a weight [E], and rotated by their positions: x [T, H * E], cos and sin [T, E], sin
-    negative in the first half -> [T, H * E], and what each head was multiplied with, [T, H]."""
-    tokens, width = len(x), cos.shape[1]
-    heads = x.shape[1] // width
-    out, scale = torch.empty_like(x), x.new_empty(tokens, heads) if weight is not None else None
-    _call("rope_forward", x, weight, _double(epsilon), cos, sin, out, scale, tokens, heads, width)
-    return out, scale
-
-
-def rope_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, scale: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """The gradients of x and the weight."""
-    tokens, width = len(x), cos.shape[1]
-    heads, grad_x = x.shape[1] // width, torch.empty_like(x)
-    grad_weight = torch.empty_like(weight) if weight is not None else None
-    room = _rooms(x, width)
-    _call("rope_backward", grad, x, weight, cos, sin, scale, grad_x, grad_weight, room, tokens, heads, width)
-    return grad_x, grad_weight
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up."""
-    out = torch.empty_like(gate)
-    _call("swiglu_forward", gate, up, out, gate.numel())
-    return out
-
-
-def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of gate and up."""
-    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-    _call("swiglu_backward", grad, gate, up, grad_gate, grad_up, gate.numel())
-    return grad_gate, grad_up
 
 
 @dataclass(frozen=True)
@@ -100,34 +49,14 @@ class Groups:
         starts, prompts, rows, lengths = (torch.tensor(list(values), dtype=torch.int64) for values in lists)
         return cls((starts, prompts, rows, lengths), longest)
 
-
-def attend(
-    groups: Groups, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None
-) -> tuple[Tensor, Tensor]:
-    """q [T, H, E], k and v [T, K, E] -> what each token attends to, [T, H, E], and the logarithm of its normaliser, [T, H]."""
-    out, normaliser = torch.empty_like(q), q.new_empty(q.shape[:2])
-    _call("attend_forward", _about(groups, q, k, scaling, window), q, k, v, out, normaliser)
-    return out, normaliser
+    def about(self, q: Tensor, k: Tensor, scaling: float, window: int | None) -> Attention:
+        """What attention is told beside its tensors: q [T, H, E], k [T, K, E]."""
+        (tokens, heads, width), places = q.shape, [x.data_ptr() for x in self.tensors]
+        sizes = (tokens, len(self.tensors[0]), heads, k.shape[1], width)
+        return Attention(*sizes, window or 0, self.longest, scaling, *places)
 
 
-def attend_backward(
-    groups: Groups, saved: Sequence[Tensor], grad: Tensor, scaling: float, window: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v. saved: q, k, v and what `attend` returned."""
-    q, k, v, _, _ = saved
-    found = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    _call("attend_backward", _about(groups, q, k, scaling, window), *saved, grad, *found)
-    return found
-
-
-def _about(groups: Groups, q: Tensor, k: Tensor, scaling: float, window: int | None) -> Attention:
-    (tokens, heads, width), arrays = q.shape, [x.data_ptr() for x in groups.tensors]
-    return Attention(
-        tokens, len(groups.tensors[0]), heads, k.shape[1], width, window or 0, groups.longest, scaling, *arrays
-    )
-
-
-def _rooms(x: Tensor, width: int) -> Tensor:
+def rooms(x: Tensor, width: int) -> Tensor:
     """What each thread adds up in by itself."""
     found = library(x.dtype)
     assert found is not None
@@ -142,17 +71,19 @@ def run(function: Callable[..., int | None], *arguments: object) -> None:
     assert state != _NO_ROOM, "a compiled loop was handed sizes that it has no room for"
 
 
-def _call(name: str, *arguments: Tensor | int | ctypes.Structure | ctypes._SimpleCData | None) -> None:
-    """A kernel of the first tensor's type."""
+def call(name: str, *arguments: Tensor | float | ctypes.Structure | None) -> None:
+    """A kernel of the first tensor's type, with tensors, sizes (int) and numbers (float) in the order that it declares."""
     found = library(next(x.dtype for x in arguments if isinstance(x, Tensor)))
     assert found is not None
     run(getattr(found, name), *map(_as_argument, arguments))
 
 
-def _as_argument(x: Tensor | int | ctypes.Structure | ctypes._SimpleCData | None) -> object:
+def _as_argument(x: Tensor | float | ctypes.Structure | None) -> object:
     if isinstance(x, Tensor):
         assert x.is_contiguous()
-        return _pointer(x.data_ptr())
+        return ctypes.c_void_p(x.data_ptr())
     if isinstance(x, ctypes.Structure):
         return ctypes.byref(x)
-    return _long(x) if isinstance(x, int) else x
+    if x is None:
+        return None
+    return ctypes.c_long(x) if isinstance(x, int) else ctypes.c_double(x)
