@@ -36,6 +36,11 @@ class RewardError(Exception):
     """A reward could not say anything of a completion: its worker died, its service failed. That completion abstains."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, up to its first line break; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 _LONGEST, _MOST = 100, 60  # of names that are compared and listed: more are nobody's help, and take their time
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coterie.errors import first_line
 from coterie.fast.grid import Grid, StaticLayout
 from coterie.models.policy import Policy
 
@@ -55,8 +56,7 @@ class Replayer:
                 self._checked = True
         except RuntimeError as error:
             step.graph, self.usable = None, False
-            why = str(error).splitlines()[0]
-            warnings.warn(f"sampling without CUDA graphs, which is slower ({why})", stacklevel=2)
+            warnings.warn(f"sampling without CUDA graphs, which is slower ({first_line(error)})", stacklevel=2)
 
 
 class _Step:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -32,7 +32,6 @@ class Codec:
     end_tokens: tuple[int, ...]
     turn_end: int
     vocabulary_size: int | None = None
-    _pieces: dict[int, str] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -108,6 +107,11 @@ class Codec:
         for token in set(tokens) - self._pieces.keys():
             self._pieces[token] = str(self.tokenizer.decode([token]))
         return [self._pieces[token] for token in tokens]
+
+    @cached_property
+    def _pieces(self) -> dict[int, str]:
+        """The texts of tokens that were asked for."""
+        return {}
 
     def save(self, folder: Path, model: PreTrainedModel) -> None:
         """The model in Hugging Face format with its tokenizer and chat template. What it generates ends where completions ended."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from coterie.errors import UserError
+from coterie.errors import UserError, first_line
 from coterie.models.attention import UnservedModelError
 from coterie.models.lengths import Lengths
 from coterie.models.observe import observed
@@ -95,8 +95,7 @@ def _in_a_line(error: Exception) -> str:
         return str(error)
     if isinstance(error, AttributeError | TypeError) and "_Seen" in str(error):
         return "it computes with its masks by itself"
-    said = (str(error).strip().splitlines() or [""])[0]
-    return f"its own code fails there: {type(error).__name__}: {said}"[:200]
+    return f"its own code fails there: {type(error).__name__}: {first_line(error)}"[:200]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from coterie.errors import UserError
+from coterie.errors import UserError, first_line
 from coterie.models.adapters import Adapter
 from coterie.models.policy import Policy
 from coterie.types import Stream
@@ -115,6 +115,6 @@ def _without_weights(policy: Policy) -> PreTrainedModel:
         if model.score.bias is not None or model.score.out_features != 1:
             raise ValueError("its head is no plain one")
     except (ValueError, RuntimeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model: {type(policy.model).__name__} has no form with one score: {reason}") from error
+        name = type(policy.model).__name__
+        raise UserError(f"model: {name} has no form with one score: {first_line(error)}") from error
     return model

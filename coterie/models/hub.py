@@ -8,6 +8,8 @@ from functools import cache
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 
+from coterie.errors import first_line
+
 _SECONDS = 5.0  # for an answer of any kind
 
 
@@ -31,4 +33,4 @@ def hub_reason(error: Exception) -> str:
     unreachable = why_unreachable()
     if unreachable is not None:
         return f"{unreachable}, and it is not among what was downloaded before"
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return first_line(error)

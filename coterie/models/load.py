@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from coterie.errors import UserError, nearest
+from coterie.errors import UserError, first_line, nearest
 from coterie.models.codec import Codec
 from coterie.models.hub import hub_reason, why_unreachable
 from coterie.models.template import Chat
@@ -230,8 +230,7 @@ def _from_hub(kind: Any, source: str, **options: Any) -> Any:
     except Exception as error:  # the hub's client raises its own, the network's and the file system's errors
         logging.getLogger(__name__).debug("from_pretrained failed", exc_info=error)
         if local:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"model: {source} can't be loaded: {reason}") from error
+            raise UserError(f"model: {source} can't be loaded: {first_line(error)}") from error
         raise UserError(
             f"model: {source} is no folder here, and can't be loaded from the hub: {hub_reason(error)}"
         ) from error

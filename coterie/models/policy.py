@@ -158,8 +158,8 @@ class Policy:
 
     @contextmanager
     def acting(self, layout: Layout | None = None) -> Iterator[None]:
-        """What a forward pass stands in: the policy's adapter, our attention where a layout is given, and layers that forget
-        what they can compute."""
+        """The surroundings of a forward pass: the policy's adapter, our attention where a layout is given, and layers that forget
+        what they can compute again."""
         setting = partial(self._setting, layout)
         with setting(), recomputed_layers(self.model, setting) if self._recomputes_now else nullcontext():
             yield
@@ -170,7 +170,7 @@ class Policy:
 
     @contextmanager
     def _setting(self, layout: Layout | None = None) -> Iterator[None]:
-        """What a layer stands in, in the forward pass and where it is computed again."""
+        """The surroundings of a layer, in the forward pass and where it is computed again."""
         adapter = self.adapter.acting() if self.adapter is not None else nullcontext()
         with adapter, stream_attention(self.model, layout, self.windows) if layout is not None else nullcontext():
             yield

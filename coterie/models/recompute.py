@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-Setting = Callable[[], AbstractContextManager[None]]  # what a forward pass stands in
+Setting = Callable[[], AbstractContextManager[None]]  # the surroundings of a forward pass
 
 
 def recomputable_layers(model: PreTrainedModel) -> list[nn.Module]:

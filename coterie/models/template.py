@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from coterie.deadline import cpu_limit
-from coterie.errors import UserError
+from coterie.errors import UserError, first_line
 from coterie.recipe import Recipe
 from coterie.types import Messages
 
@@ -161,8 +161,7 @@ class ChatTemplate:
         except TimeoutError:
             raise TemplateEndlessError(f"{self._name} does not come to an end: it was given {_SECONDS:g} s") from None
         except Exception as error:  # a template is a program that came with the tokenizer
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise TemplateRefusedError(f"{self._name} refuses these messages: {why:.300}") from None
+            raise TemplateRefusedError(f"{self._name} refuses these messages: {first_line(error):.300}") from None
         if len(text) > _MAX_TEXT:
             raise TemplateEndlessError(
                 f"{self._name} makes {len(text):,} characters of a chat, and {_MAX_TEXT:,} are allowed"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from coterie.errors import UserError
+from coterie.errors import UserError, first_line
 from coterie.models.policy import Policy
 from coterie.models.rounding import TIMES, rounding_of
 
@@ -63,14 +63,14 @@ def _decodes_from_memory(policy: Policy) -> bool:
         plain, moved = rounding_of(model, lambda: predictions(tokens)[:, start - 1 : -1])  # [2, n, V]
     except RuntimeError as error:
         raise UserError(
-            f"model: {name} can't be run with weights of the type {model.dtype}: {str(error).splitlines()[0]}"
+            f"model: {name} can't be run with weights of the type {model.dtype}: {first_line(error)}"
         ) from error
     forgetful = torch.stack([predictions(tokens[:, at - 1 : at])[:, -1] for at in range(start, tokens.shape[1])], 1)
     allowed = max(_WORTH * (forgetful - plain).abs().max().item(), TIMES * moved.max().item())
     try:
         found = torch.stack(_decoded(model, tokens, start), 1)
     except Exception as error:  # the model's own code, called in a way that it may not be made for
-        why = f"decoding from its cache fails: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        why = f"decoding from its cache fails: {first_line(error)}"
     else:
         off = (found - plain).abs().max().item()
         if off <= allowed:
