@@ -31,7 +31,7 @@ _ROOM = 64  # columns that are added at a time
 
 @dataclass
 class Grid:
-    """rows [R]: each slot's completion, numbered over the whole job. live [R]: false where it has ended, or the slot is empty.
+    """The slots for rows. rows [R]: each slot's completion, numbered over the whole job. live [R]: false where it has ended, or the slot is empty.
     firsts [R]: the first column that is its own or its copied prompt's. starts [R]: the column of its first own token.
     prompt_lengths [R]. logits [R, V]: what its next token is drawn from. now: the column of the next key. width: W.
     prompt_kv: keys [Q, K, E, S] and values [Q, K, S, E], or nothing where prompts are copied. own_kv: [R, K, E, C] and
@@ -90,8 +90,7 @@ class Grid:
     @cached_property
     def is_full(self) -> bool:
         """Whether every row may read every column and the whole of the longest prompt, so that no mask is needed."""
-        short = (self.prompt_lengths < self.longest_prompt).any() if self.prompt_kv else False
-        return not (bool(short) or bool(self.firsts.any()))
+        return not bool((self.prompt_lengths < self.longest_prompt).any() or self.firsts.any())
 
     def mask(self, window: int | None) -> Tensor | None:
         """What is added to the scores of the next token, [R, 1, 1, S + n], or None where every row reads all."""
@@ -102,25 +101,19 @@ class Grid:
     def mask_at(self, now: int | Tensor, num_columns: int, window: int | None) -> Tensor:
         """What is added to the scores of a token that is written to column `now`, over the prompts and so many columns."""
         columns = torch.arange(num_columns, device=self.rows.device)
-        allowed = (columns >= self.firsts[:, None]) & (columns <= now)
+        own = (columns >= self.firsts[:, None]) & (columns <= now)
+        in_prompt = torch.arange(self.longest_prompt, device=self.rows.device) < self.prompt_lengths[:, None]
+        allowed = torch.cat([in_prompt, own], 1)
         if window is not None:
-            allowed &= now - columns < window
-        if self.prompt_kv:
-            places = torch.arange(self.longest_prompt, device=self.rows.device)
-            in_prompt = places < self.prompt_lengths[:, None]
-            if window is not None:
-                in_prompt &= (self.prompt_lengths + now - self.starts)[:, None] - places < window
-            allowed = torch.cat([in_prompt, allowed], 1)
+            allowed &= (self.prompt_lengths + now - self.starts)[:, None] - self.places_of_keys(num_columns) < window
         mask = torch.zeros(allowed.shape, dtype=self.logits.dtype, device=self.rows.device)
         return mask.masked_fill_(~allowed, -torch.inf)[:, None, None]
 
     def places_of_keys(self, num_columns: int) -> Tensor:
         """Where the keys that a row may read stand in its sequence, the prompts' and those of so many columns: [R, S + columns]."""
         columns = torch.arange(num_columns, device=self.rows.device)
-        own = (self.prompt_lengths - self.starts)[:, None] + columns
-        if not self.prompt_kv:
-            return own
-        return torch.cat([torch.arange(self.longest_prompt, device=self.rows.device).expand(len(own), -1), own], 1)
+        in_prompt = torch.arange(self.longest_prompt, device=self.rows.device).expand(self.num_slots, -1)
+        return torch.cat([in_prompt, (self.prompt_lengths - self.starts)[:, None] + columns], 1)
 
     @property
     def num_columns(self) -> int:
@@ -279,9 +272,8 @@ class DecodeLayout:
         grid = self._grid
         keys, values = self._stored(layer, k, v)
         num_slots, num_kv_heads = values.shape[:2]
-        queries = (q[0].transpose(0, 1) * settings.scaling).reshape(
-            num_slots, num_kv_heads, -1, q.shape[3]
-        )  # [R, K, H / K, E]
+        queries = q[0].transpose(0, 1) * settings.scaling  # [R, H, E]
+        queries = queries.reshape(num_slots, num_kv_heads, -1, q.shape[3])  # [R, K, H / K, E]
         scores = queries @ keys  # [R, K, H / K, n]
         if grid.prompt_kv:
             prompt_keys, prompt_values = grid.prompt_kv[layer]
