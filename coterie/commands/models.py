@@ -12,8 +12,8 @@ from coterie.evals.evaluate import Evaluation, evaluate, heldout_prompts
 from coterie.fast.serve import load_policy, make_engine
 from coterie.models.codec import Codec
 from coterie.models.heads import Scorer
-from coterie.models.load import choose_device, start_model
-from coterie.models.policy import Policy, quiet_transformers
+from coterie.models.load import choose_device, quiet_transformers, start_model
+from coterie.models.policy import Policy
 from coterie.models.template import Chat
 from coterie.recipe import DPO, GRPO, SFT, Recipe, RewardModel, Sampled, load_recipe
 from coterie.recipe.settings import Sampling

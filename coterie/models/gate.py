@@ -26,9 +26,9 @@ from transformers import PreTrainedModel
 
 from coterie.errors import UserError, first_line
 from coterie.models.attention import UnservedModelError
-from coterie.models.lengths import Lengths
+from coterie.models.lengths import Lengths, context_length_of
 from coterie.models.observe import observed
-from coterie.models.policy import Policy, context_length_of
+from coterie.models.policy import Policy
 from coterie.models.rounding import rounding_of
 
 _SMALL = 1 << 25  # parameters of a model that is copied

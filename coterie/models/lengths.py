@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from coterie.errors import UserError
 from coterie.types import Stream
@@ -91,6 +92,13 @@ class Lengths:
         for index, length in enumerate(lengths):
             kinds.setdefault(index if self.alone else self.kind(length), []).append(index)
         return list(kinds.values())
+
+
+def context_length_of(config: PretrainedConfig) -> int | None:
+    """The most tokens that one sequence may have, or None where the configuration sets no limit."""
+    text = config.get_text_config()
+    limits = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions"))
+    return next((limit for limit in limits if limit and limit > 0), None)  # XLNet's is -1
 
 
 def _rotary_kinds(module: Any) -> list[tuple[str, dict[str, Any]]]:

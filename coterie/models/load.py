@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as transformers_logging
 
 from coterie.errors import UserError, first_line, nearest
 from coterie.models.codec import Codec
@@ -30,6 +31,12 @@ from coterie.recipe.paths import is_local_path
 from coterie.recipe.settings import ModelShape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' progress bars and advice out of a command's own output."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def choose_device(name: str) -> torch.device:

@@ -13,14 +13,13 @@ from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers import PreTrainedModel
 
 from coterie.errors import UserError
 from coterie.models.adapters import Adapter, add_adapter
 from coterie.models.attention import AttentionSettings, Layout, Windows, stream_attention
 from coterie.models.layout import DenseLayout
-from coterie.models.lengths import Lengths, Part, rows_apart
+from coterie.models.lengths import Lengths, Part, context_length_of, rows_apart
 from coterie.models.recompute import recomputable_layers, recomputed, recomputed_layers
 from coterie.recipe.settings import Lora
 from coterie.types import Stream
@@ -192,19 +191,6 @@ AFTER_HEAD: dict[str, Callable[[Tensor, float], Tensor]] = {
     "logit_scale": lambda logits, scale: logits * scale,  # Cohere
     "final_logit_softcapping": lambda logits, cap: torch.tanh(logits / cap) * cap,  # Gemma 2
 }
-
-
-def quiet_transformers() -> None:
-    """Keep transformers' progress bars and advice out of a command's own output."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def context_length_of(config: PretrainedConfig) -> int | None:
-    """The most tokens that one sequence may have, or None where the configuration sets no limit."""
-    text = config.get_text_config()
-    limits = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions"))
-    return next((limit for limit in limits if limit and limit > 0), None)  # XLNet's is -1
 
 
 def _padded(rows: Sequence[Tensor]) -> dict[str, Tensor]:

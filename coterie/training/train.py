@@ -16,8 +16,8 @@ from coterie.fast.kernels.build import why_missing
 from coterie.fast.serve import make_engine
 from coterie.models.adapters import num_in_experts
 from coterie.models.heads import Scorer
-from coterie.models.load import choose_device, start_model
-from coterie.models.policy import Policy, quiet_transformers
+from coterie.models.load import choose_device, quiet_transformers, start_model
+from coterie.models.policy import Policy
 from coterie.recipe import DPO, GRPO, PPO, SFT, Recipe, RewardModel, find_recipe, load_recipe
 from coterie.recipe.settings import ColdStart, DatasetTask, Reference
 from coterie.rewards.load import closing_all

@@ -59,12 +59,8 @@ static void linear(const Decoding *d, const real *x, long rows, long m, const re
     d->gemm("T", "N", &num_out, &num_rows, &num_in, &one, weight, &num_in, x, &num_in, &kept, out, &num_out, 1, 1);
 }
 
-static inline void rms_norm(const real *restrict x, const real *restrict weight, double epsilon, real *restrict out,
-                            long rows, long width) {
-    for (long i = 0; i < rows; i++) {
-        real s = inverse_rms(x + i * width, width, epsilon);
-        for (long j = 0; j < width; j++) out[i * width + j] = x[i * width + j] * s * weight[j];
-    }
+static void rms_norm(const real *x, const real *weight, double epsilon, real *out, long rows, long width) {
+    for (long i = 0; i < rows; i++) rms_norm_row(x + i * width, weight, epsilon, out + i * width, width);
 }
 
 /* Heads of one token, rotated where they lie: x [heads, E]. */

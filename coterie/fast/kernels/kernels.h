@@ -122,6 +122,14 @@ static inline real inverse_rms(const real *x, long width, double epsilon) {
     return 1 / SQRT(sum / width + (real)epsilon);
 }
 
+/* in [D], weight [D] -> out [D]. Returns what it was multiplied with. */
+static inline real rms_norm_row(const real *restrict in, const real *restrict weight, double epsilon,
+                                real *restrict out, long width) {
+    real s = inverse_rms(in, width, epsilon);
+    for (long i = 0; i < width; i++) out[i] = in[i] * s * weight[i];
+    return s;
+}
+
 /* Whether a head of this width can have rotary positions: its halves are swapped, in arrays of a fixed size. */
 static inline int rope_fits(long width) { return width >= 0 && width <= MOST_WIDTH && width % 2 == 0; }
 

@@ -14,12 +14,7 @@ static void add_up(const real *parts, long threads, long width, real *total) {
 /* RMS norm: x [T, D], weight [D] -> out [T, D], and scale [T], what each row was multiplied with. */
 int rms_norm_forward(const real *x, const real *weight, double epsilon, real *out, real *scale, long rows, long width) {
 #pragma omp parallel for schedule(static) if (rows * width > WORTH_THREADS)
-    for (long t = 0; t < rows; t++) {
-        const real *in = x + t * width, s = inverse_rms(in, width, epsilon);
-        real *to = out + t * width;
-        scale[t] = s;
-        for (long i = 0; i < width; i++) to[i] = in[i] * s * weight[i];
-    }
+    for (long t = 0; t < rows; t++) scale[t] = rms_norm_row(x + t * width, weight, epsilon, out + t * width, width);
     return DONE;
 }
 
