@@ -16,7 +16,7 @@ from coterie.fast.decoder import Decoder
 from coterie.fast.grid import DecodeLayout, Grid, PrefillLayout
 from coterie.fast.replay import ROOM, Replayer
 from coterie.models.policy import Policy
-from coterie.rollouts.engine import Ends, Engine, History, Job, Sampled, sample_tokens
+from coterie.rollouts.engine import Ends, Engine, Job, Sampled, Transcript, sample_tokens
 from coterie.sections import section
 from coterie.stopping import may_stop
 from coterie.types import Completion
@@ -69,7 +69,7 @@ class _Sampling:
     def __init__(self, engine: NativeEngine, job: Job) -> None:
         longest, device = max(map(len, job.prompts)), engine.policy.device
         self._engine, self._policy, self._job = engine, engine.policy, job
-        self._ends, self._history = Ends(job), History()
+        self._ends, self._transcript = Ends(job), Transcript()
         self._decoder = Decoder.of(self._policy, longest + job.sampling.max_new_tokens)
         self._replayer = Replayer(self._policy) if engine.replays and self._decoder is None else None
         # Whether compiled loops draw the tokens too, many at a time
@@ -121,7 +121,7 @@ class _Sampling:
             busy.update((self._grid.rows[self._grid.live] // self._job.num_completions).tolist())
         ready = [prompt for prompt in range(len(self._job.prompts)) if prompt not in self._made and prompt not in busy]
         if ready:
-            self._made.update(zip(ready, self._history.completions(ready, self._job.num_completions), strict=True))
+            self._made.update(zip(ready, self._transcript.completions(ready, self._job.num_completions), strict=True))
         if self._job.done is not None:
             for prompt in ready:
                 self._job.done(prompt, self._made[prompt])
@@ -150,7 +150,7 @@ class _Sampling:
             return None
         sampled = sample_tokens(grid.logits, keys, written, sampling)
         ended = self._ends.reached(grid.rows, grid.live, sampled.tokens)
-        self._history.add(grid.rows, grid.live, ended, sampled)
+        self._transcript.add(grid.rows, grid.live, ended, sampled)
         grid.live = grid.live & ~ended & (written + 1 < sampling.max_new_tokens)
         return sampled.tokens
 
@@ -163,7 +163,7 @@ class _Sampling:
         live, ended, sampled = self._decoder.draw(grid, keys, self._job.sampling, self._job.end_tokens, steps)
         tokens, logprobs, entropies = (x.flatten() for x in (sampled.tokens, sampled.logprobs, sampled.entropies))
         flat = Sampled(tokens, logprobs, entropies, None)
-        self._history.add(grid.rows.repeat(steps), live.flatten(), ended.flatten(), flat)
+        self._transcript.add(grid.rows.repeat(steps), live.flatten(), ended.flatten(), flat)
         grid.now += int(live.any(1).sum())
 
     @section("sample/decode")

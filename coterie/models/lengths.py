@@ -111,7 +111,7 @@ def _rotary_kinds(module: Any) -> list[tuple[str, dict[str, Any]]]:
 
 
 @dataclass(frozen=True)
-class Part:
+class SubStream:
     """Rows of a stream that are run together, as a stream: tokens [t], positions [t], segments. wanted: places in it, on the host;
     entries: which of those that were asked for they are."""
 
@@ -122,16 +122,16 @@ class Part:
     entries: Tensor
 
 
-def rows_apart(stream: Stream, wanted: Tensor, rows: Tensor, lengths: Lengths) -> list[Part]:
+def rows_apart(stream: Stream, wanted: Tensor, rows: Tensor, lengths: Lengths) -> list[SubStream]:
     """A stream in parts whose rows get the same positions, each prompt in every part that has rows of it."""
     totals = [prompt + length for prompt, of_prompt in stream.segments for length in of_prompt]
     together = lengths.alike(totals)
     if len(together) < 2:
-        return [Part(stream.tokens, stream.positions, stream.segments, wanted, torch.arange(len(wanted)))]
-    return [_part(stream, wanted, rows.cpu(), chosen) for chosen in together]
+        return [SubStream(stream.tokens, stream.positions, stream.segments, wanted, torch.arange(len(wanted)))]
+    return [_sub_stream(stream, wanted, rows.cpu(), chosen) for chosen in together]
 
 
-def _part(stream: Stream, wanted: Tensor, rows: Tensor, chosen: Sequence[int]) -> Part:
+def _sub_stream(stream: Stream, wanted: Tensor, rows: Tensor, chosen: Sequence[int]) -> SubStream:
     places: list[int] = []
     segments: list[tuple[int, list[int]]] = []
     row = at = 0
@@ -148,4 +148,4 @@ def _part(stream: Stream, wanted: Tensor, rows: Tensor, chosen: Sequence[int]) -
     moved[here] = torch.arange(len(here))
     entries = torch.isin(rows, torch.tensor(chosen)).nonzero().squeeze(1)
     on_device = here.to(stream.tokens.device)
-    return Part(stream.tokens[on_device], stream.positions[on_device], segments, moved[wanted[entries]], entries)
+    return SubStream(stream.tokens[on_device], stream.positions[on_device], segments, moved[wanted[entries]], entries)

@@ -19,7 +19,7 @@ from coterie.errors import UserError
 from coterie.models.adapters import Adapter, add_adapter
 from coterie.models.attention import AttentionSettings, Layout, Windows, stream_attention
 from coterie.models.layout import DenseLayout
-from coterie.models.lengths import Lengths, Part, context_length_of, rows_apart
+from coterie.models.lengths import Lengths, SubStream, context_length_of, rows_apart
 from coterie.models.recompute import recomputable_layers, recomputed, recomputed_layers
 from coterie.recipe.settings import Lora
 from coterie.types import Stream
@@ -120,7 +120,7 @@ class Policy:
         order = torch.cat([part.entries for part in parts]).argsort()
         return torch.cat(found).index_select(0, order.to(self.device))
 
-    def _states(self, part: Part) -> Tensor:
+    def _states(self, part: SubStream) -> Tensor:
         places, which = (x.to(self.device) for x in part.wanted.unique(return_inverse=True))
         return self.run(part.tokens, part.positions, self.layout(part.segments), places).index_select(0, which)
 

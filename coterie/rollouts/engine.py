@@ -164,7 +164,7 @@ class Ends:
         return any(string in text for string in self._strings)
 
 
-class History:
+class Transcript:
     """What was drawn, step by step, until it is sorted into completions. Only live rows count; of others nothing is read."""
 
     def __init__(self) -> None:

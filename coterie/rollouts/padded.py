@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from coterie.models.policy import Policy
-from coterie.rollouts.engine import Ends, Engine, History, Job, sample_tokens
+from coterie.rollouts.engine import Ends, Engine, Job, Transcript, sample_tokens
 from coterie.rollouts.memory import next_logits, remembers
 from coterie.sections import section
 from coterie.stopping import may_stop
@@ -40,7 +40,7 @@ class PaddedEngine(Engine):
     def _group(self, job: Job, number: int) -> list[Completion]:
         """The completions of one prompt, a token of each at a time."""
         policy, device = self.policy, self.policy.device
-        history, ends = History(), Ends(job)
+        transcript, ends = Transcript(), Ends(job)
         inputs = torch.tensor([list(job.prompts[number])] * job.num_completions, device=device)  # [G, S]
         kept: Mapping[str, Any] = {}
         live = torch.ones(job.num_completions, dtype=torch.bool, device=device)
@@ -51,10 +51,10 @@ class PaddedEngine(Engine):
                 logits, kept = next_logits(policy.model, inputs, kept, self._remembers)  # [G, V]
             sampled = sample_tokens(logits, job.keys[number], torch.full_like(rows, position), job.sampling)
             ended = ends.reached(rows, live, sampled.tokens)
-            history.add(rows, live, ended, sampled)
+            transcript.add(rows, live, ended, sampled)
             live = live & ~ended
             if not live.any():
                 break
             tokens = sampled.tokens[:, None]
             inputs = tokens if self._remembers else torch.cat([inputs, tokens], 1)
-        return history.completions([number], job.num_completions)[0]
+        return transcript.completions([number], job.num_completions)[0]
