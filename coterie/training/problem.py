@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from coterie.models.adapters import check_lora
 from coterie.models.codec import Codec
-from coterie.models.load import choose_device, load_config
 from coterie.models.lengths import context_length_of
+from coterie.models.load import choose_device, load_config
 from coterie.recipe import Recipe, RewardModel
 from coterie.rewards.base import Reward
 from coterie.rewards.load import load_rewards
