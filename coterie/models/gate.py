@@ -58,9 +58,7 @@ def serve(model: PreTrainedModel, kind: type[_Kind]) -> _Kind:
             _check_type(model, trial.sample)
             try:
                 return _on_stream(model, trial, kind)
-            except (
-                Exception
-            ) as error:  # broad: a model's code may raise anything where it meets what it was not made for
+            except Exception as error:  # broad: a model's own code, which meets what it was not made for
                 why = _in_a_line(error)
             alone = _differs_beside_others(trial)
     warnings.warn(
