@@ -41,7 +41,7 @@ class FastBody:
 
     @classmethod
     def of(cls, model: nn.Module, settings: Mapping[int, AttentionSettings]) -> FastBody | None:
-        """For a model that has these parts and no other, of a type that there are compiled loops for, else None.
+        """The pass of a model that has these parts and no other, of a type that there are compiled loops for, else None.
 
         In half precision the norms of transformers compute in float32, and so keep more than ours would.
         """

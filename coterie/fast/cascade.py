@@ -67,7 +67,7 @@ class _Block:
     mask: Tensor | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-        """What the queries attend to, and the logarithm of their normaliser, by place: [R * L, H, E] and [R * L, H]."""
+        """The queries' attention and the logarithm of its normaliser, by place: [R * L, H, E] and [R * L, H]."""
         num_heads, num_kv_heads = q.shape[1], k.shape[1]
         queries = self._folded(self.queries.gather(q), num_kv_heads)
         keys, values = self._keys_values(k, v, num_heads)
@@ -100,7 +100,7 @@ class _Block:
         return x if self.causal or x.shape[1] == num_kv_heads else x.unflatten(1, (num_kv_heads, -1)).flatten(2, 3)
 
     def _by_place(self, x: Tensor, num_heads: int) -> Tensor:
-        """Of `_folded` queries: [Q * L, H, ...]."""
+        """The places of `_folded` queries: [Q * L, H, ...]."""
         unfolded = x if x.shape[1] == num_heads else x.unflatten(2, (num_heads // x.shape[1], -1)).flatten(1, 2)
         return _by_token(unfolded)
 
@@ -145,7 +145,7 @@ class Cascade:
         return _Attention.apply(q, k, v, self, scaling)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-        """What each token attends to, [T, H, E], and the logarithm of its normaliser, [T, H]."""
+        """Each token's attention, [T, H, E], and the logarithm of its normaliser, [T, H]."""
         output, normaliser = self._parts([block.forward(q, k, v, scaling) for block in self._own], self._from_own)
         if self._cross:
             read, read_normaliser = self._parts(

@@ -88,7 +88,7 @@ class FlexLayout:
 
 
 def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """How many tiles of keys each tile of queries reads, and which, those first: bool [n, n] -> [1, 1, n], [1, 1, n, n]."""
+    """The number of tiles of keys that each tile of queries reads, and which, those first: bool [n, n] -> [1, 1, n], [1, 1, n, n]."""
     order = tiles.int().argsort(dim=1, descending=True, stable=True)
     return tiles.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
 

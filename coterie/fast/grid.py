@@ -93,13 +93,13 @@ class Grid:
         return not bool((self.prompt_lengths < self.longest_prompt).any() or self.firsts.any())
 
     def mask(self, window: int | None) -> Tensor | None:
-        """What is added to the scores of the next token, [R, 1, 1, S + n], or None where every row reads all."""
+        """The mask that is added to the scores of the next token, [R, 1, 1, S + n], or None where every row reads all."""
         if window is None and self.is_full:
             return None
         return self.mask_at(self.now, self.now + 1, window)
 
     def mask_at(self, now: int | Tensor, num_columns: int, window: int | None) -> Tensor:
-        """What is added to the scores of a token that is written to column `now`, over the prompts and so many columns."""
+        """The mask that is added to the scores of a token that is written to column `now`, over the prompts and so many columns."""
         columns = torch.arange(num_columns, device=self.rows.device)
         own = (columns >= self.firsts[:, None]) & (columns <= now)
         in_prompt = torch.arange(self.longest_prompt, device=self.rows.device) < self.prompt_lengths[:, None]

@@ -43,7 +43,7 @@ class NativeEngine(Engine):
         return [made[number] for number in range(len(job.prompts))]
 
     def kv_bytes(self, token: int) -> int:
-        """What one token's keys and values take, found by running one."""
+        """The bytes of one token's keys and values, found by running one."""
         if self._bytes_per_token is None:
             recorder, device = PrefillLayout([1], self.policy.device), self.policy.device
             self.policy.run(torch.tensor([token], device=device), torch.tensor([0], device=device), recorder)
@@ -178,7 +178,7 @@ class _Sampling:
         grid.now += 1
 
     def _logits_after(self, grid: Grid, tokens: Tensor) -> Tensor:
-        """By tensor operations: [R, V]."""
+        """The next logits, by tensor operations: [R, V]."""
         positions = (grid.prompt_lengths + grid.num_written) * grid.live  # an ended row's would run past the last one
         if self._replayer is None:
             return self._policy.logits(self._policy.run(tokens, positions, DecodeLayout(grid)))
@@ -198,7 +198,7 @@ class _Share:
 
 @dataclass
 class _Queue:
-    """What waits for a place, and how much fits: rows by number, keys and values by bytes at their longest.
+    """The completions that wait for a place, and how much fits: rows by number, keys and values by bytes at their longest.
 
     A group is admitted whole, unless it would not fit alone.
     """
@@ -212,7 +212,7 @@ class _Queue:
 
     @classmethod
     def of(cls, job: Job, token_bytes: int, copies_prompts: bool) -> _Queue:
-        """For all completions of a job, whose prompts are copied to each row or kept once for all."""
+        """All completions of a job, whose prompts are copied to each row or kept once for all."""
         sampling, longest = job.sampling, max(map(len, job.prompts))
         row_bytes = token_bytes * (sampling.max_new_tokens + (longest if copies_prompts else 0))
         prompt_bytes = 0 if copies_prompts else token_bytes * longest

@@ -1,4 +1,4 @@
-"""What the set-up builds a run from: policies and engines that are fast where they give the same as the plain ones.
+"""The parts that the set-up builds a run from: policies and engines that are fast where they give the same as the plain ones.
 
 Two seams hold it: what serves a policy's forward pass (`body_of`, `layout` and `head_logprobs`), and what generates (`make_engine`).
 """

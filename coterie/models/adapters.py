@@ -117,7 +117,7 @@ def add_adapter(model: PreTrainedModel, settings: Lora, seed: int) -> Adapter:
 
 
 def num_in_experts(model: PreTrainedModel) -> int:
-    """How many weights stand in stacks of experts, which are no linear layers and get no matrices."""
+    """The number of weights in stacks of experts, which are no linear layers and get no matrices."""
     stacks = {
         parameter
         for name, module in model.base_model.named_modules()
@@ -199,7 +199,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _read_directly(model: PreTrainedModel, linear: set[Any]) -> set[Any]:
-    """Those whose weight the model reads around them, as Mamba does, so that matrices beside them would do nothing. By a trial."""
+    """Linear layers whose weight the model reads around them, as Mamba does, so that matrices beside them would do nothing. By a trial."""
     if model.device.type == "meta":
         return set()
     watched = {module.weight: module for module in linear}

@@ -1,4 +1,4 @@
-"""How a model's attention is handed to us: through transformers' attention interface, with the model itself unchanged.
+"""The seam to a model's attention: transformers' attention interface, with the model itself unchanged.
 
 A model's linear layers run on the stream [1, T, D]; only its attention asks a `Layout` which tokens attend to which. On the stream
 no mask is made: how far back each layer sees was found out when the policy was made (`models/observe.py`).
@@ -32,7 +32,7 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class AttentionSettings:
-    """What a model calls a layer's attention with. window: how many tokens back it sees. softcap: a limit on its scores.
+    """The settings that a model calls a layer's attention with. window: how many tokens back it sees. softcap: a limit on its scores.
     sinks: [H], a score of each head that takes part in the softmax and stands for no token.
     slopes: [H], what each head adds to a score for each token that the key stands further on."""
 
@@ -88,7 +88,7 @@ def _attention(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every layer."""
+    """The attention of a layer, called by transformers."""
     if attention_mask is not None:
         raise UnservedModelError(f"{type(module).__name__} has a mask of its own")
     window = _acting.get()[1][int(module.layer_idx)]
@@ -106,7 +106,7 @@ def attend(
     sinks: Tensor | None = None,
     slopes: Tensor | None = None,
 ) -> Tensor:
-    """What the acting layout gives for a layer: q, k, v [1, H or K, T, E] -> [1, T, H, E]."""
+    """A layer's attention by the layout that acts: q, k, v [1, H or K, T, E] -> [1, T, H, E]."""
     settings = AttentionSettings(q.shape[-1] ** -0.5 if scaling is None else scaling, window, softcap, sinks, slopes)
     return _acting.get()[0].attend(int(module.layer_idx), q, k, v, settings)
 

@@ -93,7 +93,7 @@ class Codec:
         return self._ended(self._encode([text])[0], plain=False)
 
     def encode_user(self, text: str) -> tuple[str | Messages, list[int]]:
-        """What a user typed: as a chat message where the tokenizer has a template, else as it is."""
+        """A user's text as a prompt: a chat message where the tokenizer has a template, else as it is. With its tokens."""
         content: str | Messages = [{"role": "user", "content": text}] if self.template.exists else text
         return content, self.encode_prompt(content)
 
@@ -138,20 +138,20 @@ class Codec:
         return together if together[: len(prompt)] == prompt else [*prompt, *self._encode([answer])[0]]
 
     def _ended(self, answer: list[int], plain: bool) -> list[int]:
-        """With an end token, unless it has one: after plain text the tokenizer's own, where it has one."""
+        """The answer with an end token, unless it has one: after plain text the tokenizer's own, where there is one."""
         if answer and answer[-1] in self.end_tokens:
             return answer
         own = self.tokenizer.eos_token_id
         return [*answer, own if plain and isinstance(own, int) else self.turn_end]
 
     def _encode_text(self, text: str) -> list[int]:
-        """With what the tokenizer begins a text with, once, and without what it may put at the end."""
+        """The text's tokens behind the tokenizer's beginning, once, and without what it may put at the end."""
         ids = self._encode([text])[0]
         return ids if ids[: len(self._beginning)] == self._beginning else [*self._beginning, *ids]
 
     @cached_property
     def _beginning(self) -> list[int]:
-        """What the tokenizer puts before a text: the token that begins one, or several, or nothing."""
+        """The tokens that the tokenizer puts before a text: one, several, or none."""
         found = self._before("a")
         if found is None:  # a small vocabulary may have no a
             words = (
@@ -161,7 +161,7 @@ class Codec:
         return found
 
     def _before(self, text: str) -> list[int] | None:
-        """What the tokenizer puts before this text; None where it can't encode it."""
+        """The tokens that the tokenizer puts before this text; None where it can't encode it."""
         try:
             bare, whole = (list(self.tokenizer(text, add_special_tokens=added)["input_ids"]) for added in (False, True))
         except Exception:  # broad: what a tokenizer can't encode it says with a bare Exception
@@ -210,7 +210,7 @@ def _marks(tokenizer: PreTrainedTokenizerBase, text: str, known: Sequence[int]) 
 
 
 def _num_shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences begin with in common."""
+    """The number of tokens that two sequences begin with in common."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 

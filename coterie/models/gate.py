@@ -1,4 +1,4 @@
-"""How a model is served: decided at the start, from what it is and from tests on a small copy of it.
+"""The decision how a model is served: made at the start, from what it is and from tests on a small copy of it.
 
 A model is served on the stream where each layer attends once, through transformers' interface, with a mask that is causal and no
 more than windowed; where nothing reaches a sequence from another one, by its gradient; and where every row gives what it gives
@@ -88,7 +88,7 @@ def _on_stream(model: PreTrainedModel, trial: _Trial, kind: type[_Kind]) -> _Kin
 
 
 def _in_a_line(error: Exception) -> str:
-    """What went wrong in a model's code, in words for a person."""
+    """The reason why a model's code failed, in words for a person."""
     if isinstance(error, UnservedModelError):
         return str(error)
     if isinstance(error, AttributeError | TypeError) and "_Seen" in str(error):
@@ -114,7 +114,7 @@ def _is_small(model: PreTrainedModel) -> bool:
 
 
 def _specimen(model: PreTrainedModel) -> PreTrainedModel:
-    """What is tried in the model's place: a copy with larger weights in float32 where that is cheap, else itself."""
+    """The model that is tried: a copy with larger weights in float32 where that is cheap, else itself."""
     if not _is_small(model):
         return model
     specimen = copy.deepcopy(model).float()
@@ -159,7 +159,7 @@ class _Sample:
 
     @property
     def rows(self) -> list[tuple[int, Tensor]]:
-        """Of each completion: which of the tokens it is, and the tokens of its prompt and itself."""
+        """Each completion: which of the tokens it is, and the tokens of its prompt and itself."""
         found, at = [], 0
         for _, of_prompt in self.segments:
             found += [
@@ -209,7 +209,7 @@ class _Trial:
 
     @torch.no_grad()
     def alone(self, shift: int = 0) -> list[Tensor]:
-        """What each row gives by itself, with positions that begin at `shift`: [length, V] of each completion."""
+        """The outputs of each row by itself, with positions that begin at `shift`: [length, V] of each completion."""
         found, fresh = [], Lengths.of(self.model)
         for place, row in self.sample.rows:
             more = {"position_ids": torch.arange(shift, shift + len(row), device=row.device)[None]} if shift else {}
@@ -242,7 +242,7 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 def _noise(model: PreTrainedModel, row: Tensor) -> float:
-    """What rounding does to a model in half precision, as `_difference`."""
+    """The effect of rounding on a model in half precision, as `_difference`."""
     plain, moved = rounding_of(model, lambda: _output(model, input_ids=row[None]), trials=2)
     return (moved.max() / plain.abs().max().clamp(min=1)).item()
 

@@ -61,7 +61,7 @@ class Scorer:
         _without_weights(policy)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What is trained and saved of it."""
+        """The parameters that are trained and saved."""
         if self.adapter is None:
             return self.model.named_parameters()
         head = ((f"score.{name}", parameter) for name, parameter in self.model.score.named_parameters())
@@ -76,13 +76,13 @@ class Scorer:
         return self.model.device
 
     def values(self, stream: Stream) -> Tensor:
-        """What the model expects before each completion token is written: [N]."""
+        """The reward that the model expects before each completion token is written: [N]."""
         if self.base.served == "padded":
             return self._scored(torch.cat([output[:-1] for output in self._padded(stream)]))
         return self._scored(self.base.stream_states(stream, stream.predictors, stream.row))
 
     def scores(self, stream: Stream) -> Tensor:
-        """What the model makes of each whole completion, read off its last token: [B]."""
+        """The score of each whole completion, read off its last token: [B]."""
         if self.base.served == "padded":
             return self._scored(torch.stack([output[-1] for output in self._padded(stream)]))
         ends, at = [], 0

@@ -29,7 +29,7 @@ def why_unreachable() -> str | None:
 
 
 def hub_reason(error: Exception) -> str:
-    """What went wrong with something of the hub, in one sentence."""
+    """The reason why something of the hub can't be had, in one sentence."""
     unreachable = why_unreachable()
     if unreachable is not None:
         return f"{unreachable}, and it is not among what was downloaded before"

@@ -121,7 +121,7 @@ class DenseLayout:
         )
 
     def _mask(self, number: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """What is added to a block's scores: [R or 1, 1, L, keys]."""
+        """The mask that is added to a block's scores: [R or 1, 1, L, keys]."""
         if (number, window, dtype) not in self._masks:
             block = self._blocks[number]
             keys, real = self._places(block)

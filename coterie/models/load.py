@@ -102,7 +102,7 @@ def codec_of(
 
 
 def _config_file(home: str) -> dict[str, Any]:
-    """What config.json holds, without what a class would fill in; nothing where there is none, as beside a tokenizer alone."""
+    """The content of config.json, without what a class would fill in; nothing where there is none, as beside a tokenizer alone."""
     if not Path(home).exists():
         why_unreachable()
     try:
@@ -112,7 +112,7 @@ def _config_file(home: str) -> dict[str, Any]:
 
 
 def _text_part(config: dict[str, Any]) -> dict[str, Any]:
-    """Of a model that sees pictures too, what is said of its text."""
+    """The part about text, of a model that sees pictures too."""
     return config.get("text_config") or {}
 
 

@@ -21,7 +21,7 @@ CHUNK_LOGITS = 1 << 24  # logits held at a time
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """What the vocabulary's logits say at each token, [N] each, in nats: with gradient where the policy's weights have one.
+    """Figures of the vocabulary's logits at each token, [N] each, in nats: with gradient where the policy's weights have one.
 
     entropies: of the distribution that is sampled. exact_kls: KL(policy || reference) over the whole vocabulary. Both None
     where not asked for.
@@ -95,7 +95,7 @@ def chunked_logprobs(
 
 @dataclass(frozen=True)
 class _Head:
-    """What is computed from the hidden states of a chunk."""
+    """The figures of a chunk, from its hidden states."""
 
     policy: Policy
     reference: Policy | None

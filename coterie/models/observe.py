@@ -1,4 +1,4 @@
-"""What a model calls the attention of its layers with, read off one forward pass of a few tokens.
+"""The settings that a model calls its layers' attention with, read off one forward pass of a few tokens.
 
 It is asked for masks that say what they are: what each layer sees there is what the model's plain self obeys.
 
@@ -23,7 +23,7 @@ _OBSERVED = "coterie_observed"
 
 @torch.no_grad()
 def observed(model: PreTrainedModel) -> dict[int, AttentionSettings]:
-    """What each layer's attention is called with. Raises UnservedModelError where one does what no layout knows."""
+    """The settings of each layer's attention. Raises UnservedModelError where one does what no layout knows."""
     observer = _Observer()
     with stream_attention(model, observer, {}, _OBSERVED):
         model.base_model(input_ids=torch.arange(4, device=model.device)[None], use_cache=False)
@@ -65,7 +65,7 @@ def _attention(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every layer."""
+    """The attention of a layer, called by transformers."""
     name = type(module).__name__
     for unserved in ("sinks", "position_bias", "head_mask"):
         if others.get(unserved) is not None:
@@ -82,7 +82,7 @@ def _attention(
 def _mask(
     *, mask_function: Callable[..., Any], local_size: int | None = None, use_vmap: bool = False, **others: Any
 ) -> _Seen:
-    """What transformers calls to make a mask. `mask_function(batch, head, query, key)` says whether a token sees another."""
+    """A mask, asked for by transformers. `mask_function(batch, head, query, key)` says whether a token sees another."""
     if not use_vmap and _is_causal(mask_function, local_size):
         return _Seen(local_size)
     return _Seen(None, f"a limit of {local_size} that is no sliding window" if local_size else "more than order")

@@ -66,7 +66,7 @@ class Policy:
         return None
 
     def layout(self, segments: Sequence[tuple[int, Sequence[int]]]) -> Layout:
-        """How a stream of groups attends: (prompt length, lengths of its completions) each."""
+        """The layout of a stream of groups: (prompt length, lengths of its completions) each."""
         return DenseLayout(segments, self.device)
 
     def head_logprobs(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor | None:
@@ -85,7 +85,7 @@ class Policy:
         return replace(self, recomputes=True)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What is trained and saved of it."""
+        """The parameters that are trained and saved."""
         return (self.adapter or self.model).named_parameters()
 
     @property
@@ -102,7 +102,7 @@ class Policy:
         return context_length_of(self.model.config)
 
     def hidden_states(self, stream: Stream) -> Tensor:
-        """What predicts each token that the policy wrote: [N, D]; of a padded policy its logits, [N, V]."""
+        """The states that predict each token that the policy wrote, [N, D]; of a padded policy the logits, [N, V]."""
         if self.served == "padded":
             outputs = self.padded_outputs(lambda **inputs: self.model(**inputs).logits, stream)
             return torch.cat([output[:-1] for output in outputs])
@@ -131,7 +131,7 @@ class Policy:
         return [output[prompt - 1 :] for prompt, output in zip(prompts, self.padded(run, rows), strict=True)]
 
     def padded(self, run: Callable[..., Tensor], rows: Sequence[Tensor]) -> list[Tensor]:
-        """What `run(input_ids=, attention_mask=, use_cache=)`, [B, longest, ...], gives for each of B rows, padded on the right.
+        """The outputs of `run(input_ids=, attention_mask=, use_cache=)`, [B, longest, ...], for each of B rows, padded on the right.
 
         Rows that may not be run together are not, and a row alone is not padded.
         """

@@ -1,4 +1,4 @@
-"""How far rounding alone moves what a model computes: the measure of two ways to compute the same.
+"""The distance by which rounding alone moves what a model computes: the measure of two ways to compute the same.
 
 In float32 two right ways are 1e-6 apart, in bfloat16 a hundredth, or a nat where a router's choice hangs on the last bit. So the
 distance that is allowed is not a number by type: the model is run again with every result rounded a little otherwise.
@@ -19,7 +19,7 @@ TIMES = 2  # how much further two right ways may be apart than a few trials, eac
 
 @torch.no_grad()
 def rounding_of(model: nn.Module, compute: Callable[[], Tensor], *, trials: int = 4) -> tuple[Tensor, Tensor]:
-    """What `compute` makes of the model, and how far each of its numbers moves at most in some trials. Same shapes.
+    """The numbers that `compute` makes of the model, and how far each moves at most in some trials. Same shapes.
 
     Between two right ways to compute it lies TIMES as much, or less.
     """

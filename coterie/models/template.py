@@ -37,7 +37,7 @@ class TemplateEndlessError(UserError):
 
 @dataclass(frozen=True)
 class Chat:
-    """What a recipe says of chats. system: the system message of those that have none. variables: what the template is given beside
+    """A recipe's settings for chats. system: the system message of those that have none. variables: what the template is given beside
     the messages. day: an ISO date, which is today for the template, so that a resumed run reads what it read before."""
 
     system: str | None = None
@@ -69,7 +69,7 @@ class ChatTemplate:
         return self._source is not None
 
     def opened(self, messages: Messages) -> str:
-        """What is read before an answer is written. A last message of the assistant's is left open, and the answer continues it."""
+        """The text that is read before an answer is written. A last message of the assistant's is left open, and the answer continues it."""
         if not self._speaks:
             raise UserError(f"{self._name} leaves out what messages say, where they are texts")
         continues = messages[-1]["role"] == "assistant"
@@ -108,7 +108,7 @@ class ChatTemplate:
 
     @cached_property
     def tails(self) -> tuple[str, str]:
-        """What stands after an answer that ends a chat, and after one that a question follows."""
+        """The texts after an answer that ends a chat, and after one that a question follows."""
         for before in ([], [{"role": "system", "content": "Yak."}]):
             chat: Messages = [*before, _QUESTION, _ANSWER]
             try:
@@ -147,7 +147,7 @@ class ChatTemplate:
         return {"role": "system", "content": self._chat.system or ""}
 
     def _with_system(self, messages: Messages) -> Messages:
-        """With the recipe's system message, where the chat begins with none."""
+        """The messages with the recipe's system message, where the chat begins with none."""
         if self._chat.system is None or messages[0]["role"] in ("system", "developer"):
             return messages
         return [self._system, *messages]
@@ -195,7 +195,7 @@ class ChatTemplate:
 
 
 def _of_turn(last: str, amid: str, end: str | None) -> str:
-    """How much of what stands after a chat's last answer belongs to the answer's turn: up to the end token, or without one what
+    """The part of the text after a chat's last answer that belongs to the answer's turn: up to the end token, or without one what
     stands there in every chat."""
     if end and end in last:
         return last[: last.find(end) + len(end)]

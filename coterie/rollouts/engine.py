@@ -1,4 +1,4 @@
-"""What an engine is: it turns prompts into completions, with the log-probabilities of the distribution it sampled.
+"""Engines: they turn prompts into completions, with the log-probabilities of the distribution they sampled.
 
 Legend: P prompts, G completions per prompt, R rows that are being decoded, V vocabulary.
 """
@@ -25,7 +25,7 @@ Done = Callable[[int, list[Completion]], None]
 
 @dataclass(frozen=True)
 class Job:
-    """What an engine is asked for: see `Engine.generate`. keys [P, G] and end_tokens are on the policy's device."""
+    """The arguments of `Engine.generate`. keys [P, G] and end_tokens are on the policy's device."""
 
     prompts: Sequence[Sequence[int]]
     keys: Tensor
@@ -55,12 +55,13 @@ class Engine(ABC):
         decode: Callable[[Sequence[int]], str] | None = None,
         done: Done | None = None,
     ) -> list[list[Completion]]:
-        """G completions of each prompt: keys [P, G] -> P lists of G.
+        """G completions of each prompt: keys [P, G] int64 -> P lists of G. Equal keys, prompt and weights give equal tokens.
 
-        keys: int64, seed the noise: equal keys, prompt and weights give equal tokens. A completion ends with one of `end_tokens`,
-        with the token that completes one of `sampling.stop` in what `decode` makes of its last tokens, or at
-        `sampling.max_new_tokens`. `done` is called with a prompt's number and its completions as soon as it is known that all of
-        them have ended. Raises UserError where a sequence's positions could change while it is sampled.
+        A completion ends with one of `end_tokens`, with the token that completes one of `sampling.stop` in what `decode` makes of
+        its last tokens, or at `sampling.max_new_tokens`. `done` is called with a prompt's number and its completions as soon as it
+        is known that all of them have ended.
+
+        Raises UserError where a sequence's positions could change while it is sampled.
         """
         for prompt in prompts:
             self.policy.lengths.check(len(prompt), sampling.max_new_tokens)
@@ -70,7 +71,7 @@ class Engine(ABC):
 
     @abstractmethod
     def sampled(self, job: Job) -> list[list[Completion]]:
-        """What `generate` gives."""
+        """The completions of `generate`."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def _last_possible(probabilities: Tensor) -> Tensor:
 
 
 class Ends:
-    """What ends the rows of a job: an end token, or a stop string in the text of the last tokens, which it keeps by row."""
+    """The ends of a job's rows: an end token, or a stop string in the text of the last tokens, which it keeps by row."""
 
     def __init__(self, job: Job) -> None:
         self._tokens, self._decode = job.end_tokens, job.decode
@@ -165,7 +166,7 @@ class Ends:
 
 
 class Transcript:
-    """What was drawn, step by step, until it is sorted into completions. Only live rows count; of others nothing is read."""
+    """The tokens that were drawn, step by step, until they are sorted into completions. Only live rows count; of others nothing is read."""
 
     def __init__(self) -> None:
         self._steps: list[tuple[Tensor, ...]] = []
@@ -179,7 +180,7 @@ class Transcript:
             self._supports += kept.nonzero()[:, 1].cpu().split(kept.sum(1).tolist())
 
     def completions(self, prompts: Sequence[int], num_completions: int) -> list[list[Completion]]:
-        """Those of some prompts, by their numbers in ascending order, all of which have ended: a list of G each."""
+        """The completions of some prompts, by their numbers in ascending order, all of which have ended: a list of G each."""
         live, *columns = map(torch.cat, zip(*self._steps, strict=True))
         rows, *columns = (column[live].cpu() for column in columns)
         chosen = torch.isin(rows // num_completions, torch.tensor(prompts)).nonzero().squeeze(1)

@@ -1,4 +1,4 @@
-"""What a model keeps of the tokens before, handed on from token to token: keys and values, a state. And whether that can be relied on.
+"""A model's memory of the tokens before, handed on from token to token: keys and values, a state. And whether it can be relied on.
 
 Legend: G completions of a prompt, n tokens, S those of a trial's prompt, V vocabulary.
 """
@@ -39,7 +39,7 @@ def remembers(policy: Policy) -> bool:
 def next_logits(
     model: PreTrainedModel, inputs: Tensor, kept: Mapping[str, Any], remembers: bool
 ) -> tuple[Tensor, Mapping[str, Any]]:
-    """What follows inputs [G, n], with what the model kept of the tokens before: [G, V], and what it keeps now.
+    """The logits after inputs [G, n], with what the model kept of the tokens before: [G, V], and what it keeps now.
 
     Its memory is what it returns under the name of one of its arguments: `cache`, `past_key_values`, `cache_params`, `state`, ...
     Under another name many models swallow it without a word.

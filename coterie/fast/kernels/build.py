@@ -134,7 +134,7 @@ def _own_folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def _processor() -> str:
-    """What `-march=native` depends on."""
+    """The features of the processor, which `-march=native` depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

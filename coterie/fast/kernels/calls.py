@@ -1,4 +1,4 @@
-"""How a kernel is called: with tensors that are dense, on the CPU and of one type, which `served` checks.
+"""Calls of the kernels, with tensors that are dense, on the CPU and of one type, which `served` checks.
 
 Legend: T tokens of a stream, H heads, K key-value heads, E width of a head.
 """
@@ -50,14 +50,14 @@ class Groups:
         return cls((starts, prompts, rows, lengths), longest)
 
     def about(self, q: Tensor, k: Tensor, scaling: float, window: int | None) -> Attention:
-        """What attention is told beside its tensors: q [T, H, E], k [T, K, E]."""
+        """The sizes and places that attention is told beside its tensors: q [T, H, E], k [T, K, E]."""
         (tokens, heads, width), places = q.shape, [x.data_ptr() for x in self.tensors]
         sizes = (tokens, len(self.tensors[0]), heads, k.shape[1], width)
         return Attention(*sizes, window or 0, self.longest, scaling, *places)
 
 
 def rooms(x: Tensor, width: int) -> Tensor:
-    """What each thread adds up in by itself."""
+    """Room for each thread to add up in by itself: [threads, width]."""
     found = library(x.dtype)
     assert found is not None
     return x.new_empty(found.max_threads(), width)
