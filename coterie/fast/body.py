@@ -63,14 +63,14 @@ class FastBody:
         what they read, and no more. `recompute(function, *arguments)` calls a layer, and again for its gradient."""
         model = self._model
         stream = model.embed_tokens(tokens)  # [T, D]
-        rotary = _Rotary(*model.rotary_emb(stream[None], positions[None]))
+        rotary = Rotary(*model.rotary_emb(stream[None], positions[None]))
         for index in range(len(model.layers)):
             arguments = (index, stream, rotary, layout, places if index == len(model.layers) - 1 else None)
             stream = self._layer(*arguments) if recompute is None else recompute(self._layer, *arguments)
         return _norm(stream, model.norm)
 
     def _layer(
-        self, index: int, stream: Tensor, rotary: _Rotary, layout: Layout, places: Tensor | None = None
+        self, index: int, stream: Tensor, rotary: Rotary, layout: Layout, places: Tensor | None = None
     ) -> Tensor:
         """[T, D] -> [T, D], or [M, D]."""
         layer = self._model.layers[index]
@@ -124,7 +124,7 @@ def _norm(x: Tensor, norm: Any) -> Tensor:
     return rms_norm(x, norm.weight, norm.variance_epsilon)
 
 
-class _Rotary:
+class Rotary:
     """Rotary positions for all layers: x * cos + (halves of each head swapped) * sin, negative in the first halves."""
 
     def __init__(self, cos: Tensor, sin: Tensor) -> None:

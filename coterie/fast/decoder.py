@@ -9,18 +9,19 @@ Legend: R rows, D width, H heads, K key-value heads, E width of a head, S longes
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from coterie.fast.body import FastBody
+from coterie.fast.body import FastBody, Rotary
 from coterie.fast.grid import Grid
 from coterie.fast.kernels.build import library, matrix_product
-from coterie.fast.kernels.calls import rope_fits, run
+from coterie.fast.kernels.calls import run
 from coterie.fast.kernels.structs import Decoding, LayerCache, LayerWeights
 from coterie.fast.tiles import plain_head
+from coterie.models.attention import AttentionSettings
 from coterie.models.policy import Policy
 from coterie.recipe.settings import Sampling
 from coterie.rollouts.engine import Sampled
@@ -30,25 +31,18 @@ _FIXED_ROTARY = ("default", "linear", "llama3", "yarn")  # whose angles depend o
 
 
 class Decoder:
-    """A policy's weights, ready to decode sequences of at most `longest` tokens."""
+    """A model's weights, ready to decode sequences of at most `longest` tokens."""
 
-    def __init__(self, policy: Policy, longest: int) -> None:
-        head = plain_head(policy)
-        assert isinstance(policy.body, FastBody)
-        assert head is not None
-        model: Any = policy.model.base_model
+    def __init__(self, model: Any, head: nn.Linear, settings: Mapping[int, AttentionSettings], longest: int) -> None:
         layer, self._dtype = model.layers[0], head.weight.dtype
-        settings = policy.body.settings
         self._layers = (LayerWeights * len(settings))(*(_layer(one, settings[i]) for i, one in enumerate(model.layers)))
-        cos, sin = model.rotary_emb(head.weight[:1, None], torch.arange(longest)[None])
-        half = cos.shape[2] // 2
-        sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], 1)
-        self._rotary = cos[0].to(self._dtype).contiguous(), sin.to(self._dtype)
+        rotary = Rotary(*model.rotary_emb(head.weight[:1, None], torch.arange(longest)[None]))
+        self._rotary = rotary.cos.to(self._dtype), rotary.sin.to(self._dtype)
         self._model = {
             "num_layers": len(settings),
             "width": head.weight.shape[1],
-            "heads": layer.self_attn.q_proj.weight.shape[0] // cos.shape[2],
-            "head_width": cos.shape[2],
+            "heads": layer.self_attn.q_proj.weight.shape[0] // rotary.width,
+            "head_width": rotary.width,
             "mlp_width": layer.mlp.gate_proj.weight.shape[0],
             "vocabulary": head.weight.shape[0],
             "positions": longest,
@@ -65,23 +59,16 @@ class Decoder:
     @classmethod
     def of(cls, policy: Policy, longest: int) -> Decoder | None:
         """None where the compiled loops do not serve: another architecture, device, precision, or LoRA's matrices."""
-        head = plain_head(policy)
-        if (
-            not isinstance(policy.body, FastBody)
-            or policy.adapter is not None
-            or policy.device.type != "cpu"
-            or head is None
-        ):
+        head, body = plain_head(policy), policy.body
+        if not isinstance(body, FastBody) or policy.adapter is not None or policy.device.type != "cpu" or head is None:
             return None
         model: Any = policy.model.base_model
-        dtype = head.weight.dtype
         plain = all(type(module) is nn.Linear for layer in model.layers for module in _projections(layer))
         plain &= type(model.embed_tokens) is nn.Embedding and model.rotary_emb.rope_type in _FIXED_ROTARY
-        plain &= all(settings.plain for settings in policy.body.settings.values())
-        plain &= rope_fits(2 * len(model.rotary_emb.inv_freq))
-        if not plain or library(dtype) is None or matrix_product(dtype) is None:
+        plain &= all(settings.plain for settings in body.settings.values())
+        if not plain or matrix_product(head.weight.dtype) is None:
             return None
-        return cls(policy, longest)
+        return cls(model, head, body.settings, longest)
 
     def draw(
         self, grid: Grid, keys: Tensor, sampling: Sampling, ends: Tensor, num_steps: int
