@@ -107,6 +107,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        found = [torch.empty_like(x) for x in ctx.saved_tensors[:3]]
-        call("attend_backward", ctx.about, *ctx.saved_tensors, grads[0].contiguous(), *found)
+        saved = ctx.saved_tensors  # read once: a recomputed layer hands them out no second time
+        found = [torch.empty_like(x) for x in saved[:3]]
+        call("attend_backward", ctx.about, *saved, grads[0].contiguous(), *found)
         return *found, None, None, None
