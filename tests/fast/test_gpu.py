@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from small_runs import metrics
-from test_flex import SEGMENTS, inputs, with_gradients
+from test_flex import SEGMENTS, inputs
 from test_native import ENDS, SAMPLINGS, some_keys, some_prompts
 
 from coterie.fast.flex import FlexLayout
@@ -16,6 +16,12 @@ from coterie.models.layout import DenseLayout
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 DEVICE = "cuda"
+
+
+def with_gradients(layout, tensors, settings):
+    out = layout.attend(0, *tensors, settings)
+    direction = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out)
+    return [out.detach(), *torch.autograd.grad((out * direction).sum(), tensors)]
 
 
 @pytest.mark.parametrize("window", [None, 7])
