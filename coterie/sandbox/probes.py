@@ -91,8 +91,8 @@ _NAMES = re.findall(r"^def (\w+)\(secret", _SOURCE, re.MULTILINE)
 
 def probe(run: Callable[[Program], Outcome]) -> str:
     """Try them all. Returns a line for the log; raises SandboxError with what got through, or with why none could be run."""
-    start = time.perf_counter()
     can_compute(run)
+    start = time.perf_counter()  # a server is up by now
     with tempfile.TemporaryDirectory(prefix="coterie-probe-") as folder:
         secret = Path(folder) / "secret"
         secret.write_text(secrets.token_hex(16))
