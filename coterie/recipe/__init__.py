@@ -49,15 +49,30 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     values = read_yaml_file(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of settings, not {type(values).__name__}")
-    if "made_with" in values:  # a run's own
+    of_a_run = "made_with" in values
+    if of_a_run:
         values, _ = with_new_names(values)
+    meant: dict[str, Any] = {}
     for override in overrides:
         _override(values, override)
-    return make_recipe(values, source=str(path), folder=path.resolve().parent)
+        if not override.startswith("rewards."):
+            _override(meant, override)
+    folder = path.resolve().parent
+    return make_recipe(values, source=str(path), folder=folder, meant=meant if of_a_run else None)
 
 
-def make_recipe(values: Mapping[str, Any], *, source: str = "recipe", folder: Path | None = None) -> Recipe:
-    """A checked recipe from plain values; `folder` is what its relative paths start from."""
+def make_recipe(
+    values: Mapping[str, Any],
+    *,
+    source: str = "recipe",
+    folder: Path | None = None,
+    meant: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """A checked recipe from plain values.
+
+    folder: what its relative paths start from. meant: those of the values that somebody asks for here, where not all of them; the others
+    give way where they have no effect, as a run's own do, which names every setting.
+    """
     folder = folder or Path.cwd()
     try:
         with_key = next(keys_in(values), None)
@@ -81,13 +96,14 @@ def make_recipe(values: Mapping[str, Any], *, source: str = "recipe", folder: Pa
     merged = _filled_in(given, PRESETS[preset] if isinstance(preset, str) else {})
     plain_rewards(merged, folder)
     absolute_paths(merged, folder)
-    lines = [line for name, why in taken_out(merged).items() for line in _without_effect(given, name, why)]
+    meant = given if meant is None else meant
+    lines = [line for name, why in taken_out(merged).items() for line in _without_effect(meant, name, why)]
     try:
         recipe: Recipe = METHODS.read(merged)
     except ValidationError as error:
         lines += explained(error, merged)
     else:
-        lines += [line for name, why in idle_settings(recipe).items() for line in _without_effect(given, name, why)]
+        lines += [line for name, why in idle_settings(recipe).items() for line in _without_effect(meant, name, why)]
     if lines:
         raise UserError(f"{source}: " + "\n".join(lines))
     return recipe

@@ -660,3 +660,26 @@ def test_a_pipe_or_a_device_is_no_recipe(tmp_path):
     for path in (tmp_path / "recipe.yaml", "/dev/zero"):
         with pytest.raises(UserError, match=r"was not found|no plain file"):
             load_recipe(str(path))
+
+
+def test_a_run_s_own_settings_give_way_to_what_is_set(tmp_path):
+    """A run's recipe names every setting; what has no effect beside what somebody sets now is no mistake of theirs."""
+    data = tmp_path / "other.jsonl"
+    data.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    values = {
+        "model": {"type": "llama"},
+        "tokenizer": "bytes",
+        "rewards": "coterie.rewards:answer",
+        "task": {"data": str(data)},
+    }
+    own = make_recipe({**values, "made_with": {"torch": "2.13"}})
+    (tmp_path / "recipe.yaml").write_text(own.to_yaml())
+    file = str(tmp_path / "recipe.yaml")
+
+    evaluated = load_recipe(file, [f"task.evaluation={data}"])
+    assert evaluated.task.evaluation == str(data)
+    gated = load_recipe(file, ["loss.objective=sapo", "loss.gate_positive=2"])
+    assert gated.loss.objective == "sapo"
+    assert gated.loss.gate_positive == 2
+    with pytest.raises(UserError, match=r"loss.clip_low: has no effect while loss.objective is sapo"):
+        load_recipe(file, ["loss.objective=sapo", "loss.clip_low=0.1"])
