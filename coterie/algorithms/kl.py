@@ -34,25 +34,25 @@ def kl_penalty(
     reference_logprobs: Tensor,
     *,
     estimator: str = "k3",
-    sampler_logprobs: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
 ) -> Tensor:
     """KL(policy || reference) at each sampled token: log-probabilities [N] -> [N], in nats.
 
-    Without `sampler_logprobs` the value is right and the gradient is not: differentiating an estimate leaves out that the
-    policy also chooses the token. With them, each is weighted by pi_theta / pi_old, so that the expected gradient is that of
-    the KL at each state, on the policy and off it. k2's own gradient is right already, so its weight has none.
+    Without `old_logprobs` the value is right and the gradient is not: differentiating an estimate leaves out that the
+    policy also chooses the token. With them, log pi_old of each token, it is weighted by pi_theta / pi_old, so that the expected
+    gradient is that of the KL at each state, on the policy and off it. k2's own gradient is right already, so its weight has none.
     """
     difference = reference_logprobs - policy_logprobs
     penalty = ESTIMATORS[estimator](difference)
-    if sampler_logprobs is None:
+    if old_logprobs is None:
         return penalty
-    weight = capped_exp(policy_logprobs - sampler_logprobs)
+    weight = capped_exp(policy_logprobs - old_logprobs)
     if estimator == "k2":
         return weight.detach() * penalty
     if estimator == "k1":
         return weight * penalty
     # where d is large, exp(d) overflows beside a weight that vanishes: their product is taken in one exponential
-    together = capped_exp(reference_logprobs - sampler_logprobs) - weight * (1 + difference)
+    together = capped_exp(reference_logprobs - old_logprobs) - weight * (1 + difference)
     return torch.where(difference > 20, together, weight * k3(difference.clamp(max=20)))
 
 

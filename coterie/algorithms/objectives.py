@@ -1,7 +1,7 @@
 """Policy objectives: one loss per token, to be aggregated elsewhere.
 
-Legend: N completion tokens of a stream, B rows. Above stand the formulas, functions of tensors; below, the objectives that a
-recipe names: each takes the same `TokenTerms`, and as keywords the settings of its class in `coterie/recipe/objectives.py`.
+Legend: N completion tokens of a stream, B rows. Each formula is a function of tensors; the function below it is the objective as a
+recipe names it, which takes `TokenTerms` and, as keywords, the settings of its class in `coterie/recipe/objectives.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,38 @@ from torch import Tensor
 from coterie.algorithms.ratios import RATIOS, capped_exp, row_mean, row_sum
 
 
+@dataclass(frozen=True)
+class TokenTerms:
+    """What an objective may look at, one entry per completion token.
+
+    policy_logprobs [N]: log pi_theta, with gradient. old_logprobs [N]: log pi_old, the denominator of the ratio: the trainer's own
+    before the first update, or the sampler's where they are taken as given. advantages [N], rewards [N]: each row's own, or per
+    token where a value model gives them. row [N]: which of `num_rows` completions a token belongs to.
+    reference_logprobs [N]: for the anchored objective, and wherever the loss has a KL to a reference; else None.
+    """
+
+    policy_logprobs: Tensor
+    old_logprobs: Tensor
+    advantages: Tensor
+    rewards: Tensor
+    row: Tensor
+    num_rows: int
+    reference_logprobs: Tensor | None = None
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """log(pi_theta / pi_old) [N]."""
+        return self.policy_logprobs - self.old_logprobs
+
+    def ratio(self, kind: str) -> Tensor:
+        """pi_theta / pi_old per token or per sequence, [N]: a name of `RATIOS`."""
+        return RATIOS[kind](self.log_ratio, self.row, self.num_rows)
+
+    def bounds(self, kind: str, low: float, high: float) -> tuple[float | Tensor, float | Tensor]:
+        """The clip bounds: as given ("fixed"), or one per token that depends on pi_old ("dynamic")."""
+        return (low, high) if kind == "fixed" else dynamic_bounds(self.old_logprobs, low=low, high=high)
+
+
 def clipped_loss(ratio: Tensor, advantages: Tensor, *, low: float | Tensor, high: float | Tensor) -> Tensor:
     """The clipped policy objective as a loss: ratio [N], advantages [N] -> [N].
 
@@ -26,13 +58,6 @@ def clipped_loss(ratio: Tensor, advantages: Tensor, *, low: float | Tensor, high
     low, high = (torch.as_tensor(bound, dtype=ratio.dtype, device=ratio.device) for bound in (low, high))
     clipped = torch.clamp(ratio, 1 - low, 1 + high)
     return _unless_zero(advantages, -torch.minimum(ratio * advantages, clipped * advantages))
-
-
-def clipped_at(
-    ratio: Tensor, advantages: Tensor, *, low: float | Tensor, high: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    """Where each bound acts, so that the token has no gradient: (lower [N], upper [N]), bool."""
-    return (ratio < 1 - low) & (advantages < 0), (ratio > 1 + high) & (advantages > 0)
 
 
 def dynamic_bounds(old_logprobs: Tensor, *, low: float, high: float, largest: float = 10.0) -> tuple[Tensor, Tensor]:
@@ -48,6 +73,12 @@ def dynamic_bounds(old_logprobs: Tensor, *, low: float, high: float, largest: fl
     return 1 - lower, upper - 1
 
 
+def clip(terms: TokenTerms, *, ratio: str, clip_low: float, clip_high: float, clip_bounds: str) -> Tensor:
+    """The clipped loss with a kind of ratio and of bounds."""
+    low, high = terms.bounds(clip_bounds, clip_low, clip_high)
+    return clipped_loss(terms.ratio(ratio), terms.advantages, low=low, high=high)
+
+
 def dual_clipped_loss(
     ratio: Tensor, advantages: Tensor, *, low: float | Tensor, high: float | Tensor, ceiling: float
 ) -> Tensor:
@@ -58,6 +89,14 @@ def dual_clipped_loss(
     """
     loss = clipped_loss(ratio, advantages, low=low, high=high)
     return torch.where(advantages < 0, torch.minimum(loss, -ceiling * advantages), loss)
+
+
+def dual_clip(
+    terms: TokenTerms, *, ratio: str, clip_low: float, clip_high: float, clip_bounds: str, clip_ceiling: float
+) -> Tensor:
+    """The same, bounded at `clip_ceiling` where A < 0."""
+    low, high = terms.bounds(clip_bounds, clip_low, clip_high)
+    return dual_clipped_loss(terms.ratio(ratio), terms.advantages, low=low, high=high, ceiling=clip_ceiling)
 
 
 def cispo_loss(
@@ -73,6 +112,11 @@ def cispo_loss(
     return _unless_zero(advantages, -weight * advantages * policy_logprobs)
 
 
+def cispo(terms: TokenTerms, *, ratio: str, clip_low: float, clip_high: float) -> Tensor:
+    """Every token's log-probability, weighted by a ratio whose own gradient is stopped."""
+    return cispo_loss(terms.policy_logprobs, terms.ratio(ratio), terms.advantages, low=clip_low, high=clip_high)
+
+
 def sapo_loss(ratio: Tensor, advantages: Tensor, *, positive: float, negative: float) -> Tensor:
     """-(4 / tau) * sigmoid(tau * (ratio - 1)) * A, tau being `positive` where A > 0 and `negative` elsewhere: [N] -> [N].
 
@@ -81,6 +125,11 @@ def sapo_loss(ratio: Tensor, advantages: Tensor, *, positive: float, negative: f
     """
     tau = torch.where(advantages > 0, ratio.new_tensor(positive), ratio.new_tensor(negative))
     return _unless_zero(advantages, -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * advantages)
+
+
+def sapo(terms: TokenTerms, *, ratio: str, gate_positive: float, gate_negative: float) -> Tensor:
+    """The soft gate, one slope for each sign of the advantage."""
+    return sapo_loss(terms.ratio(ratio), terms.advantages, positive=gate_positive, negative=gate_negative)
 
 
 def gmpo_loss(
@@ -96,9 +145,19 @@ def gmpo_loss(
     return _unless_zero(advantages, -capped_exp(row_mean(clipped, row, num_rows))[row] * advantages)
 
 
+def gmpo(terms: TokenTerms, *, clip_low: float, clip_high: float) -> Tensor:
+    """The geometric mean; its ratio is per token by definition."""
+    return gmpo_loss(terms.log_ratio, terms.advantages, terms.row, terms.num_rows, low=clip_low, high=clip_high)
+
+
 def policy_gradient_loss(ratio: Tensor, advantages: Tensor) -> Tensor:
     """-ratio * A, nothing clipped: [N], [N] -> [N]. On the policy its gradient is that of -A * log pi_theta (REINFORCE)."""
     return _unless_zero(advantages, -ratio * advantages)
+
+
+def policy_gradient(terms: TokenTerms, *, ratio: str) -> Tensor:
+    """REINFORCE with a kind of ratio."""
+    return policy_gradient_loss(terms.ratio(ratio), terms.advantages)
 
 
 def anchor_logprobs(policy_logprobs: Tensor, reference_logprobs: Tensor, *, alpha: float) -> Tensor:
@@ -127,80 +186,6 @@ def anchored_loss(
     return _unless_zero(weights, -weights * F.logsigmoid(beta * (policy_logprobs - anchor)))
 
 
-def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float) -> Tensor:
-    """max((v - R)^2, (clip(v, v_old - clip, v_old + clip) - R)^2) / 2: [N] each -> [N].
-
-    The value model, like the policy, moves only so far on one batch of samples. Source: the code of arXiv 1707.06347, as
-    described in https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details, detail 9.
-    """
-    held = old_values + (values - old_values).clamp(-clip, clip)
-    return torch.maximum((values - returns).square(), (held - returns).square()) / 2
-
-
-def _unless_zero(weights: Tensor, loss: Tensor) -> Tensor:
-    """The loss, and exactly 0 where its weight is: 0 * inf would be no number."""
-    return torch.where(weights == 0, 0.0, loss)
-
-
-@dataclass(frozen=True)
-class TokenTerms:
-    """What an objective may look at, one entry per completion token.
-
-    policy_logprobs [N]: with gradient. old_logprobs [N]: under the policy that sampled. advantages [N], rewards [N]: each
-    row's own, or per token where a value model gives them. row [N]: which of `num_rows` completions a token belongs to.
-    reference_logprobs [N]: for the anchored objective, and wherever the loss has a KL to a reference; else None.
-    """
-
-    policy_logprobs: Tensor
-    old_logprobs: Tensor
-    advantages: Tensor
-    rewards: Tensor
-    row: Tensor
-    num_rows: int
-    reference_logprobs: Tensor | None = None
-
-    @property
-    def log_ratio(self) -> Tensor:
-        """log(pi_theta / pi_old) [N]."""
-        return self.policy_logprobs - self.old_logprobs
-
-    def ratio(self, kind: str) -> Tensor:
-        """pi_theta / pi_old per token or per sequence, [N]: a name of `RATIOS`."""
-        return RATIOS[kind](self.log_ratio, self.row, self.num_rows)
-
-    def bounds(self, kind: str, low: float, high: float) -> tuple[float | Tensor, float | Tensor]:
-        """The clip bounds: as given ("fixed"), or one per token that depends on pi_old ("dynamic")."""
-        return (low, high) if kind == "fixed" else dynamic_bounds(self.old_logprobs, low=low, high=high)
-
-
-def clip(terms: TokenTerms, *, ratio: str, clip_low: float, clip_high: float, clip_bounds: str) -> Tensor:
-    low, high = terms.bounds(clip_bounds, clip_low, clip_high)
-    return clipped_loss(terms.ratio(ratio), terms.advantages, low=low, high=high)
-
-
-def dual_clip(
-    terms: TokenTerms, *, ratio: str, clip_low: float, clip_high: float, clip_bounds: str, clip_ceiling: float
-) -> Tensor:
-    low, high = terms.bounds(clip_bounds, clip_low, clip_high)
-    return dual_clipped_loss(terms.ratio(ratio), terms.advantages, low=low, high=high, ceiling=clip_ceiling)
-
-
-def cispo(terms: TokenTerms, *, ratio: str, clip_low: float, clip_high: float) -> Tensor:
-    return cispo_loss(terms.policy_logprobs, terms.ratio(ratio), terms.advantages, low=clip_low, high=clip_high)
-
-
-def sapo(terms: TokenTerms, *, ratio: str, gate_positive: float, gate_negative: float) -> Tensor:
-    return sapo_loss(terms.ratio(ratio), terms.advantages, positive=gate_positive, negative=gate_negative)
-
-
-def gmpo(terms: TokenTerms, *, clip_low: float, clip_high: float) -> Tensor:
-    return gmpo_loss(terms.log_ratio, terms.advantages, terms.row, terms.num_rows, low=clip_low, high=clip_high)
-
-
-def policy_gradient(terms: TokenTerms, *, ratio: str) -> Tensor:
-    return policy_gradient_loss(terms.ratio(ratio), terms.advantages)
-
-
 def anchored(
     terms: TokenTerms, *, anchor_alpha: float, anchor_beta: float, anchor_level: str, anchor_weight: str
 ) -> Tensor:
@@ -219,12 +204,25 @@ def anchored(
     return loss[row]
 
 
+def _unless_zero(weights: Tensor, loss: Tensor) -> Tensor:
+    """The loss, and exactly 0 where its weight is: 0 * inf would be no number."""
+    return torch.where(weights == 0, 0.0, loss)
+
+
 Clipped = tuple[Tensor, Tensor]
+
+
+def clipped_at(
+    ratio: Tensor, advantages: Tensor, *, low: float | Tensor, high: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Where each bound acts, so that the token has no gradient: (lower [N], upper [N]), bool."""
+    return (ratio < 1 - low) & (advantages < 0), (ratio > 1 + high) & (advantages > 0)
 
 
 def ratio_clipped(
     terms: TokenTerms, *, ratio: str, clip_low: float, clip_high: float, clip_bounds: str, **others: object
 ) -> Clipped:
+    """The bounds hold the ratio, each for one sign of the advantage."""
     low, high = terms.bounds(clip_bounds, clip_low, clip_high)
     return clipped_at(terms.ratio(ratio), terms.advantages, low=low, high=high)
 
@@ -236,6 +234,7 @@ def weight_clipped(terms: TokenTerms, *, ratio: str, clip_low: float, clip_high:
 
 
 def log_ratio_clipped(terms: TokenTerms, *, clip_low: float, clip_high: float) -> Clipped:
+    """The bounds hold the logarithm of each token's ratio."""
     return clipped_at(1 + terms.log_ratio, terms.advantages, low=clip_low, high=clip_high)
 
 

@@ -1,4 +1,4 @@
-"""Probability ratios between the policy and the sampler, per token or per sequence."""
+"""Probability ratios pi_theta / pi_old, of the policy now to what it was before the update: per token or per sequence."""
 
 from collections.abc import Callable
 

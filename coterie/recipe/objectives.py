@@ -37,7 +37,7 @@ class Loss(Settings):
 
 class _WithRatio(Loss):
     ratio: Literal["token", "sequence", "sequence_mean", "sequence_mean_token"] = Field(
-        "token", description="of policy to sampler: for each token, or for a whole completion"
+        "token", description="pi_theta / pi_old, now to before the update: of each token, or of a whole completion"
     )
 
 

@@ -172,7 +172,7 @@ def _loss_per_token(
             terms.policy_logprobs,
             terms.reference_logprobs,
             estimator=recipe.kl.estimator,
-            sampler_logprobs=terms.old_logprobs,
+            old_logprobs=terms.old_logprobs,
         )
         per_token = per_token + kl_weight * penalty
     if found.entropies is not None:

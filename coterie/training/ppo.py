@@ -13,8 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from coterie.algorithms.advantages import generalised_advantages, has_signal
-from coterie.algorithms.objectives import clipped_value_loss
+from coterie.algorithms.advantages import has_signal
+from coterie.algorithms.values import clipped_value_loss, generalised_advantages
 from coterie.distributed.reduce import sum_numbers, sum_totals
 from coterie.models.heads import Scorer
 from coterie.models.logprobs import logprobs_of

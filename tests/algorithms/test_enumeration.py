@@ -391,7 +391,7 @@ def kl_gradients(logits: Tensor, sampler: Tensor, *, estimator: str, corrected: 
     def loss(group: Group) -> Tensor:
         terms = terms_of(logits, sampler, group, [0.0], [0.0])
         old = terms.old_logprobs if corrected else None
-        penalty = kl_penalty(terms.policy_logprobs, terms.reference_logprobs, estimator=estimator, sampler_logprobs=old)
+        penalty = kl_penalty(terms.policy_logprobs, terms.reference_logprobs, estimator=estimator, old_logprobs=old)
         return aggregated(penalty, group, "sequence_sum")
 
     return expected_gradient(loss, logits, sampler)
@@ -417,7 +417,7 @@ def test_in_the_loss_the_gradient_is_the_kl_s_at_each_prefix(logits, estimator, 
 def test_at_a_single_prefix_the_gradient_is_that_of_the_exact_kl(prefix, estimator, sampler):
     policy = POLICY[STATE[prefix]].clone().requires_grad_()
     old, reference = (x[STATE[prefix]].log_softmax(0) for x in (sampler, REFERENCE))
-    penalty = kl_penalty(policy.log_softmax(0), reference, estimator=estimator, sampler_logprobs=old)
+    penalty = kl_penalty(policy.log_softmax(0), reference, estimator=estimator, old_logprobs=old)
     exact = exact_kl(policy, REFERENCE[STATE[prefix]])
     if estimator != "k2":
         assert (old.exp() * penalty).sum().item() == pytest.approx(exact.item(), abs=EXACT)

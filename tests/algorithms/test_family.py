@@ -19,7 +19,6 @@ from torch import Tensor
 from coterie.algorithms.advantages import (
     BASELINES,
     SCALES,
-    generalised_advantages,
     group_advantages,
     normalised_then_summed,
 )
@@ -32,7 +31,6 @@ from coterie.algorithms.objectives import (
     anchored_loss,
     cispo_loss,
     clipped_loss,
-    clipped_value_loss,
     dual_clipped_loss,
     dynamic_bounds,
     gmpo_loss,
@@ -40,6 +38,7 @@ from coterie.algorithms.objectives import (
     sapo_loss,
 )
 from coterie.algorithms.ratios import MAX_LOG_RATIO, RATIOS, importance_weights, sequence_mean_token_ratio
+from coterie.algorithms.values import clipped_value_loss, generalised_advantages
 from coterie.recipe.objectives import LOSSES, OwnObjective
 from coterie.types import BatchTotals
 
@@ -1117,6 +1116,6 @@ def test_gspo_token_has_the_value_of_gspo_in_float32():
 def test_the_weighted_k3_is_finite_at_a_token_that_was_given_up(policy):
     """Weight times exp(d) is pi_ref / pi_old, e here, however unlikely the policy makes the token."""
     logprobs = torch.tensor([policy], requires_grad=True)
-    penalty = kl_penalty(logprobs, torch.tensor([-1.0]), estimator="k3", sampler_logprobs=torch.tensor([-2.0]))
+    penalty = kl_penalty(logprobs, torch.tensor([-1.0]), estimator="k3", old_logprobs=torch.tensor([-2.0]))
     assert penalty.item() == pytest.approx(math.e, rel=1e-5)
     assert torch.autograd.grad(penalty.sum(), logprobs)[0].isfinite().all()

@@ -50,7 +50,7 @@ def test_equal_policies_have_a_penalty_of_exactly_zero(values, name):
     logprobs = torch.tensor(values, dtype=torch.float32)
     sampler = logprobs - 0.3
     assert (kl_penalty(logprobs, logprobs, estimator=name) == 0).all()
-    assert (kl_penalty(logprobs, logprobs, estimator=name, sampler_logprobs=sampler) == 0).all()
+    assert (kl_penalty(logprobs, logprobs, estimator=name, old_logprobs=sampler) == 0).all()
 
 
 def test_k3_keeps_its_digits_for_nearly_equal_policies():
@@ -82,7 +82,7 @@ def gradients(name: str, seed: int, *, on_policy: bool, corrected: bool) -> tupl
     policy = parameters.log_softmax(0)
     reference = logits(seed + 100, VOCABULARY).log_softmax(0)
     sampler = policy.detach() if on_policy else logits(seed + 200, VOCABULARY).log_softmax(0)
-    penalty = kl_penalty(policy, reference, estimator=name, sampler_logprobs=sampler if corrected else None)
+    penalty = kl_penalty(policy, reference, estimator=name, old_logprobs=sampler if corrected else None)
     expected = torch.autograd.grad((sampler.exp() * penalty).sum(), parameters, retain_graph=True)[0]
     return expected, torch.autograd.grad(exact_kl(policy, reference), parameters)[0]
 
@@ -130,7 +130,7 @@ def test_over_sequences_the_corrected_gradient_is_the_kl_s(name):
             torch.stack([policy_first[a], policy_second[a, b]]),
             torch.stack([reference_first[a], reference_second[a, b]]),
             estimator=name,
-            sampler_logprobs=torch.stack([sampler_first[a], sampler_second[a, b]]),
+            old_logprobs=torch.stack([sampler_first[a], sampler_second[a, b]]),
         )
         estimated = estimated + (sampler_first[a] + sampler_second[a, b]).exp() * penalty.sum()
     exact = exact_kl(policy_first, reference_first)
@@ -147,7 +147,7 @@ def test_over_sequences_the_corrected_gradient_is_the_kl_s(name):
 def test_on_the_policy_the_correction_does_not_change_the_value(name):
     policy, reference = logits(3, VOCABULARY).log_softmax(0), logits(4, VOCABULARY).log_softmax(0)
     plain = kl_penalty(policy, reference, estimator=name)
-    assert torch.equal(kl_penalty(policy, reference, estimator=name, sampler_logprobs=policy), plain)
+    assert torch.equal(kl_penalty(policy, reference, estimator=name, old_logprobs=policy), plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -156,7 +156,7 @@ def test_corrected_k3_far_from_the_reference_keeps_its_gradient(distance, dtype)
     """pi_ref = pi_old = e^-1 and pi_theta far below: (pi_theta / pi_old) (e^d - 1 - d) is 1 less what vanishes."""
     policy = torch.tensor([-1.0 - distance], dtype=dtype, requires_grad=True)
     reference = torch.tensor([-1.0], dtype=dtype)
-    (penalty,) = kl_penalty(policy, reference, estimator="k3", sampler_logprobs=reference)
+    (penalty,) = kl_penalty(policy, reference, estimator="k3", old_logprobs=reference)
     penalty.backward()
     weight = math.exp(-distance)
     assert penalty.item() == pytest.approx(1 - weight * (1 + distance), rel=1e-5)
