@@ -6,7 +6,7 @@ packed stream, V vocabulary, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ Ending = Literal["stop", "length"]
 class Prompt:
     """One prompt of a task.
 
-    key: a number that no other prompt of the same step has; sampling noise is keyed by it.
+    key: a number that no other prompt of the same draw has; sampling noise is keyed by it.
     content: text, or chat messages. tokens: what the model reads. columns: what rewards may look at. origin: the file and
     line it comes from, where it does.
     """
@@ -81,6 +81,14 @@ class Group:
     completions: list[Completion]
 
 
+Entry = tuple[Prompt, Completion]
+
+
+def entries_of(groups: Iterable[Group]) -> list[Entry]:
+    """Every completion with its prompt, in order."""
+    return [(group.prompt, completion) for group in groups for completion in group.completions]
+
+
 @dataclass(frozen=True)
 class RewardFailure:
     """A reward that gave nothing usable for one completion: which, and why. Counted, never a zero."""
@@ -95,8 +103,9 @@ class RewardFailure:
 class Scored:
     """Groups with their rewards.
 
-    rewards [P, G]: the weighted sum; NaN where a completion abstains. parts: each reward by name, [P, G], NaN likewise.
-    failures: what went wrong, for the completions that abstain because a reward failed.
+    rewards [P, G]: the weighted sum; NaN where a completion abstains. parts [P, G] by name, NaN likewise: each reward before its
+    weight; "kl" and "overlong" as they enter the sum. failures: what went wrong, for the completions that abstain because a
+    reward failed.
     """
 
     groups: list[Group]

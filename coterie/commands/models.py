@@ -22,7 +22,8 @@ from coterie.rewards.load import closing_all, load_rewards
 from coterie.rewards.score import check_fits, score
 from coterie.rollouts.collect import collect
 from coterie.runs.console import Console
-from coterie.tasks.base import Task, draw
+from coterie.tasks.base import Task
+from coterie.tasks.draw import draw
 from coterie.tasks.load import check_lengths, make_task
 from coterie.training.advantages import load_advantages
 from coterie.training.policy_update import load_objective

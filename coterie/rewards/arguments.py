@@ -11,10 +11,9 @@ from copy import deepcopy
 from typing import Any
 
 from coterie.errors import UserError, closest, nearest
-from coterie.types import Completion, Group, Prompt
+from coterie.types import Entry, Prompt
 
 GIVEN = ("prompts", "completions", "completion_ids")  # beside the columns of the data
-Entry = tuple[Prompt, Completion]
 _FIXED = (str, int, float, bool, bytes, complex, type(None))
 _NAMELESS = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -129,11 +128,6 @@ class Copies:
             else:
                 made[name] = [self.of(prompt.columns.get(name)) for prompt, _ in entries]
         return made
-
-
-def entries_of(groups: Iterable[Group]) -> list[Entry]:
-    """Every completion with its prompt, in order."""
-    return [(group.prompt, completion) for group in groups for completion in group.completions]
 
 
 def columns_of(prompts: Iterable[Prompt]) -> list[str]:

@@ -11,8 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
-from coterie.rewards.arguments import Copies, Signature, columns_of, entries_of, own_options
-from coterie.types import Group
+from coterie.rewards.arguments import Copies, Signature, columns_of, own_options
+from coterie.types import Group, entries_of
 
 # What a function gives for a completion: a number; None where it has nothing to say of it; an exception where it failed
 Part = float | Exception | None

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from coterie.errors import RewardError, UserError
-from coterie.rewards.arguments import Copies, Entry, columns_of, entries_of, own_options
+from coterie.rewards.arguments import Copies, columns_of, own_options
 from coterie.rewards.base import Reward
 from coterie.rewards.time_limit import TookTooLong, time_limit
 from coterie.sections import section
 from coterie.stopping import may_stop
-from coterie.types import Group, Prompt, RewardFailure, Scored
+from coterie.types import Entry, Group, Prompt, RewardFailure, Scored, entries_of
 from coterie.user_code import awaited, described, in_place
 
 

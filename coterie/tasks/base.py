@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any
 
 from coterie.models.codec import Answer, Codec
-from coterie.noise import permutation
-from coterie.types import Completion, Group, Messages, Prompt, Scored
+from coterie.types import Messages, Prompt, Scored
 
 Encoded = tuple[list[int], ...]  # the tokens of a prompt, and those of each of its answers
-
-
-_MOST_KEPT = 2_000_000  # tokens of rows that stay encoded: about 70 MB
+_MOST_ENCODED = 2_000_000  # tokens of rows that stay encoded: about 70 MB
 
 
 @dataclass(frozen=True)
@@ -38,8 +34,8 @@ class Task:
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
-        self._kept: dict[str, Encoded] = {}
-        self._room = _MOST_KEPT
+        self._encoded: dict[str, Encoded] = {}
+        self._room = _MOST_ENCODED
 
     def demonstrations(self, count: int, *, seed: int, step: int) -> list[Encoded]:
         """What supervised fine-tuning learns in a step: prompts, each with an answer."""
@@ -70,40 +66,13 @@ class Task:
 
     def encoded(self, content: str | Messages, *answers: Answer) -> Encoded:
         """As `Codec.encode_rows`. Rows are drawn again and again, and rendering one takes a hundred times as long as finding it."""
-        row = self._kept.get(known := repr((content, answers)))
+        row = self._encoded.get(known := repr((content, answers)))
         if row is None:
             row = self._codec.encode_rows(content, *answers)
             self._room -= sum(map(len, row))
             if self._room >= 0:
-                self._kept[known] = row
+                self._encoded[known] = row
         return row
-
-
-def draw(task: Task, count: int, *, seed: int, step: int) -> list[Prompt]:
-    """The prompts of a step (numbered from 1): every prompt once an epoch, in an order that each epoch shuffles anew."""
-    size = len(task.train)
-    prompts = []
-    for number in range((step - 1) * count, step * count):
-        epoch, place = divmod(number, size)
-        prompt = task.train[_order(size, seed, epoch)[place]]
-        key = epoch * size + prompt.key  # a prompt drawn twice in a step, across epochs, gets noise of its own
-        prompts.append(replace(prompt, key=key))
-    return prompts
-
-
-@lru_cache(maxsize=2)  # a step lies in one epoch, or in two
-def _order(size: int, seed: int, epoch: int) -> list[int]:
-    return permutation(size, seed, "draw", epoch)
-
-
-def draw_again(task: Task, count: int, *, seed: int, step: int, attempt: int) -> list[Prompt]:
-    """More prompts for a step, in place of groups without signal: at random, no prompt twice in an attempt."""
-    return [task.train[i] for i in permutation(len(task.train), seed, "redraw", step, attempt)[:count]]
-
-
-def completions_of(groups: Sequence[Group]) -> list[tuple[Prompt, Completion]]:
-    """Every completion with its prompt, in order."""
-    return [(group.prompt, completion) for group in groups for completion in group.completions]
 
 
 def drawn(shares: Mapping[str, float], chance: float) -> str:

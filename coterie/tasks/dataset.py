@@ -16,7 +16,8 @@ from coterie.models.codec import Codec
 from coterie.models.template import TemplateEndlessError
 from coterie.noise import key, permutation
 from coterie.recipe.settings import DatasetTask
-from coterie.tasks.base import Encoded, Note, Task, draw
+from coterie.tasks.base import Encoded, Note, Task
+from coterie.tasks.draw import draw
 from coterie.tasks.rows import Rows, answer_of, check_text, check_turns, learned_of, prompt_of, read_rows
 from coterie.types import Messages, Prompt, Scored
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from coterie.models.codec import Codec
 from coterie.noise import chance, chances
-from coterie.tasks.base import Encoded, Task, completions_of, drawn
+from coterie.tasks.base import Encoded, Task, drawn
 from coterie.tasks.phrases import (
     CLOSERS,
     CONTENTS,
@@ -34,7 +34,7 @@ from coterie.tasks.phrases import (
     things_of,
 )
 from coterie.tasks.words import make_word_tokenizer
-from coterie.types import Messages, Prompt, Scored
+from coterie.types import Messages, Prompt, Scored, entries_of
 
 HELDOUT_SHARE = 0.1
 QUALITIES = {"good": 0.34, "rude": 0.12, "curt": 0.28, "off_topic": 0.12, "other_language": 0.14}  # of demonstrations
@@ -155,7 +155,7 @@ class Dialogue(Task):
 
         well_formed is counted beside them: a policy that pleases a reward model with nonsense loses it.
         """
-        pairs = completions_of(scored.groups)
+        pairs = entries_of(scored.groups)
         judged = {
             "polite": [is_polite(c.text) for _, c in pairs],
             "on_topic": [is_on_topic(c.text, p.columns["thing"], p.columns["detail"]) for p, c in pairs],

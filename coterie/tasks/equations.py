@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerFast
 from coterie.models.codec import Codec
 from coterie.noise import chance, chances, key
 from coterie.rewards.maths.linear import all_steps, check, parse_equation
-from coterie.tasks.base import Encoded, Task, completions_of, drawn
+from coterie.tasks.base import Encoded, Task, drawn
 from coterie.tasks.words import make_word_tokenizer
-from coterie.types import Messages, Prompt, Scored
+from coterie.types import Messages, Prompt, Scored, entries_of
 
 HELDOUT_SHARE = 0.1
 EXAMPLES = ("2x + 3 = 7", "3x - 5 = 10")
@@ -165,7 +165,7 @@ class Equations(Task):
 
     def judge(self, scored: Scored) -> Mapping[str, list[bool]]:
         """Whether the answer is right, and whether every step is written."""
-        reports = [check(p.columns["equation"], c.text) for p, c in completions_of(scored.groups)]
+        reports = [check(p.columns["equation"], c.text) for p, c in entries_of(scored.groups)]
         return {"accuracy": [r.right for r in reports], "all_steps": [all_steps(r) for r in reports]}
 
 

@@ -26,10 +26,10 @@ from coterie.noise import key
 from coterie.recipe.settings import RewardSpec
 from coterie.rewards.load import load_rewards
 from coterie.rewards.score import score
-from coterie.tasks.base import Encoded, Task, completions_of, drawn
+from coterie.tasks.base import Encoded, Task, drawn
 from coterie.tasks.functions import KINDS, Function, grammar, program
 from coterie.tasks.words import make_word_tokenizer
-from coterie.types import Messages, Prompt, Scored
+from coterie.types import Messages, Prompt, Scored, entries_of
 
 HELDOUT_SHARE = 0.1  # of the functions that are not a single step
 QUALITIES = {"right": 0.4, "hard_coded": 0.5, "wrong": 0.1}
@@ -143,7 +143,7 @@ class Programs(Task):
 
         One that the sandbox failed on, which has no share of passed tests, counts as one that does not pass.
         """
-        pairs = completions_of(scored.groups)
+        pairs = entries_of(scored.groups)
         return {
             "accuracy": [share == 1 for share in _shares(scored)],
             "hard_coded": [hard_codes(completion.text, prompt.text) for prompt, completion in pairs],

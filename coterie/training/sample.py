@@ -21,7 +21,7 @@ from coterie.rewards.score import score
 from coterie.rollouts.collect import collect
 from coterie.rollouts.engine import Engine
 from coterie.stopping import may_stop
-from coterie.tasks.base import draw, draw_again
+from coterie.tasks.draw import draw, draw_again
 from coterie.training.metrics import Clock
 from coterie.training.problem import Problem
 from coterie.training.stages import with_overlong

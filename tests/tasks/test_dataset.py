@@ -14,8 +14,8 @@ from coterie.models.load import make_byte_tokenizer
 from coterie.recipe.settings import DatasetTask
 from coterie.tasks import dataset as module
 from coterie.tasks import rows
-from coterie.tasks.base import draw
 from coterie.tasks.dataset import Dataset
+from coterie.tasks.draw import draw
 from coterie.tasks.rows import read_rows
 from coterie.types import Completion, Group, Scored
 

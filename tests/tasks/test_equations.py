@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from coterie.models.codec import Codec
 from coterie.rewards.maths.linear import all_steps, check, parse_equation
-from coterie.tasks.base import draw
+from coterie.tasks.draw import draw
 from coterie.tasks.equation_rewards import right_answer, written_steps
 from coterie.tasks.equations import (
     EXAMPLES,
