@@ -58,32 +58,24 @@ def pack(
     return [make_stream(part) for part in split_by_tokens(groups, micro_batch_tokens)], totals
 
 
-def split_by_tokens(
-    groups: Sequence[PromptRows], max_tokens: int, *, whole_groups: bool = False
-) -> list[list[PromptRows]]:
+def split_by_tokens(groups: Sequence[PromptRows], max_tokens: int) -> list[list[PromptRows]]:
     """Cut groups into micro-batches of at most `max_tokens` stream tokens, in order.
 
-    A group that does not fit is cut too, and its prompt stands in both, unless `whole_groups` holds it together; a row (or
-    whole group) that does not fit stands alone.
+    A group that does not fit is cut too, and its prompt stands in both; a row that does not fit stands alone.
     """
     parts: list[list[PromptRows]] = []
     room = 0
     for prompt, rows in groups:
-        placed: list[Row] | None = None  # this group's rows in the newest part
-        if whole_groups and len(prompt) + sum(len(row.tokens) for row in rows) > room:
-            parts.append([])
-            room = max_tokens
+        here: list[Row] = []  # this group's rows in the newest part: none as long as its prompt is not there
         for row in rows:
-            cost = len(row.tokens) + (0 if placed is not None else len(prompt))
-            if not parts or (cost > room and not whole_groups):
+            if len(row.tokens) + (0 if here else len(prompt)) > room:
                 parts.append([])
-                room, placed = max_tokens, None
-                cost = len(row.tokens) + len(prompt)
-            if placed is None:
-                placed = []
-                parts[-1].append((prompt, placed))
-            placed.append(row)
-            room -= cost
+                room, here = max_tokens, []
+            if not here:
+                parts[-1].append((prompt, here))
+                room -= len(prompt)
+            here.append(row)
+            room -= len(row.tokens)
     return parts
 
 

@@ -20,7 +20,7 @@ from coterie.models.logprobs import logprobs_of, token_logprobs
 from coterie.models.policy import Policy
 from coterie.recipe import DPO, Recipe
 from coterie.rollouts.engine import Engine
-from coterie.rollouts.pack import Row, make_stream, split_by_tokens
+from coterie.rollouts.pack import PromptRows, Row, make_stream
 from coterie.runs.checkpoint import TrainState
 from coterie.sections import section
 from coterie.tasks.base import Encoded, Task
@@ -128,9 +128,17 @@ def evaluate_pairs(scorer: Scorer, task: Task, recipe: Recipe) -> Evaluation:
 
 
 def pair_streams(pairs: Sequence[Encoded], micro_batch_tokens: int) -> list[Stream]:
-    """Pairs as micro-batches, each pair whole."""
-    groups = [(prompt, [Row.written(chosen), Row.written(rejected)]) for prompt, chosen, rejected in pairs]
-    return [make_stream(part) for part in split_by_tokens(groups, micro_batch_tokens, whole_groups=True)]
+    """Pairs as micro-batches, each pair whole; one that does not fit stands alone."""
+    parts: list[list[PromptRows]] = []
+    room = 0
+    for prompt, chosen, rejected in pairs:
+        num_tokens = len(prompt) + len(chosen) + len(rejected)
+        if num_tokens > room:
+            parts.append([])
+            room = micro_batch_tokens
+        parts[-1].append((prompt, [Row.written(chosen), Row.written(rejected)]))
+        room -= num_tokens
+    return [make_stream(part) for part in parts]
 
 
 def _add_pair_metrics(tally: Tally, losses: Tensor, chosen: Tensor, rejected: Tensor) -> None:
