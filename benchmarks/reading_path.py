@@ -55,6 +55,7 @@ FAST = (
     ("fast/serve.py", "which of it serves"),
     ("fast/native.py", "prefill, decode, which rows are let in"),
     ("fast/grid.py", "the rows under way, their keys and values"),
+    ("fast/transcript.py", "what was drawn, sorted into completions"),
     ("fast/replay.py", "a GPU's steps of decoding, recorded and replayed"),
     ("fast/decoder.py", "sampling in compiled loops"),
     ("fast/body.py", "a forward pass of our own"),

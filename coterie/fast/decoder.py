@@ -24,7 +24,7 @@ from coterie.fast.tiles import plain_head
 from coterie.models.attention import AttentionSettings
 from coterie.models.policy import Policy
 from coterie.recipe.settings import Sampling
-from coterie.rollouts.engine import Sampled
+from coterie.rollouts.engine import SampledTokens
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _FIXED_ROTARY = ("default", "linear", "llama3", "yarn")  # whose angles depend on the position alone
@@ -72,7 +72,7 @@ class Decoder:
 
     def draw(
         self, grid: Grid, keys: Tensor, sampling: Sampling, ends: Tensor, num_steps: int
-    ) -> tuple[Tensor, Tensor, Sampled]:
+    ) -> tuple[Tensor, Tensor, SampledTokens]:
         """Up to `num_steps` tokens for each live row, without truncation or stop strings: as `sample_tokens`, time after time.
 
         keys [R]: what seeds each row's noise. The grid has room for the steps. Rows that end are no longer live in it.
@@ -98,7 +98,7 @@ class Decoder:
             was_live=_at(live),
             ended=_at(ended),
         )
-        return live, ended, Sampled(tokens, logprobs, entropies, None)
+        return live, ended, SampledTokens(tokens, logprobs, entropies)
 
     def feed(self, grid: Grid, tokens: Tensor) -> None:
         """Run one given token of each live row, [R], and leave the logits that follow in the grid."""

@@ -15,8 +15,9 @@ from torch import Tensor
 from coterie.fast.decoder import Decoder
 from coterie.fast.grid import DecodeLayout, Grid, PrefillLayout
 from coterie.fast.replay import ROOM, Replayer
+from coterie.fast.transcript import Transcript
 from coterie.models.policy import Policy
-from coterie.rollouts.engine import Ends, Engine, Job, Sampled, Transcript, sample_tokens
+from coterie.rollouts.engine import Ends, Engine, Job, SampledTokens, sample_tokens
 from coterie.sections import section
 from coterie.stopping import may_stop
 from coterie.types import Completion
@@ -36,7 +37,7 @@ class NativeEngine(Engine):
         self.replays = policy.device.type == "cuda"  # whether steps are in static shapes, recorded and replayed
         self._bytes_per_token: int | None = None  # of keys and values
 
-    def sampled(self, job: Job) -> list[list[Completion]]:
+    def sample(self, job: Job) -> list[list[Completion]]:
         made: dict[int, list[Completion]] = {}
         for chosen in self.policy.lengths.alike([len(prompt) for prompt in job.prompts]):
             made |= dict(zip(chosen, _Sampling(self, _part(job, chosen)).run(), strict=True))
@@ -162,7 +163,7 @@ class _Sampling:
         grid.make_room(steps)
         live, ended, sampled = self._decoder.draw(grid, keys, self._job.sampling, self._job.end_tokens, steps)
         tokens, logprobs, entropies = (x.flatten() for x in (sampled.tokens, sampled.logprobs, sampled.entropies))
-        flat = Sampled(tokens, logprobs, entropies, None)
+        flat = SampledTokens(tokens, logprobs, entropies)
         self._transcript.add(grid.rows.repeat(steps), live.flatten(), ended.flatten(), flat)
         grid.now += int(live.any(1).sum())
 

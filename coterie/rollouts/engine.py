@@ -67,34 +67,37 @@ class Engine(ABC):
             self.policy.lengths.check(len(prompt), sampling.max_new_tokens)
         device = self.policy.device
         ends = torch.tensor(list(end_tokens), device=device)
-        return self.sampled(Job(prompts, keys.to(device), sampling, ends, decode, done))
+        return self.sample(Job(prompts, keys.to(device), sampling, ends, decode, done))
 
     @abstractmethod
-    def sampled(self, job: Job) -> list[list[Completion]]:
+    def sample(self, job: Job) -> list[list[Completion]]:
         """The completions of `generate`."""
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """One token for each of R rows: tokens [R], and what `Completion` keeps of it. kept: bool [R, V], or None for all."""
+class SampledTokens:
+    """One token for each of R rows, [R], and of the distribution that it was drawn from its log-probability and entropy, [R].
+
+    support: bool [R, V], which tokens could be drawn, or None where all could."""
 
     tokens: Tensor
     logprobs: Tensor
     entropies: Tensor
-    kept: Tensor | None
+    support: Tensor | None = None
 
 
 @section("sample/draw")
-def sample_tokens(logits: Tensor, keys: Tensor, positions: Tensor, sampling: Sampling) -> Sampled:
+def sample_tokens(logits: Tensor, keys: Tensor, positions: Tensor, sampling: Sampling) -> SampledTokens:
     """Draw one token a row: logits [R, V], keys [R], positions [R] (the token's number in its completion).
 
     Temperature 0 takes the likeliest token and reports the log-probability it has at temperature 1.
     """
     greedy = sampling.temperature == 0
     logits = logits.float() / (1.0 if greedy else sampling.temperature)
+    support = None
     if sampling.truncates:
-        kept = _kept(logits, sampling.top_k, sampling.top_p, sampling.min_p)
-        logits = logits.masked_fill(~kept, -torch.inf)
+        support = _support(logits, sampling.top_k, sampling.top_p, sampling.min_p)
+        logits = logits.masked_fill(~support, -torch.inf)
     normaliser = logits.logsumexp(1)  # [R]
     logprobs = logits - normaliser[:, None]
     probabilities = logprobs.exp()
@@ -105,15 +108,15 @@ def sample_tokens(logits: Tensor, keys: Tensor, positions: Tensor, sampling: Sam
         thresholds = uniform(mix(keys, positions)) * cumulative[:, -1]
         tokens = torch.searchsorted(cumulative, thresholds[:, None], right=True).squeeze(1)
         tokens = torch.minimum(tokens, _last_possible(probabilities))  # rounding may put a threshold at the very end
-    return Sampled(
+    return SampledTokens(
         tokens=tokens,
         logprobs=logits.gather(1, tokens[:, None]).squeeze(1) - normaliser,
         entropies=-(probabilities * logprobs.masked_fill(probabilities == 0, 0.0)).sum(1),
-        kept=kept if sampling.truncates else None,
+        support=support,
     )
 
 
-def _kept(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
+def _support(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
     """Which tokens truncation keeps: bool [R, V]. Top-p keeps the fewest likeliest tokens whose mass reaches p; min-p those
     that are at least that share as likely as the likeliest."""
     order = torch.argsort(logits, dim=1, descending=True, stable=True)
@@ -122,10 +125,10 @@ def _kept(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
     if top_p < 1:
         probabilities = logits.gather(1, order).masked_fill(~by_rank, -torch.inf).softmax(1)
         by_rank = by_rank & (probabilities.cumsum(1) - probabilities < top_p)
-    kept = torch.zeros_like(by_rank).scatter(1, order, by_rank)
+    support = torch.zeros_like(by_rank).scatter(1, order, by_rank)
     if min_p > 0:
-        kept &= logits >= logits.amax(1, keepdim=True) + math.log(min_p)
-    return kept
+        support &= logits >= logits.amax(1, keepdim=True) + math.log(min_p)
+    return support
 
 
 def _last_possible(probabilities: Tensor) -> Tensor:
@@ -139,9 +142,8 @@ class Ends:
     def __init__(self, job: Job) -> None:
         self._tokens, self._decode = job.end_tokens, job.decode
         self._strings = job.sampling.stop if job.decode is not None else ()
-        self._num_watched = 4 * max(
-            map(len, self._strings), default=0
-        )  # a character has four bytes at most, a token at least one
+        # A character has four bytes at most, and a token at least one
+        self._num_watched = 4 * max(map(len, self._strings), default=0)
         self._tails: dict[int, deque[int]] = {}
 
     @property
@@ -163,39 +165,3 @@ class Ends:
         tail.append(token)
         text = self._decode(list(tail))
         return any(string in text for string in self._strings)
-
-
-class Transcript:
-    """The tokens that were drawn, step by step, until they are sorted into completions. Only live rows count; of others nothing is read."""
-
-    def __init__(self) -> None:
-        self._steps: list[tuple[Tensor, ...]] = []
-        self._supports: list[Tensor] = []  # of the live rows of all steps, one after the other
-
-    def add(self, rows: Tensor, live: Tensor, ended: Tensor, sampled: Sampled) -> None:
-        """rows [R]: the number of each row in the whole job. live [R], ended [R]: bool."""
-        self._steps.append((live, rows, ended, sampled.tokens, sampled.logprobs, sampled.entropies))
-        if sampled.kept is not None:
-            kept = sampled.kept[live]
-            self._supports += kept.nonzero()[:, 1].cpu().split(kept.sum(1).tolist())
-
-    def completions(self, prompts: Sequence[int], num_completions: int) -> list[list[Completion]]:
-        """The completions of some prompts, by their numbers in ascending order, all of which have ended: a list of G each."""
-        live, *columns = map(torch.cat, zip(*self._steps, strict=True))
-        rows, *columns = (column[live].cpu() for column in columns)
-        chosen = torch.isin(rows // num_completions, torch.tensor(prompts)).nonzero().squeeze(1)
-        order = chosen[torch.argsort(rows[chosen], stable=True)]
-        sizes = rows[order].unique_consecutive(return_counts=True)[1].tolist()
-        made = []
-        for of_row in zip(*(x.split(sizes) for x in (order, *(column[order] for column in columns))), strict=True):
-            places, ended, tokens, logprobs, entropies = of_row
-            made.append(
-                Completion(
-                    tokens=tokens.tolist(),
-                    logprobs=logprobs,
-                    entropies=entropies,
-                    ended="stop" if ended[-1] else "length",
-                    support=[self._supports[i] for i in places.tolist()] if self._supports else None,
-                )
-            )
-        return [made[start : start + num_completions] for start in range(0, len(made), num_completions)]

@@ -1,11 +1,10 @@
-"""A model's memory of the tokens before, handed on from token to token: keys and values, a state. And whether it can be relied on.
+"""Whether a model's memory of the tokens before, keys and values or a state, can be relied on: a trial before the plain engine samples.
 
-Legend: G completions of a prompt, n tokens, S those of a trial's prompt, V vocabulary.
+Legend: n tokens, S those of a trial's prompt, V vocabulary.
 """
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 from coterie.errors import UserError, first_line
 from coterie.models.policy import Policy
 from coterie.models.rounding import TIMES, rounding_of
+from coterie.rollouts.padded import next_logits
 
 _DECODED = 4  # tokens that are decoded to see whether the model's memory holds
 _WORTH = 1e-3  # of what the tokens before do to a prediction: an error that is none
@@ -34,21 +34,6 @@ def remembers(policy: Policy) -> bool:
         with policy.acting(), policy.lengths.fresh():
             _found[policy.model] = _decodes_from_memory(policy)
     return _found[policy.model]
-
-
-def next_logits(
-    model: PreTrainedModel, inputs: Tensor, kept: Mapping[str, Any], remembers: bool
-) -> tuple[Tensor, Mapping[str, Any]]:
-    """The logits after inputs [G, n], with what the model kept of the tokens before: [G, V], and what it keeps now.
-
-    Its memory is what it returns under the name of one of its arguments: `cache`, `past_key_values`, `cache_params`, `state`, ...
-    Under another name many models swallow it without a word.
-    """
-    output = model(input_ids=inputs, use_cache=remembers, **kept)
-    if not remembers:
-        return output.logits[:, -1], {}
-    arguments = inspect.signature(type(model).forward).parameters
-    return output.logits[:, -1], {name: value for name, value in output.items() if name in arguments}
 
 
 @torch.no_grad()
@@ -87,9 +72,9 @@ def _decodes_from_memory(policy: Policy) -> bool:
 def _decoded(model: PreTrainedModel, tokens: Tensor, start: int) -> list[Tensor]:
     """Log-probabilities of what follows each of the last tokens, one after another from the model's memory: n of [2, V]."""
     inputs, found = tokens[:, :start], []
-    kept: Mapping[str, Any] = {}
+    memory: Mapping[str, Any] = {}
     for at in range(start, tokens.shape[1]):
-        logits, kept = next_logits(model, inputs, kept, remembers=True)
+        logits, memory = next_logits(model, inputs, memory, remembers=True)
         found.append(logits.float().log_softmax(-1))
         inputs = tokens[:, at : at + 1]
     return found
