@@ -18,8 +18,9 @@ from coterie.models.template import Chat
 from coterie.recipe import DPO, GRPO, SFT, Recipe, RewardModel, Sampled, load_recipe
 from coterie.recipe.settings import Sampling
 from coterie.rewards.base import Reward
+from coterie.rewards.check import check_fits
 from coterie.rewards.load import closing_all, load_rewards
-from coterie.rewards.score import check_fits, score
+from coterie.rewards.score import score
 from coterie.rollouts.collect import collect
 from coterie.runs.console import Console
 from coterie.tasks.base import Task

@@ -25,8 +25,9 @@ from coterie.recipe import Recipe
 from coterie.recipe.settings import DatasetTask
 from coterie.redact import hidden, hidden_in
 from coterie.rewards.base import Reward
+from coterie.rewards.check import check_fits
 from coterie.rewards.load import closing_all, load_rewards
-from coterie.rewards.score import check_fits, score
+from coterie.rewards.score import score
 from coterie.runs.console import Console
 from coterie.runs.reader import Reader
 from coterie.tasks.rows import answer_of, jsonl_rows, prompt_of

@@ -1,17 +1,15 @@
-"""What a reward is: a function of completions that anybody may write, and what it may have besides.
-
-Every function is a `RewardFunction`. The other protocols here say what one may have in addition; a function has any of them, or none,
-and `Reward` is the one place that looks for it.
-"""
+"""What a reward is: a function of completions that anybody may write, with its place in a recipe."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from functools import cached_property
+from typing import Any, Protocol
 
-from coterie.rewards.arguments import Copies, Signature, columns_of, own_options
+from coterie.rewards.arguments import Signature, arguments_of, columns_of
+from coterie.rewards.copies import Copies, own_options
 from coterie.types import Group, entries_of
 
 # What a function gives for a completion: a number; None where it has nothing to say of it; an exception where it failed
@@ -27,41 +25,20 @@ class RewardFunction(Protocol):
     def __call__(self, *args: Any, **columns: Any) -> Sequence[Part] | Awaitable[Sequence[Part]]: ...
 
 
-class EarlyReward(RewardFunction, Protocol):
-    """A reward that may begin on a group while others are still sampled; the call that follows finds what it began.
-
-    uses_cores: whether what it begins computes on this machine; taken to be so where it does not say.
-    """
-
-    uses_cores: bool
-
-    def begin(self, *args: Any, **columns: Any) -> None: ...
-
-
-class HoldingReward(RewardFunction, Protocol):
-    """A reward that holds processes, connections or a model until it is closed."""
-
-    def close(self) -> None: ...
-
-
-class TokenReward(RewardFunction, Protocol):
-    """A reward with the parameter `completion_ids` that says whether it reads them; taken to be so where it does not say."""
-
-    reads_tokens: bool
-
-
-class SandboxedReward(RewardFunction, Protocol):
-    """A reward that runs programs. sandbox_report: which sandbox holds them, which is started and tried for that."""
-
-    sandbox_report: str
-
-
 @dataclass(frozen=True)
 class Reward:
     """A reward function with its place in a recipe.
 
     options: keyword arguments beside the columns. where: only completions whose prompt's columns hold these values, or one of a
     list of values. timeout: seconds of a call.
+
+    A function may have any of these beside its call; this is the one place that looks for them:
+
+    | begin(**arguments) | starts on a group while others are still sampled; the call that follows finds what it began |
+    | uses_cores         | whether what it begins computes on this machine; taken to be so where it does not say       |
+    | close()            | ends the processes, connections or the model that it holds                                  |
+    | reads_tokens       | whether it reads a parameter `completion_ids`; taken to be so where it does not say         |
+    | sandbox_report     | of one that runs programs: which sandbox holds them, which is started and tried for that    |
     """
 
     name: str
@@ -77,8 +54,9 @@ class Reward:
             columns.get(name) in (value if isinstance(value, list) else [value]) for name, value in self.where.items()
         )
 
+    @cached_property
     def signature(self) -> Signature:
-        return Signature(self.function, self.options, self.name)
+        return Signature.of(self.function, self.options)
 
     def can_begin(self, spare_cores: bool) -> bool:
         """Whether the function can start on a group while others are sampled, and without cores where none are to spare."""
@@ -86,14 +64,13 @@ class Reward:
 
     def begin(self, group: Group) -> None:
         """Let the function start on a group, if it can; what goes wrong here goes wrong again in the call that follows."""
-        if not hasattr(self.function, "begin") or not self.applies_to(group.prompt.columns):
+        begin = getattr(self.function, "begin", None)
+        if begin is None or not self.applies_to(group.prompt.columns):
             return
         with suppress(Exception):
-            signature = self.signature()
-            if not signature.lacking(group.prompt):
-                names = signature.accepted(columns_of([group.prompt]))
-                arguments = Copies().arguments(entries_of([group]), names)
-                cast(EarlyReward, self.function).begin(**arguments, **own_options(self.options))
+            if not self.signature.lacking(group.prompt):
+                names = self.signature.accepted(columns_of([group.prompt]))
+                begin(**arguments_of(entries_of([group]), names, Copies()), **own_options(self.options))
 
     @property
     def reads_tokens(self) -> bool:
@@ -108,4 +85,4 @@ class Reward:
     def close(self) -> None:
         """End its processes and connections, where it has any."""
         if hasattr(self.function, "close"):
-            cast(HoldingReward, self.function).close()
+            self.function.close()

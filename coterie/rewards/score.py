@@ -6,7 +6,6 @@ Legend: P prompts, G completions per prompt, B = P*G.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import chdir
 from typing import Any
@@ -14,12 +13,14 @@ from typing import Any
 import torch
 
 from coterie.errors import RewardError, UserError
-from coterie.rewards.arguments import Copies, columns_of, own_options
+from coterie.rewards.arguments import arguments_of, columns_of
 from coterie.rewards.base import Reward
+from coterie.rewards.check import check_arguments
+from coterie.rewards.copies import Copies, own_options
 from coterie.rewards.time_limit import TookTooLong, time_limit
 from coterie.sections import section
 from coterie.stopping import may_stop
-from coterie.types import Entry, Group, Prompt, RewardFailure, Scored, entries_of
+from coterie.types import Entry, Group, RewardFailure, Scored, entries_of
 from coterie.user_code import awaited, described, in_place
 
 
@@ -71,51 +72,6 @@ def score(groups: list[Group], rewards: Sequence[Reward], *, max_failed_share: f
     return Scored(groups, total.masked_fill(~spoke, math.nan), parts, failures)
 
 
-def check_fits(rewards: Sequence[Reward], prompts: Sequence[Prompt]) -> None:
-    """Whether the data have what the rewards need, before anything else is loaded. Warns of what only looks like a mistake.
-
-    Raises UserError for a parameter that is no column, a row that lacks a column which a reward needs, and a `where` that no row meets.
-    """
-    for reward in rewards:
-        signature = reward.signature()
-        for words in signature.misspelt_options():
-            warnings.warn(words, stacklevel=2)
-        concerned = [prompt for prompt in prompts if reward.applies_to(prompt.columns)]
-        if prompts and not concerned:
-            raise UserError(
-                f"reward {reward.name}: where: {dict(reward.where)} is met by none of the {len(prompts)} rows, so it would never "
-                f"speak; their columns are: {', '.join(columns_of(prompts))}"
-            )
-        signature.check_columns(columns_of(concerned))
-        lacking = [(prompt, words) for prompt in concerned if (words := signature.lacking(prompt))]
-        if lacking:
-            first, words = lacking[0]
-            raise UserError(
-                f"{_origin(first)}: {words}: reward {reward.name}; so it is with {len(lacking)} of {len(concerned)} rows. Give each the "
-                "column, or the parameter a default, or name with `where` the rows that the reward is for"
-            )
-        for name in filter(signature.reads, columns_of(concerned)):
-            without = [prompt for prompt in concerned if name not in prompt.columns]
-            if without:
-                warnings.warn(
-                    f"reward {reward.name}: {len(without)} of {len(concerned)} rows have no column {name!r}, the first "
-                    f"{_origin(without[0])}; the function, which names it, gets None there",
-                    stacklevel=2,
-                )
-        for name in signature.needs:
-            empty = [prompt for prompt in concerned if prompt.columns[name] is None]
-            if empty:
-                warnings.warn(
-                    f"reward {reward.name}: the column {name!r} is empty in {len(empty)} of {len(concerned)} rows, the first "
-                    f"{_origin(empty[0])}; the function gets None there",
-                    stacklevel=2,
-                )
-
-
-def _origin(prompt: Prompt) -> str:
-    return prompt.origin or f"the prompt {prompt.text!r:.60}"
-
-
 def _answers(reward: Reward, entries: Sequence[Entry], copies: Copies, max_failed_share: float) -> list[Any]:
     """What the reward says of each completion [B]: an exception where it failed, None where it says nothing.
 
@@ -126,17 +82,16 @@ def _answers(reward: Reward, entries: Sequence[Entry], copies: Copies, max_faile
     concerned = [i for i, (prompt, _) in enumerate(entries) if reward.applies_to(prompt.columns)]
     if not concerned:
         return answers
-    signature = reward.signature()
     columns = columns_of(entries[i][0] for i in concerned)
-    signature.check_columns(columns)
-    names = signature.accepted(columns)
+    check_arguments(reward, columns)
+    names = reward.signature.accepted(columns)
     for i in concerned:
-        words = signature.lacking(entries[i][0])
-        answers[i] = RewardError(f"{_origin(entries[i][0])}: {words}") if words else None
+        words = reward.signature.lacking(entries[i][0])
+        answers[i] = RewardError(words) if words else None
     whole = [i for i in concerned if answers[i] is None]
 
     def call(some: Sequence[int]) -> list[Any]:
-        return _run(reward, copies.arguments([entries[i] for i in some], names), len(some))
+        return _run(reward, arguments_of([entries[i] for i in some], names, copies), len(some))
 
     try:
         found = call(whole)

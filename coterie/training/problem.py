@@ -11,8 +11,8 @@ from coterie.models.lengths import context_length_of
 from coterie.models.load import choose_device, load_config
 from coterie.recipe import Recipe, RewardModel
 from coterie.rewards.base import Reward
+from coterie.rewards.check import check_fits
 from coterie.rewards.load import load_rewards
-from coterie.rewards.score import check_fits
 from coterie.tasks.base import Task
 from coterie.tasks.load import check_chat, check_lengths, load_codec, make_task
 from coterie.user_code import check_home

@@ -17,7 +17,8 @@ import torch
 
 from coterie.errors import RewardError, UserError
 from coterie.rewards.base import Reward
-from coterie.rewards.score import check_fits, score
+from coterie.rewards.check import check_fits
+from coterie.rewards.score import score
 from coterie.rewards.text_of import completion_text
 from coterie.types import Completion, Group, Prompt
 
