@@ -119,7 +119,7 @@ def batch(policy: Policy, prompts: int, group: int, prompt_tokens: int, new_toke
 def all_at_once(policy: Policy, streams: list[Stream]) -> None:
     """Forward and backward with nothing computed twice: what a step's work is counted on."""
     for stream in (stream.to(policy.device) for stream in streams):
-        log_softmax_of(policy.logits(policy.hidden_states(stream)).float(), stream.targets).mean().backward()
+        log_softmax_of(policy.logits(policy.head_inputs(stream)).float(), stream.targets).mean().backward()
 
 
 def training_step(policy: Policy, streams: list[Stream], totals: BatchTotals, place: Place) -> Measure:

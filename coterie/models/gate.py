@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from coterie.errors import UserError, first_line
 from coterie.models.attention import UnservedModelError
-from coterie.models.lengths import Lengths, context_length_of
+from coterie.models.lengths import Lengths, context_length_of, side_by_side
 from coterie.models.observe import observed
 from coterie.models.policy import Policy
 from coterie.models.rounding import rounding_of
@@ -315,9 +315,8 @@ def _shifts(model: PreTrainedModel) -> list[int]:
 def _differs_beside_others(trial: _Trial) -> bool:
     """Whether rows that are run side by side, padded, give something else than each alone."""
     model, rows = trial.model, [row for _, row in trial.sample.rows]
-    policy = Policy(model, "padded", lengths=Lengths.of(model))
     try:
-        outputs = policy.padded(lambda **inputs: _output(model, **inputs), rows)
+        outputs = side_by_side(lambda **inputs: _output(model, **inputs), rows, Lengths.of(model))
     except Exception:  # broad: a model's own code, which may take no mask, say
         return True
     for beside, alone in zip(outputs, trial.alone(), strict=True):

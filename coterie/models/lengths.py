@@ -10,9 +10,10 @@ Legend: T tokens of a stream, N places that are wanted of it, B rows.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -149,3 +150,24 @@ def _sub_stream(stream: Stream, wanted: Tensor, rows: Tensor, chosen: Sequence[i
     entries = torch.isin(rows, torch.tensor(chosen)).nonzero().squeeze(1)
     on_device = here.to(stream.tokens.device)
     return SubStream(stream.tokens[on_device], stream.positions[on_device], segments, moved[wanted[entries]], entries)
+
+
+def side_by_side(run: Callable[..., Tensor], rows: Sequence[Tensor], lengths: Lengths) -> list[Tensor]:
+    """The outputs of `run(input_ids=, attention_mask=, use_cache=)`, [B, longest, ...], for each of B rows, padded on the right.
+
+    Rows that may not be run together are not, and a row alone is not padded.
+    """
+    found: dict[int, Tensor] = {}
+    for chosen in lengths.alike([len(row) for row in rows]):
+        with lengths.fresh():
+            outputs = run(**_padded([rows[b] for b in chosen]), use_cache=False)
+        found |= {b: output[: len(rows[b])] for b, output in zip(chosen, outputs, strict=True)}
+    return [found[b] for b in range(len(rows))]
+
+
+def _padded(rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Rows side by side, with zeros behind the shorter ones, and which tokens are theirs: [B, longest] each."""
+    if len(rows) == 1:
+        return {"input_ids": rows[0][None]}
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    return {"input_ids": pad(rows), "attention_mask": pad([torch.ones_like(row) for row in rows])}

@@ -50,14 +50,14 @@ def token_statistics(
     reference: Policy | None = None,
 ) -> TokenStatistics:
     """`token_logprobs`, with the entropy, and the exact KL to a reference, from the same pass where they are asked for."""
-    hidden = policy.hidden_states(stream)  # [N, D]
+    hidden = policy.head_inputs(stream)  # [N, D]
     if not entropy and reference is None:
         found = chunked_logprobs(policy, hidden, stream.targets, temperature=temperature, support=stream.support)
         return TokenStatistics(found)
     reference_hidden = None
     if reference is not None:
         with torch.no_grad():
-            reference_hidden = reference.hidden_states(stream)
+            reference_hidden = reference.head_inputs(stream)
     head = _Head(policy, reference, temperature, entropy)
     columns = _in_chunks(head, hidden, reference_hidden, stream.targets, stream.support, CHUNK_LOGITS)
     rest = iter(columns[1:])

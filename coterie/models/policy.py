@@ -6,7 +6,7 @@ Legend: T tokens of the stream, N completion tokens, B rows, V vocabulary, D wid
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, Self
@@ -19,7 +19,7 @@ from coterie.errors import UserError
 from coterie.models.adapters import Adapter, add_adapter
 from coterie.models.attention import AttentionSettings, Layout, Windows, stream_attention
 from coterie.models.layout import DenseLayout
-from coterie.models.lengths import Lengths, SubStream, context_length_of, rows_apart
+from coterie.models.lengths import Lengths, SubStream, context_length_of, rows_apart, side_by_side
 from coterie.models.recompute import recomputable_layers, recomputed, recomputed_layers
 from coterie.recipe.settings import Lora
 from coterie.types import Stream
@@ -52,42 +52,6 @@ class Policy:
     adapter: Adapter | None = None
     recomputes: bool = False
 
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> Self:
-        """Wrap a model, after finding out what it is served by. Raises UserError for one that can't be sampled and trained, and for one
-        that peft wraps."""
-        from coterie.models.gate import serve  # which runs policies
-
-        return serve(model, cls)
-
-    @classmethod
-    def body_of(cls, model: nn.Module, settings: Mapping[int, AttentionSettings]) -> Body | None:
-        """A forward pass to try in place of the one of a model below its head, or None where there is none."""
-        return None
-
-    def layout(self, segments: Sequence[tuple[int, Sequence[int]]]) -> Layout:
-        """The layout of a stream of groups: (prompt length, lengths of its completions) each."""
-        return DenseLayout(segments, self.device)
-
-    def head_logprobs(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor | None:
-        """log softmax(head(hidden) / temperature)[targets], [N], at once; None where it is to be computed in chunks."""
-        return None
-
-    def with_adapter(self, settings: Lora, seed: int) -> Self:
-        """The same model, to be trained through LoRA matrices that are put into it. They do nothing yet."""
-        return replace(self, adapter=add_adapter(self.model, settings, seed))
-
-    def recomputing(self) -> Self:
-        """The same policy with activation checkpointing."""
-        if not recomputable_layers(self.model):
-            name = type(self.model).__name__
-            raise UserError(f"optimiser.activation_checkpointing: {name} has no layers that can be computed again")
-        return replace(self, recomputes=True)
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters that are trained and saved."""
-        return (self.adapter or self.model).named_parameters()
-
     @property
     def device(self) -> torch.device:
         return self.model.device
@@ -101,12 +65,23 @@ class Policy:
         """The most tokens that one sequence may have, or None where the model sets no limit."""
         return context_length_of(self.model.config)
 
-    def hidden_states(self, stream: Stream) -> Tensor:
-        """The states that predict each token that the policy wrote, [N, D]; of a padded policy the logits, [N, V]."""
+    def head_inputs(self, stream: Stream) -> Tensor:
+        """What `logits` takes for each token that the policy wrote: the states that predict it, [N, D]; for a padded policy, which
+        runs its model's head with the rest, these are the logits already, [N, V]."""
         if self.served == "padded":
             outputs = self.padded_outputs(lambda **inputs: self.model(**inputs).logits, stream)
             return torch.cat([output[:-1] for output in outputs])
         return self.stream_states(stream, stream.predictors, stream.row)
+
+    def logits(self, head_inputs: Tensor) -> Tensor:
+        """The model's head, with what some architectures do after it: [..., D] -> [..., V]."""
+        if self.served == "padded":
+            return head_inputs
+        logits, config = self.model.get_output_embeddings()(head_inputs), self.model.config.get_text_config()
+        for name, act in AFTER_HEAD.items():
+            if (setting := getattr(config, name, None)) is not None:
+                logits = act(logits, setting)
+        return logits
 
     def stream_states(self, stream: Stream, wanted: Tensor, rows: Tensor) -> Tensor:
         """The model below its head at some places of a stream, in any order and more than once: wanted [N] -> [N, D].
@@ -124,65 +99,76 @@ class Policy:
         places, which = (x.to(self.device) for x in part.wanted.unique(return_inverse=True))
         return self.run(part.tokens, part.positions, self.layout(part.segments), places).index_select(0, which)
 
-    def padded_outputs(self, run: Callable[..., Tensor], stream: Stream) -> list[Tensor]:
-        """The slow, obvious way, for every completion with its own copy of the prompt: what `run` computes at the last token of the
-        prompt and at each of the completion's n, [n + 1, ...]."""
-        prompts, rows = zip(*stream.rows(), strict=True)
-        return [output[prompt - 1 :] for prompt, output in zip(prompts, self.padded(run, rows), strict=True)]
-
-    def padded(self, run: Callable[..., Tensor], rows: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs of `run(input_ids=, attention_mask=, use_cache=)`, [B, longest, ...], for each of B rows, padded on the right.
-
-        Rows that may not be run together are not, and a row alone is not padded.
-        """
-        found: dict[int, Tensor] = {}
-        with self.acting():
-            for chosen in self.lengths.alike([len(row) for row in rows]):
-                with self.lengths.fresh():
-                    outputs = run(**_padded([rows[b] for b in chosen]), use_cache=False)
-                found |= {b: output[: len(rows[b])] for b, output in zip(chosen, outputs, strict=True)}
-        return [found[b] for b in range(len(rows))]
-
     def run(self, tokens: Tensor, positions: Tensor, layout: Layout, places: Tensor | None = None) -> Tensor:
         """The model below its head on a stream: tokens [T], positions [T] -> [T, D], or at M places of it: [M, D]."""
         with self.lengths.fresh():
             if self.body is not None:
-                with self._setting():
-                    recompute = recomputed(self._setting) if self._recomputes_now else None
+                with self.acting():
+                    recompute = recomputed(self.acting) if self._recomputes_now else None
                     return self.body(tokens, positions, layout, places, recompute)
-            with self.acting(layout):
+            with self.acting(layout), self._keeping_inputs(layout):
                 output = self.model.base_model(input_ids=tokens[None], position_ids=positions[None], use_cache=False)
         states = output.last_hidden_state[0]
         return states if places is None else states.index_select(0, places)
 
+    def padded_outputs(self, run: Callable[..., Tensor], stream: Stream) -> list[Tensor]:
+        """The slow, obvious way, for every completion with its own copy of the prompt: what `run` computes at the last token of the
+        prompt and at each of the completion's n, [n + 1, ...]."""
+        prompts, rows = zip(*stream.rows(), strict=True)
+        with self.acting(), self._keeping_inputs():
+            outputs = side_by_side(run, rows, self.lengths)
+        return [output[prompt - 1 :] for prompt, output in zip(prompts, outputs, strict=True)]
+
     @contextmanager
     def acting(self, layout: Layout | None = None) -> Iterator[None]:
-        """The surroundings of a forward pass: the policy's adapter, our attention where a layout is given, and layers that forget
-        what they can compute again."""
-        setting = partial(self._setting, layout)
-        with setting(), recomputed_layers(self.model, setting) if self._recomputes_now else nullcontext():
+        """The surroundings of a forward pass: the policy's adapter, and our attention where a layout is given."""
+        adapter = self.adapter.acting() if self.adapter is not None else nullcontext()
+        with adapter, stream_attention(self.model, layout, self.windows) if layout is not None else nullcontext():
             yield
+
+    def _keeping_inputs(self, layout: Layout | None = None) -> AbstractContextManager[None]:
+        """With activation checkpointing on, each layer keeps only its inputs: the backward pass computes the rest again."""
+        return recomputed_layers(self.model, partial(self.acting, layout)) if self._recomputes_now else nullcontext()
 
     @property
     def _recomputes_now(self) -> bool:
         return self.recomputes and torch.is_grad_enabled()
 
-    @contextmanager
-    def _setting(self, layout: Layout | None = None) -> Iterator[None]:
-        """The surroundings of a layer, in the forward pass and where it is computed again."""
-        adapter = self.adapter.acting() if self.adapter is not None else nullcontext()
-        with adapter, stream_attention(self.model, layout, self.windows) if layout is not None else nullcontext():
-            yield
+    def layout(self, segments: Sequence[tuple[int, Sequence[int]]]) -> Layout:
+        """The layout of a stream of groups: (prompt length, lengths of its completions) each."""
+        return DenseLayout(segments, self.device)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The model's head, with what some architectures do after it: [..., D] -> [..., V]."""
-        if self.served == "padded":
-            return hidden
-        logits, config = self.model.get_output_embeddings()(hidden), self.model.config.get_text_config()
-        for name, act in AFTER_HEAD.items():
-            if (setting := getattr(config, name, None)) is not None:
-                logits = act(logits, setting)
-        return logits
+    def head_logprobs(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor | None:
+        """log softmax(head(hidden) / temperature)[targets], [N], at once; None where it is to be computed in chunks."""
+        return None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Self:
+        """Wrap a model, after finding out what it is served by. Raises UserError for one that can't be sampled and trained, and for one
+        that peft wraps."""
+        from coterie.models.gate import serve  # which runs policies
+
+        return serve(model, cls)
+
+    @classmethod
+    def body_of(cls, model: nn.Module, settings: Mapping[int, AttentionSettings]) -> Body | None:
+        """A forward pass to try in place of the one of a model below its head, or None where there is none."""
+        return None
+
+    def with_adapter(self, settings: Lora, seed: int) -> Self:
+        """The same model, to be trained through LoRA matrices that are put into it. They do nothing yet."""
+        return replace(self, adapter=add_adapter(self.model, settings, seed))
+
+    def recomputing(self) -> Self:
+        """The same policy with activation checkpointing."""
+        if not recomputable_layers(self.model):
+            name = type(self.model).__name__
+            raise UserError(f"optimiser.activation_checkpointing: {name} has no layers that can be computed again")
+        return replace(self, recomputes=True)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that are trained and saved."""
+        return (self.adapter or self.model).named_parameters()
 
 
 # What some architectures do to their logits, by the setting that asks for it
@@ -191,11 +177,3 @@ AFTER_HEAD: dict[str, Callable[[Tensor, float], Tensor]] = {
     "logit_scale": lambda logits, scale: logits * scale,  # Cohere
     "final_logit_softcapping": lambda logits, cap: torch.tanh(logits / cap) * cap,  # Gemma 2
 }
-
-
-def _padded(rows: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Rows side by side, with zeros behind the shorter ones, and which tokens are theirs: [B, longest] each."""
-    if len(rows) == 1:
-        return {"input_ids": rows[0][None]}
-    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    return {"input_ids": pad(rows), "attention_mask": pad([torch.ones_like(row) for row in rows])}
