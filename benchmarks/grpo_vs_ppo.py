@@ -23,10 +23,10 @@ from coterie.fast.serve import Policy
 from coterie.models.heads import Scorer
 from coterie.recipe import make_recipe
 from coterie.rollouts.pack import Row, make_stream
+from coterie.training.loss_weights import first_loss_weights
 from coterie.training.policy_update import optimise
 from coterie.training.ppo import advantages_and_returns, fit_values, values_of, whitened
 from coterie.training.step import make_optimiser
-from coterie.training.weights import first_weights
 from coterie.types import BatchTotals
 
 SIZES = {
@@ -76,7 +76,7 @@ def measure(method: str, size: str) -> dict:
         AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", tie_word_embeddings=True, **shape)), "stream"
     )
     optimiser = make_optimiser(policy.model)
-    weights = first_weights(recipe)
+    weights = first_loss_weights(recipe)
     trained = [(policy.model, optimiser)]
     if method == "ppo":
         value = Scorer.from_policy(policy)

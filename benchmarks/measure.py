@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from coterie.fast.serve import Policy
 from coterie.noise import key, mix
 from coterie.recipe import make_recipe
-from coterie.training.weights import first_weights
+from coterie.training.loss_weights import first_loss_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SIZES = {
@@ -49,7 +49,7 @@ SIZES = {
              "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
 }  # fmt: skip
 RECIPE = make_recipe({"preset": "dr_grpo", "model": "none", "task": "equations", "rewards": ["none:none"]})
-WEIGHTS = first_weights(RECIPE)
+WEIGHTS = first_loss_weights(RECIPE)
 MODEL_CODE = "transformers.models.qwen3.modeling_qwen3"
 MOMENT, ENOUGH_SECONDS = 0.2, 2.0  # how long one measurement is repeated, at least and at most
 

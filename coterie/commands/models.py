@@ -26,8 +26,8 @@ from coterie.runs.console import Console
 from coterie.tasks.base import Task
 from coterie.tasks.draw import draw
 from coterie.tasks.load import check_lengths, make_task
-from coterie.training.advantages import load_advantages
-from coterie.training.policy_update import load_objective
+from coterie.training.advantages import make_advantages
+from coterie.training.policy_update import make_objective
 from coterie.training.preferences import pair_streams
 from coterie.training.problem import Problem
 from coterie.training.saved import Saved, export
@@ -72,14 +72,14 @@ def check_recipe(recipe: Recipe) -> None:
 
 def _check_group(recipe: Sampled, rewards: Sequence[Reward], codec: Codec, task: Task, policy: Policy) -> list[str]:
     """Sample, score and compare the completions of one prompt. Returns what to show of them."""
-    load_objective(recipe.loss)
+    make_objective(recipe.loss)
     prompts = draw(task, 1, seed=recipe.seed, step=1)
     noise, engine = (recipe.seed, "check"), make_engine(policy)
     groups = collect(engine, prompts, codec, recipe.sampling, num_completions=recipe.group_size, noise=noise)
     scored = score(groups, rewards, max_failed_share=recipe.max_failed_rewards)
     advantages: list[float] | None = None
     if isinstance(recipe, GRPO):
-        advantages = load_advantages(recipe, rewards)(scored)[0].tolist()
+        advantages = make_advantages(recipe, rewards)(scored)[0].tolist()
     else:
         Scorer.from_policy(policy)
     return [*_lines_of(scored, advantages), *_what_teaches_nothing(scored)]

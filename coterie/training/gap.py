@@ -22,10 +22,10 @@ from coterie.types import Stream
 def rounding_at_the_gap(
     policy: Policy, streams: Sequence[Stream], gaps: Sequence[Tensor], *, temperature: float
 ) -> dict[str, float]:
-    """What rounding explains where the gap is largest, in nats, as the metric policy/sampler_rounding. gaps: [N] for each stream.
+    """How far rounding alone moves the log-probability of the worst token, in nats, as the metric policy/sampler_rounding.
 
-    The row that has this token is run by itself through the unmodified model, as it is and with each result rounded otherwise.
-    Nothing where even the largest gap is too small to ask: a hundredth, or what half precision makes of a small model.
+    gaps: [N] for each stream. The row that has this token is run by itself through the unmodified model, as it is and with each
+    result rounded otherwise. Nothing where even the largest gap is too small to ask: a hundredth, or what half precision makes of a small model.
     """
     worth = max(0.01, 64 * torch.finfo(policy.model.dtype).eps)
     largest = [gap.max().item() if len(gap) else 0.0 for gap in gaps]

@@ -1,6 +1,8 @@
 """Group-relative policy optimisation: the loop.
 
-prompts -> completions -> rewards -> advantages -> stream -> log-probabilities -> objective -> weights, a line each.
+sample (draw, collect, score) -> with_kl -> advantages_of -> pack -> update (token_statistics, objective, aggregate, take_step)
+
+Each arrow is a line of the loop; the brackets name what that line calls.
 """
 
 from __future__ import annotations
@@ -8,62 +10,52 @@ from __future__ import annotations
 from functools import partial
 from typing import TypedDict
 
-from torch import Tensor
-
 from coterie.models.policy import Policy
 from coterie.recipe import GRPO
 from coterie.rollouts.engine import Engine
 from coterie.rollouts.pack import pack
 from coterie.runs.checkpoint import TrainState
-from coterie.training.advantages import load_advantages
+from coterie.training.advantages import make_advantages
 from coterie.training.evaluation import evaluate_on_the_way
 from coterie.training.gap import rounding_at_the_gap
+from coterie.training.loss_weights import adapt, controlled, first_loss_weights
 from coterie.training.metrics import Clock
-from coterie.training.policy_update import holds_reference, load_objective, optimise
+from coterie.training.policy_update import holds_reference, make_objective, optimise
 from coterie.training.problem import Problem
 from coterie.training.reference import move_reference, watch_reference
-from coterie.training.sample import groups_with_signal, sampling
+from coterie.training.sample import sample
 from coterie.training.session import Session
-from coterie.training.stages import kl_stage
+from coterie.training.stages import with_kl
 from coterie.training.step import make_optimiser, set_learning_rate
-from coterie.training.step_metrics import (
-    divergence_metrics,
-    dynamic_sampling_metrics,
-    metrics_line,
-    penalty_metrics,
-    rollout_metrics,
-)
-from coterie.training.weights import adapt, controlled, first_weights
+from coterie.training.step_metrics import grpo_metrics, metrics_line
 
 
 def train_grpo(run: Session, problem: Problem, policy: Policy, reference: Policy, engine: Engine) -> None:
     """Every step samples, scores, updates, records, and where it is time evaluates and saves."""
-    recipe, temperature = run.recipe, run.recipe.sampling.temperature
+    recipe = run.recipe
     assert isinstance(recipe, GRPO)
-    objective, advantages_of = load_objective(recipe.loss), load_advantages(recipe, problem.rewards)
-    sample, with_kl = sampling(recipe, problem, engine), kl_stage(recipe, policy, reference)
-    optimiser, weights = make_optimiser(policy, recipe.optimiser), first_weights(recipe)
+    objective, advantages_of = make_objective(recipe.loss), make_advantages(recipe, problem.rewards)
+    optimiser, loss_weights = make_optimiser(policy, recipe.optimiser), first_loss_weights(recipe)
     update = partial(optimise, policy, optimiser, objective=objective, reference=reference, sampled_by_policy=True)
     moving = {"reference": reference} if recipe.reference.moves else {}
-    state = TrainState({"model": policy, **moving}, {"optimiser": (policy, optimiser)}, weights)
+    state = TrainState({"model": policy, **moving}, {"optimiser": (policy, optimiser)}, loss_weights)
     run.restore("train", state)
     for step in run.remaining("train", recipe.steps):
-        clock, gaps = Clock(), list[Tensor]()
-        drawn = sample(step, clock)
-        scored = with_kl(drawn.learned, weights["kl_weight"])
+        clock = Clock()
+        drawn = sample(recipe, problem, engine, step, clock)
+        scored = with_kl(drawn.learned, policy, reference, recipe, loss_weights["kl_weight"])
         advantages = advantages_of(scored)  # [P, G]
         streams, totals = pack(scored, advantages, **packing(recipe))
-        watched = watch_reference(reference, recipe, scored, streams, step, held=holds_reference(recipe, weights))
+        in_loss = holds_reference(recipe, loss_weights)
+        watched, logprobs = watch_reference(reference, recipe, scored, streams if in_loss else None, step)
         learning_rate = set_learning_rate(optimiser, step, recipe.steps, recipe.optimiser)
-        tally = update(streams, totals, recipe, weights, reference_logprobs=watched.held, gaps=gaps)
+        tally, gaps = update(streams, totals, recipe, loss_weights, reference_logprobs=logprobs if in_loss else None)
         move_reference(reference, policy, recipe.reference, step)
         clock.lap("time/train_seconds")
-        tally.merge(rollout_metrics(drawn.scored, groups_with_signal(drawn.scored, recipe.advantage)))
-        tally.merge(dynamic_sampling_metrics(drawn), penalty_metrics(scored))
-        tally.merge(divergence_metrics(watched.streams, watched.logprobs))
-        rounding = rounding_at_the_gap(policy, streams, gaps, temperature=temperature)
-        metrics = {**tally.values(), **rounding, **controlled(recipe, weights, learning_rate), **clock.seconds}
-        adapt(weights, recipe, metrics)
+        tally.merge(grpo_metrics(recipe, drawn, scored, watched, logprobs))
+        rounding = rounding_at_the_gap(policy, streams, gaps, temperature=recipe.sampling.temperature)
+        metrics = {**tally.values(), **rounding, **controlled(recipe, loss_weights, learning_rate), **clock.seconds}
+        adapt(loss_weights, recipe, metrics)
         run.recorder.record(
             "train", step, metrics, drawn.recorded(scored), drawn.spread(advantages), problem.codec.pieces
         )

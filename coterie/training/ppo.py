@@ -26,15 +26,15 @@ from coterie.runs.checkpoint import TrainState
 from coterie.sections import section
 from coterie.training.evaluation import evaluate_on_the_way
 from coterie.training.gap import rounding_at_the_gap
+from coterie.training.loss_weights import adapt, controlled, first_loss_weights
 from coterie.training.metrics import Clock, Tally
-from coterie.training.policy_update import load_objective, optimise
+from coterie.training.policy_update import make_objective, optimise
 from coterie.training.problem import Problem
-from coterie.training.sample import sampling
+from coterie.training.sample import sample
 from coterie.training.session import Session
 from coterie.training.stages import kl_of
 from coterie.training.step import make_optimiser, set_learning_rate, take_step
 from coterie.training.step_metrics import divergence_metrics, metrics_line, rollout_metrics
-from coterie.training.weights import adapt, controlled, first_weights
 from coterie.types import BatchTotals, Stream
 
 
@@ -42,20 +42,20 @@ def train_ppo(run: Session, problem: Problem, policy: Policy, reference: Policy,
     """Every step samples, scores, values, updates both models, records, and where it is time evaluates and saves."""
     recipe, temperature = run.recipe, run.recipe.sampling.temperature
     assert isinstance(recipe, PPO)
-    objective, sample = load_objective(recipe.loss), sampling(recipe, problem, engine)
-    value, weights = Scorer.from_policy(reference), first_weights(recipe)
+    objective = make_objective(recipe.loss)
+    value, loss_weights = Scorer.from_policy(reference), first_loss_weights(recipe)
     optimiser = make_optimiser(policy, recipe.optimiser)
     value_optimiser = make_optimiser(value, recipe.optimiser, recipe.value.learning_rate)
     update = partial(optimise, policy, optimiser, objective=objective, reference=reference, sampled_by_policy=True)
     state = TrainState(
         {"model": policy, "value": value},
         {"optimiser": (policy, optimiser), "value_optimiser": (value, value_optimiser)},
-        weights,
+        loss_weights,
     )
     run.restore("train", state)
     for step in run.remaining("train", recipe.steps):
         clock, tally, gaps = Clock(), Tally(), list[Tensor]()
-        scored = sample(step, clock).scored
+        scored = sample(recipe, problem, engine, step, clock).scored
         streams, totals = pack(
             scored,
             torch.zeros_like(scored.rewards),
@@ -64,23 +64,21 @@ def train_ppo(run: Session, problem: Problem, policy: Policy, reference: Policy,
             drop_silent=False,
         )
         reference_logprobs = logprobs_of(reference, streams, temperature=temperature)
-        penalties = penalties_of(streams, policy, reference, reference_logprobs, recipe, weights["kl_weight"])
+        penalties = penalties_of(streams, policy, reference, reference_logprobs, recipe, loss_weights["kl_weight"])
         old_values = [values_of(value, stream) for stream in streams]
         advantages, returns = advantages_and_returns(streams, old_values, penalties, recipe)
         learning_rate = set_learning_rate(optimiser, step, recipe.steps, recipe.optimiser)
         if step > recipe.value.warmup_steps:
-            held, of_tokens = reference_logprobs, whitened(advantages)
-            tally = update(
-                streams, totals, recipe, weights, reference_logprobs=held, token_advantages=of_tokens, gaps=gaps
-            )
+            given = {"reference_logprobs": reference_logprobs, "token_advantages": whitened(advantages)}
+            tally, gaps = update(streams, totals, recipe, loss_weights, **given)
         tally.merge(fit_values(value, value_optimiser, streams, totals, old_values, returns, recipe))
         clock.lap("time/train_seconds")
         tally.merge(
             rollout_metrics(scored, has_signal(scored.rewards)), divergence_metrics(streams, reference_logprobs)
         )
         rounding = rounding_at_the_gap(policy, streams, gaps, temperature=temperature)
-        metrics = {**tally.values(), **rounding, **controlled(recipe, weights, learning_rate), **clock.seconds}
-        adapt(weights, recipe, metrics)
+        metrics = {**tally.values(), **rounding, **controlled(recipe, loss_weights, learning_rate), **clock.seconds}
+        adapt(loss_weights, recipe, metrics)
         of_rows = mean_of_rows(scored.valid, streams, advantages)
         run.recorder.record("train", step, metrics, scored, of_rows, problem.codec.pieces)
         run.console.say(metrics_line("ppo", step, recipe.steps, metrics, scored.parts))

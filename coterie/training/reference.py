@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from coterie.models.logprobs import logprobs_of
 from coterie.models.policy import Policy
 from coterie.recipe import Recipe
 from coterie.recipe.settings import Reference
-from coterie.training.stages import streams_of
+from coterie.rollouts.pack import Row, make_stream, split_by_tokens
 from coterie.types import Scored, Stream
 
 
@@ -35,30 +35,20 @@ def move_reference(reference: Policy, policy: Policy, settings: Reference, step:
     """What a step changes in the reference: nothing, a little of the way to the policy, or all of it every k steps."""
     share = settings.share(step)
     pairs = zip(reference.named_parameters(), policy.named_parameters(), strict=True) if share else ()
-    for (_, held), (_, trained) in pairs:
-        held.lerp_(trained.to(held.dtype), share)
-
-
-@dataclass(frozen=True)
-class Watched:
-    """Where a step compares policy and reference: streams, and the reference's log-probabilities of each, [N].
-
-    held: the same for the streams that are learned from, where the loss needs them.
-    """
-
-    streams: Sequence[Stream]
-    logprobs: Sequence[Tensor]
-    held: Sequence[Tensor] | None
+    for (_, parameter), (_, trained) in pairs:
+        parameter.lerp_(trained.to(parameter.dtype), share)
 
 
 def watch_reference(
-    reference: Policy, recipe: Recipe, scored: Scored, streams: Sequence[Stream], step: int, *, held: bool
-) -> Watched:
-    """The reference on the streams that are learned from, where the loss needs it there, else on a few groups for the record."""
-    if not held:
+    reference: Policy, recipe: Recipe, scored: Scored, streams: Sequence[Stream] | None, step: int
+) -> tuple[Sequence[Stream], list[Tensor]]:
+    """Where a step compares the policy with the reference: streams, and the reference's log-probabilities of each, [N].
+
+    streams: those that are learned from, where the loss needs the reference at every token; None for a few groups, for the record.
+    """
+    if streams is None:
         streams = streams_of(scored, recipe.optimiser.micro_batch_tokens, only=some_groups(scored, step))
-    logprobs = logprobs_of(reference, streams, temperature=recipe.sampling.temperature)
-    return Watched(streams, logprobs, logprobs if held else None)
+    return streams, logprobs_of(reference, streams, temperature=recipe.sampling.temperature)
 
 
 def some_groups(scored: Scored, step: int) -> range:
@@ -69,3 +59,18 @@ def some_groups(scored: Scored, step: int) -> range:
     num_groups, group_size = scored.rewards.shape
     every = min(num_groups, max(1, group_size))
     return range(step % every, num_groups, every)
+
+
+def streams_of(scored: Scored, micro_batch_tokens: int, *, only: Iterable[int] | None = None) -> list[Stream]:
+    """The valid completions, of all groups or of some, as streams without advantages."""
+    groups = []
+    valid = scored.valid.tolist()
+    for number in only if only is not None else range(len(scored.groups)):
+        group = scored.groups[number]
+        rows = [
+            Row(c.tokens, c.logprobs, support=c.support)
+            for c, counts in zip(group.completions, valid[number], strict=True)
+            if counts
+        ]
+        groups.append((group.prompt.tokens, rows))
+    return [make_stream(part) for part in split_by_tokens(groups, micro_batch_tokens)]

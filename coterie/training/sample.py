@@ -5,93 +5,74 @@ Legend: P prompts, G completions per prompt.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
-import torch
 from torch import Tensor
 
-from coterie.algorithms.advantages import has_signal
 from coterie.recipe import GRPO, Sampled
-from coterie.recipe.settings import Advantage
 from coterie.rewards.base import Reward
 from coterie.rewards.score import score
 from coterie.rollouts.collect import collect
 from coterie.rollouts.engine import Engine
 from coterie.stopping import may_stop
-from coterie.tasks.draw import draw, draw_again
+from coterie.tasks.draw import draw
+from coterie.training.dynamic_sampling import until_signal
 from coterie.training.metrics import Clock
 from coterie.training.problem import Problem
 from coterie.training.stages import with_overlong
-from coterie.types import Group, Prompt, RewardFailure, Scored
+from coterie.types import Group, Prompt, Scored
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a step sampled. scored: every group that was drawn. kept [P]: which of them are learned from, in order."""
+    """What a step sampled. scored: every group that was drawn. learned_groups: the places in it of those that are learned from.
+
+    All of them are learned from, in order, unless dynamic sampling dropped some.
+    """
 
     scored: Scored
-    kept: list[int]
+    learned_groups: list[int]
 
     @property
     def learned(self) -> Scored:
         """The groups that are learned from."""
-        if len(self.kept) == len(self.scored.groups):
+        if self._is_whole:
             return self.scored
-        place = {group: number for number, group in enumerate(self.kept)}
+        place = {group: number for number, group in enumerate(self.learned_groups)}
         failures = [replace(f, group=place[f.group]) for f in self.scored.failures if f.group in place]
-        parts = {name: part[self.kept] for name, part in self.scored.parts.items()}
-        return Scored([self.scored.groups[i] for i in self.kept], self.scored.rewards[self.kept], parts, failures)
+        parts = {name: part[self.learned_groups] for name, part in self.scored.parts.items()}
+        groups = [self.scored.groups[i] for i in self.learned_groups]
+        return Scored(groups, self.scored.rewards[self.learned_groups], parts, failures)
 
     def spread(self, advantages: Tensor) -> Tensor:
         """Advantages of the learned groups -> of every group, 0 where it was dropped."""
         whole = advantages.new_zeros(self.scored.rewards.shape)
-        whole[self.kept] = advantages
+        whole[self.learned_groups] = advantages
         return whole
 
     def recorded(self, scored: Scored) -> Scored:
-        """What is kept of the step: every group that was drawn, with the rewards as they were learned from where all are."""
-        return scored if len(self.kept) == len(self.scored.groups) else self.scored
+        """What is recorded: if no group was dropped, `scored`, as it was learned from (the KL included); else every group, without the KL."""
+        return scored if self._is_whole else self.scored
+
+    @property
+    def _is_whole(self) -> bool:
+        return len(self.learned_groups) == len(self.scored.groups)
 
 
-def sampling(recipe: Sampled, problem: Problem, engine: Engine) -> Callable[[int, Clock], Drawn]:
-    """How the steps of a run get their groups: (step, clock) -> groups, sampled and scored."""
+def sample(recipe: Sampled, problem: Problem, engine: Engine, step: int, clock: Clock) -> Drawn:
+    """The groups of a step: prompts are drawn, completed and scored; with dynamic sampling, until enough groups have a signal."""
+
+    def completed(prompts: Sequence[Prompt], *attempt: int) -> Scored:
+        return complete(recipe, problem, engine, prompts, (recipe.seed, "train", step, *attempt), clock)
+
+    scored = completed(draw(problem.task, recipe.prompts_per_step, seed=recipe.seed, step=step))
     if isinstance(recipe, GRPO) and recipe.dynamic_sampling.rounds:
-        return partial(sample_until_signal, recipe, problem, engine)
-    return partial(sample_once, recipe, problem, engine)
-
-
-def sample_once(recipe: Sampled, problem: Problem, engine: Engine, step: int, clock: Clock) -> Drawn:
-    """Draw, sample and score the groups of a step, and learn from all of them."""
-    prompts = draw(problem.task, recipe.prompts_per_step, seed=recipe.seed, step=step)
-    scored = sample(recipe, problem, engine, prompts, (recipe.seed, "train", step), clock)
+        return Drawn(*until_signal(recipe, problem.task, step, scored, completed))
     return Drawn(scored, list(range(len(scored.groups))))
 
 
-def sample_until_signal(recipe: GRPO, problem: Problem, engine: Engine, step: int, clock: Clock) -> Drawn:
-    """Dynamic sampling: groups without signal are dropped and others drawn in their place.
-
-    It ends when there are enough or the rounds of `dynamic_sampling` are spent. Where none has signal the last ones drawn are kept, and
-    the step learns nothing from their rewards.
-    """
-    wanted, seed = recipe.prompts_per_step, recipe.seed
-    whole = sample_once(recipe, problem, engine, step, clock).scored
-    kept = _places_with_signal(whole, recipe.advantage, 0)
-    start = 0
-    for attempt in range(1, recipe.dynamic_sampling.rounds + 1):
-        if len(kept) >= wanted:
-            break
-        prompts = draw_again(problem.task, wanted - len(kept), seed=seed, step=step, attempt=attempt)
-        new = sample(recipe, problem, engine, prompts, (seed, "train", step, attempt), clock)
-        start = len(whole.groups)
-        whole = _joined(whole, new)
-        kept += _places_with_signal(new, recipe.advantage, start)
-    return Drawn(whole, kept or list(range(start, len(whole.groups))))
-
-
-def sample(
+def complete(
     recipe: Sampled,
     problem: Problem,
     engine: Engine,
@@ -129,25 +110,3 @@ def beginning(rewards: Sequence[Reward], engine: Engine) -> Callable[[Group], No
             reward.begin(group)
 
     return begin if able else None
-
-
-def groups_with_signal(scored: Scored, settings: Advantage) -> Tensor:
-    """Which groups tell their completions apart, by the sum of the rewards or by any of them alone: bool [P]."""
-    if settings.combine == "sum" or not scored.parts:
-        return has_signal(scored.rewards)
-    parts = [has_signal(part.masked_fill(~scored.valid, math.nan)) for part in scored.parts.values()]
-    return torch.stack(parts).any(0)
-
-
-def _joined(first: Scored, second: Scored) -> Scored:
-    """The groups of one, then those of the other."""
-    shift = len(first.groups)
-    failures = [RewardFailure(f.reward, f.group + shift, f.completion, f.reason) for f in second.failures]
-    parts = {name: torch.cat([part, second.parts[name]]) for name, part in first.parts.items()}
-    rewards = torch.cat([first.rewards, second.rewards])
-    return Scored([*first.groups, *second.groups], rewards, parts, [*first.failures, *failures])
-
-
-def _places_with_signal(scored: Scored, settings: Advantage, start: int) -> list[int]:
-    """The places of the groups that have one, counted from `start`."""
-    return [start + i for i in groups_with_signal(scored, settings).nonzero().flatten().tolist()]

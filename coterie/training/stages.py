@@ -6,9 +6,8 @@ Legend: P prompts, G completions per prompt, N completion tokens of a stream.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,8 +18,8 @@ from coterie.models.logprobs import logprobs_of, token_statistics
 from coterie.models.policy import Policy
 from coterie.recipe import Sampled
 from coterie.recipe.settings import Overlong
-from coterie.rollouts.pack import Row, make_stream, split_by_tokens
 from coterie.sections import section
+from coterie.training.reference import streams_of
 from coterie.types import Scored, Stream
 
 
@@ -51,22 +50,15 @@ _TREATMENTS: dict[str, Callable[[Scored, Overlong, int], Scored]] = {
 }
 
 
-def kl_stage(recipe: Sampled, policy: Policy, reference: Policy) -> Callable[[Scored, float], Scored]:
-    """What takes the KL off the rewards, (scored, weight) -> scored; nothing where the recipe has none there."""
-    if not recipe.kl_in_reward:
-        return lambda scored, weight: scored
-    return partial(with_kl, policy, reference, recipe)
-
-
-@section("reference")
-def with_kl(policy: Policy, reference: Policy, recipe: Sampled, scored: Scored, weight: float) -> Scored:
-    """The KL to the reference in the reward: -weight * its sum over each completion, as a part of its own."""
-    if not scored.valid.any():
+def with_kl(scored: Scored, policy: Policy, reference: Policy, recipe: Sampled, weight: float) -> Scored:
+    """The KL to the reference in the reward, where a recipe has it there: -weight * its sum over each completion, a part of its own."""
+    if not recipe.kl_in_reward or not scored.valid.any():
         return scored
     streams = streams_of(scored, recipe.optimiser.micro_batch_tokens)
     temperature, estimator = recipe.sampling.temperature, recipe.kl.estimator
-    reference_logprobs = logprobs_of(reference, streams, temperature=temperature) if estimator != "exact" else None
-    found = kl_of(streams, policy, reference, reference_logprobs, estimator=estimator, temperature=temperature)
+    with section("reference"):
+        reference_logprobs = logprobs_of(reference, streams, temperature=temperature) if estimator != "exact" else None
+        found = kl_of(streams, policy, reference, reference_logprobs, estimator=estimator, temperature=temperature)
     sums = (row_sum(kl.cpu().double(), s.row, s.num_rows) for s, kl in zip(streams, found, strict=True))
     totals = iter(torch.cat(list(sums)).tolist())
     values = [next(totals) if valid else math.nan for valid in scored.valid.flatten().tolist()]
@@ -99,21 +91,6 @@ def kl_of(
             logprobs = reference_logprobs[number].to(policy.device)
             found.append(ESTIMATORS[estimator](logprobs - stream.sampler_logprobs))
     return found
-
-
-def streams_of(scored: Scored, micro_batch_tokens: int, *, only: Iterable[int] | None = None) -> list[Stream]:
-    """The valid completions, of all groups or of some, as streams without advantages."""
-    groups = []
-    valid = scored.valid.tolist()
-    for number in only if only is not None else range(len(scored.groups)):
-        group = scored.groups[number]
-        rows = [
-            Row(c.tokens, c.logprobs, support=c.support)
-            for c, counts in zip(group.completions, valid[number], strict=True)
-            if counts
-        ]
-        groups.append((group.prompt.tokens, rows))
-    return [make_stream(part) for part in split_by_tokens(groups, micro_batch_tokens)]
 
 
 def with_part(scored: Scored, name: str, values: Tensor) -> Scored:

@@ -89,7 +89,9 @@ def take_step(
     with section("train/optimiser"):
         sum_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-        takes = all_agree(bool(finite & norm.isfinite()))  # the one place where the host waits for the device
+        takes = all_agree(
+            bool(finite & norm.isfinite())
+        )  # the one place of the update where the host waits for the device
         if takes:
             optimiser.step()
             tally.add("optimiser/grad_norm", norm)

@@ -9,9 +9,23 @@ from torch import Tensor
 
 from coterie.algorithms.advantages import group_std
 from coterie.algorithms.kl import k3
+from coterie.algorithms.objectives import Objective, TokenTerms
+from coterie.recipe import GRPO
+from coterie.training.dynamic_sampling import groups_with_signal
 from coterie.training.metrics import Tally
 from coterie.training.sample import Drawn
 from coterie.types import Scored, Stream
+
+
+def grpo_metrics(
+    recipe: GRPO, drawn: Drawn, scored: Scored, streams: Sequence[Stream], reference_logprobs: Sequence[Tensor]
+) -> Tally:
+    """What a step's samples were like, what was dropped and taken off their rewards, and the KL to the reference on some streams."""
+    tally = rollout_metrics(drawn.scored, groups_with_signal(drawn.scored, recipe.advantage))
+    tally.merge(
+        dynamic_sampling_metrics(drawn), penalty_metrics(scored), divergence_metrics(streams, reference_logprobs)
+    )
+    return tally
 
 
 def rollout_metrics(scored: Scored, signal: Tensor) -> Tally:
@@ -45,7 +59,7 @@ def rollout_metrics(scored: Scored, signal: Tensor) -> Tally:
 def dynamic_sampling_metrics(drawn: Drawn) -> Tally:
     """What dynamic sampling cost: groups dropped, and the tokens that were spent on them."""
     tally = Tally()
-    dropped = set(range(len(drawn.scored.groups))) - set(drawn.kept)
+    dropped = set(range(len(drawn.scored.groups))) - set(drawn.learned_groups)
     if dropped:
         spent = sum(len(c.tokens) for i in dropped for c in drawn.scored.groups[i].completions)
         tally.add("dynamic_sampling/num_dropped_groups", len(dropped))
@@ -67,6 +81,19 @@ def divergence_metrics(streams: Sequence[Stream], reference_logprobs: Sequence[T
     for stream, reference in zip(streams, reference_logprobs, strict=True):
         tally.add_values("policy/kl", k3(reference.cpu() - stream.sampler_logprobs))
     return tally
+
+
+@torch.no_grad()
+def add_ratio_metrics(tally: Tally, terms: TokenTerms, objective: Objective, kind: str) -> None:
+    """How far the policy is from pi_old, by a kind of ratio, and how often each clip bound acts."""
+    ratio = terms.ratio(kind)
+    if objective.clipped is not None:
+        at_low, at_high = objective.clipped(terms)
+        tally.add_values("policy/clip_low_share", at_low)
+        tally.add_values("policy/clip_high_share", at_high)
+    tally.add_values("policy/ratio_mean", ratio)
+    tally.add_maximum("policy/ratio_max", ratio)
+    tally.add_values("policy/kl_to_sampler", k3(-terms.log_ratio))
 
 
 def metrics_line(method: str, step: int, num_steps: int, metrics: Mapping[str, float], parts: Iterable[str]) -> str:

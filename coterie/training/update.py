@@ -17,10 +17,10 @@ from coterie.models.logprobs import logprobs_of
 from coterie.recipe import GRPO, make_recipe
 from coterie.recipe.presets import PRESETS
 from coterie.rollouts.pack import pack
-from coterie.training.advantages import load_advantages
+from coterie.training.advantages import make_advantages
+from coterie.training.loss_weights import first_loss_weights
 from coterie.training.metrics import Tally
 from coterie.training.policy_update import optimise
-from coterie.training.weights import first_weights
 from coterie.types import Completion, Group, Prompt, Scored
 
 
@@ -60,7 +60,7 @@ def update(
     _check_tokens(policy.model.get_input_embeddings().weight.shape[0], prompts, completions)
 
     scored = _scored(prompts, completions, sampler_logprobs, rewards)
-    advantages = load_advantages(recipe, ())(scored)  # [P, G]
+    advantages = make_advantages(recipe, ())(scored)  # [P, G]
     if rewards.isnan().all():
         raise UserError("update: every completion abstains, so there is nothing to learn from")
     budget = recipe.optimiser.micro_batch_tokens
@@ -70,10 +70,18 @@ def update(
     if sampler_logprobs is None:
         own = logprobs_of(policy, streams, temperature=temperature)
         streams = [replace(stream, sampler_logprobs=of.cpu()) for stream, of in zip(streams, own, strict=True)]
-    held = logprobs_of(reference, streams, temperature=temperature) if reference is not None else None
-    weights = first_weights(recipe)
-    tally = optimise(policy, optimiser, streams, totals, recipe, weights, reference=reference, reference_logprobs=held)
-    for stream, logprobs in zip(streams, held or (), strict=False):
+    reference_logprobs = logprobs_of(reference, streams, temperature=temperature) if reference is not None else None
+    tally, _ = optimise(
+        policy,
+        optimiser,
+        streams,
+        totals,
+        recipe,
+        first_loss_weights(recipe),
+        reference=reference,
+        reference_logprobs=reference_logprobs,
+    )
+    for stream, logprobs in zip(streams, reference_logprobs or (), strict=False):
         tally.add_values("policy/kl", k3(logprobs.cpu() - stream.sampler_logprobs))
     return {**tally.values(), **_batch_metrics(rewards).values()}
 

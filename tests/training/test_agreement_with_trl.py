@@ -13,8 +13,8 @@ from coterie.models.logprobs import logprobs_of
 from coterie.recipe import make_recipe
 from coterie.rollouts.pack import Row, make_stream
 from coterie.tasks.equations import make_tokenizer
+from coterie.training.loss_weights import first_loss_weights
 from coterie.training.policy_update import optimise
-from coterie.training.weights import first_weights
 from coterie.types import BatchTotals
 
 trl = pytest.importorskip("trl", reason="the extra bench is not installed")
@@ -114,13 +114,13 @@ def test_the_loss_and_its_gradients_are_trl_s(make_model, tmp_path, variant):
               "sampling": {"temperature": 0.8}}  # fmt: skip
     recipe = make_recipe(values)
     rows = [Row(c, logprobs, a) for c, logprobs, a in zip(COMPLETIONS, old, ADVANTAGES, strict=True)]
-    tally = optimise(
+    tally, _ = optimise(
         policy,
         torch.optim.SGD(model.parameters(), lr=0.0),
         [make_stream([(PROMPT, rows)])],
         BatchTotals(4, sum(lengths), LIMIT),
         recipe,
-        first_weights(recipe),
+        first_loss_weights(recipe),
         reference_logprobs=[torch.cat(reference)],
     )
     assert tally.values()["loss/total"] == pytest.approx(their_loss, abs=1e-5, rel=1e-5)

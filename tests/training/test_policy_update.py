@@ -19,11 +19,11 @@ from coterie.recipe.presets import PRESETS
 from coterie.recipe.settings import ColdStart, Optimiser, Sampling
 from coterie.rewards.base import Reward
 from coterie.rollouts.pack import Row, make_stream, pack, split_by_tokens
-from coterie.training.advantages import load_advantages
+from coterie.training.advantages import make_advantages
+from coterie.training.loss_weights import first_loss_weights
 from coterie.training.policy_update import optimise
 from coterie.training.sft import fit
 from coterie.training.step import learning_rate_at, make_optimiser, take_step
-from coterie.training.weights import first_weights
 from coterie.types import Group, Prompt, Scored
 
 SAMPLING = Sampling(max_new_tokens=20)
@@ -65,7 +65,7 @@ def recipe_of(**values):
 def gradient_of(policy, reference, scored, values, *, micro_batch_tokens=10**6, drop_silent=False):
     """The gradient and the metrics of one update with the settings of a recipe."""
     recipe = recipe_of(**values)
-    advantages = load_advantages(recipe, [Reward("r", None)])(scored)
+    advantages = make_advantages(recipe, [Reward("r", None)])(scored)
     streams, totals = pack(
         scored, advantages, max_length=20, micro_batch_tokens=micro_batch_tokens, drop_silent=drop_silent
     )
@@ -74,7 +74,7 @@ def gradient_of(policy, reference, scored, values, *, micro_batch_tokens=10**6, 
     unclipped = recipe.optimiser.model_copy(update={"max_grad_norm": 1e9})
     recipe = recipe.model_copy(update={"optimiser": unclipped})
     given = {"reference": reference, "reference_logprobs": held}
-    tally = optimise(policy, optimiser, streams, totals, recipe, first_weights(recipe), **given)
+    tally, _ = optimise(policy, optimiser, streams, totals, recipe, first_loss_weights(recipe), **given)
     return {name: p.grad.clone() for name, p in policy.model.named_parameters()}, tally.values(), len(streams)
 
 
@@ -218,17 +218,17 @@ def test_the_first_ratio_is_one_and_later_ones_leave_it(make_model, sampling):
     optimiser = make_optimiser(policy.model, Optimiser(learning_rate=1e-3))
     values = {"loss": {"kl_weight": 0}, "sampling": sampling.model_dump()}
     recipe = recipe_of(**values)
-    weights = first_weights(recipe)
-    first = optimise(policy, optimiser, streams, totals, recipe, weights, sampled_by_policy=True).values()
+    weights = first_loss_weights(recipe)
+    first = optimise(policy, optimiser, streams, totals, recipe, weights, sampled_by_policy=True)[0].values()
     assert abs(first["policy/ratio_mean"] - 1) < 1e-6
     assert abs(first["policy/ratio_max"] - 1) < 1e-6
     assert first["policy/sampler_gap_max"] < 1e-5  # and that is no trick: the sampler's own values are this close
     assert first["policy/kl_to_sampler"] < 1e-9
 
-    again = optimise(policy, optimiser, streams, totals, recipe, weights).values()
+    again = optimise(policy, optimiser, streams, totals, recipe, weights)[0].values()
     assert again["policy/ratio_max"] > 1.001
     several = recipe_of(**values, optimiser={"updates_per_batch": 3})
-    moved = optimise(policy, optimiser, streams, totals, several, weights, sampled_by_policy=True).values()
+    moved = optimise(policy, optimiser, streams, totals, several, weights, sampled_by_policy=True)[0].values()
     assert moved["policy/ratio_max"] > 1.001
     assert moved["policy/kl_to_sampler"] > 1e-7
 
@@ -254,7 +254,9 @@ def test_the_host_waits_for_the_device_once_a_step(batch):
         optimiser = make_optimiser(policy.model, Optimiser())
         with Waits() as waits:
             recipe = recipe_of(loss={"kl_weight": 0.1})
-            tally = optimise(policy, optimiser, streams, totals, recipe, first_weights(recipe), reference_logprobs=held)
+            tally, _ = optimise(
+                policy, optimiser, streams, totals, recipe, first_loss_weights(recipe), reference_logprobs=held
+            )
         counts.append((len(streams), waits.count))
         assert tally.values()["optimiser/skipped_share"] == 0
     assert counts[0][0] > 3
@@ -309,7 +311,7 @@ def test_a_batch_without_signal_is_a_step_with_no_gradient(make_model):
                 samples, group_advantages(samples.rewards), max_length=20, micro_batch_tokens=10**6, drop_silent=drop_silent
             )  # fmt: skip
             recipe = recipe_of(loss={"kl_weight": 0})
-            optimise(policy, optimiser, streams, totals, recipe, first_weights(recipe))
+            optimise(policy, optimiser, streams, totals, recipe, first_loss_weights(recipe))
         results.append([p.detach().clone() for p in policy.model.parameters()])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)

@@ -13,8 +13,8 @@ from coterie.fast.serve import Policy
 from coterie.recipe import make_recipe
 from coterie.recipe.presets import PRESETS
 from coterie.rollouts.pack import Row, make_stream
+from coterie.training.loss_weights import first_loss_weights
 from coterie.training.policy_update import optimise
-from coterie.training.weights import first_weights
 from coterie.types import BatchTotals
 
 FIXED = {"model": "m", "task": {"data": "d"}, "rewards": ["m:f", "m:g"]}
@@ -35,13 +35,13 @@ def gradient(groups, case):
     lengths = [len(row.tokens) for _, rows in groups for row in rows]
     stream = make_stream(groups)
     reference = 0.1 * torch.cos(stream.targets.double()) - 3.4
-    tally = optimise(
+    tally, _ = optimise(
         policy,
         torch.optim.SGD(policy.model.parameters(), lr=0.0),
         [stream],
         BatchTotals(len(lengths), sum(lengths), 9),
         recipe,
-        first_weights(recipe),
+        first_loss_weights(recipe),
         reference_logprobs=[reference.float()],
     )
     assert tally.values()["optimiser/skipped_share"] == 0

@@ -10,8 +10,8 @@ from coterie.recipe import make_recipe
 from coterie.recipe.settings import Advantage, Overlong
 from coterie.rewards.base import Reward
 from coterie.rollouts.pack import Row, make_stream
-from coterie.training.advantages import load_advantages
-from coterie.training.sample import groups_with_signal
+from coterie.training.advantages import make_advantages
+from coterie.training.dynamic_sampling import groups_with_signal
 from coterie.training.stages import with_overlong
 from coterie.training.step_metrics import divergence_metrics
 from coterie.types import Completion, Group, Prompt, Scored
@@ -39,9 +39,9 @@ def test_normalised_rewards_are_summed_with_their_weights():
     given = scored([[0.0, 1.0, 2.0, 3.0]], right=right, short=short)
     recipe = make_recipe({"model": "m", "task": {"data": "d"}, "rewards": ["m:f"], "preset": "gdpo"})
     functions = [Reward("right", None, weight=2.0), Reward("short", None, weight=-0.25)]
-    found = load_advantages(recipe, functions)(given)
+    found = make_advantages(recipe, functions)(given)
     of_right, of_short = (group_advantages(torch.tensor(part, dtype=torch.float64)) for part in (right, short))
-    swapped = load_advantages(recipe, [Reward("right", None, weight=-0.25), Reward("short", None, weight=2.0)])(given)
+    swapped = make_advantages(recipe, [Reward("right", None, weight=-0.25), Reward("short", None, weight=2.0)])(given)
     assert found[0].argsort().tolist() == (2 * of_right - 0.25 * of_short)[0].argsort().tolist()
     assert found[0, 0] > found[0, 3] > 0 > found[0, 2] > found[0, 1]
     assert swapped[0].argsort().tolist() == (2 * of_short - 0.25 * of_right)[0].argsort().tolist()
