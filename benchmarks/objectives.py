@@ -29,7 +29,7 @@ from coterie.rollouts.collect import collect
 from coterie.runs.store import Store
 from coterie.tasks.equations import ONE_STEP_EXERCISES
 from coterie.tasks.load import make_task
-from coterie.training.reference import streams_of
+from coterie.training.watch import streams_of
 from coterie.types import Prompt, Scored
 
 ROOT = Path(__file__).parent.parent

@@ -1,82 +1,25 @@
-"""Policy objectives: one loss per token, to be aggregated elsewhere.
+"""The objectives beside the clipped one, and the table of all by name: one loss per token, to be aggregated elsewhere.
 
-Legend: N completion tokens of a stream, B rows. Each formula is a function of tensors; the function below it is the objective as a
-recipe names it, which takes `TokenTerms` and, as keywords, the settings of its class in `coterie/recipe/objectives.py`.
+Legend: N completion tokens of a stream, B rows. As in `clip.py`, a formula is a function of tensors, and below it stands the objective.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coterie.algorithms.ratios import RATIOS, capped_exp, row_mean, row_sum
-
-
-@dataclass(frozen=True)
-class TokenTerms:
-    """What an objective may look at, one entry per completion token.
-
-    policy_logprobs [N]: log pi_theta, with gradient. old_logprobs [N]: log pi_old, the denominator of the ratio: the trainer's own
-    before the first update, or the sampler's where they are taken as given. advantages [N], rewards [N]: each row's own, or per
-    token where a value model gives them. row [N]: which of `num_rows` completions a token belongs to.
-    reference_logprobs [N]: for the anchored objective, and wherever the loss has a KL to a reference; else None.
-    """
-
-    policy_logprobs: Tensor
-    old_logprobs: Tensor
-    advantages: Tensor
-    rewards: Tensor
-    row: Tensor
-    num_rows: int
-    reference_logprobs: Tensor | None = None
-
-    @property
-    def log_ratio(self) -> Tensor:
-        """log(pi_theta / pi_old) [N]."""
-        return self.policy_logprobs - self.old_logprobs
-
-    def ratio(self, kind: str) -> Tensor:
-        """pi_theta / pi_old per token or per sequence, [N]: a name of `RATIOS`."""
-        return RATIOS[kind](self.log_ratio, self.row, self.num_rows)
-
-    def bounds(self, kind: str, low: float, high: float) -> tuple[float | Tensor, float | Tensor]:
-        """The clip bounds: as given ("fixed"), or one per token that depends on pi_old ("dynamic")."""
-        return (low, high) if kind == "fixed" else dynamic_bounds(self.old_logprobs, low=low, high=high)
-
-
-def clipped_loss(ratio: Tensor, advantages: Tensor, *, low: float | Tensor, high: float | Tensor) -> Tensor:
-    """The clipped policy objective as a loss: ratio [N], advantages [N] -> [N].
-
-    -min(ratio * A, clip(ratio, 1 - low, 1 + high) * A). The bounds are numbers, or one per token [N]. Which of them acts
-    depends on the sign of A alone: the upper one where A > 0, the lower one where A < 0.
-    Source: PPO, arXiv 1707.06347, equation 7; two bounds: DAPO, arXiv 2503.14476, equation 8.
-    """
-    low, high = (torch.as_tensor(bound, dtype=ratio.dtype, device=ratio.device) for bound in (low, high))
-    clipped = torch.clamp(ratio, 1 - low, 1 + high)
-    return _unless_zero(advantages, -torch.minimum(ratio * advantages, clipped * advantages))
-
-
-def dynamic_bounds(old_logprobs: Tensor, *, low: float, high: float, largest: float = 10.0) -> tuple[Tensor, Tensor]:
-    """Clip bounds that give rare tokens more room: old_logprobs [N] -> (low [N], high [N]), for `clipped_loss`.
-
-    With q = pi_old(token), the ratio r may move while |r - 1| * r * q stays within epsilon, so that
-    1 - low = (1 + sqrt(max(1 - 4 low / q, 0))) / 2 and 1 + high = (1 + sqrt(1 + 4 high / q)) / 2, the latter at most
-    `largest`. Source: DCPO, arXiv 2509.02333, section 3.1.
-    """
-    q = old_logprobs.detach().exp()
-    lower = (1 + (1 - 4 * low / q).clamp(min=0).sqrt()) / 2
-    upper = ((1 + (1 + 4 * high / q).sqrt()) / 2).clamp(max=largest)
-    return 1 - lower, upper - 1
-
-
-def clip(terms: TokenTerms, *, ratio: str, clip_low: float, clip_high: float, clip_bounds: str) -> Tensor:
-    """The clipped loss with a kind of ratio and of bounds."""
-    low, high = terms.bounds(clip_bounds, clip_low, clip_high)
-    return clipped_loss(terms.ratio(ratio), terms.advantages, low=low, high=high)
+from coterie.algorithms.clip import (
+    Clipped,
+    Objective,
+    TokenTerms,
+    clip,
+    clipped_at,
+    clipped_loss,
+    ratio_clipped,
+    unless_zero,
+)
+from coterie.algorithms.ratios import capped_exp, row_mean, row_sum
 
 
 def dual_clipped_loss(
@@ -109,7 +52,7 @@ def cispo_loss(
     """
     low, high = (torch.as_tensor(bound, dtype=ratio.dtype, device=ratio.device) for bound in (low, high))
     weight = torch.clamp(ratio.detach(), 1 - low, 1 + high)
-    return _unless_zero(advantages, -weight * advantages * policy_logprobs)
+    return unless_zero(advantages, -weight * advantages * policy_logprobs)
 
 
 def cispo(terms: TokenTerms, *, ratio: str, clip_low: float, clip_high: float) -> Tensor:
@@ -124,7 +67,7 @@ def sapo_loss(ratio: Tensor, advantages: Tensor, *, positive: float, negative: f
     Source: SAPO, arXiv 2511.20347, section 3.
     """
     tau = torch.where(advantages > 0, ratio.new_tensor(positive), ratio.new_tensor(negative))
-    return _unless_zero(advantages, -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * advantages)
+    return unless_zero(advantages, -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * advantages)
 
 
 def sapo(terms: TokenTerms, *, ratio: str, gate_positive: float, gate_negative: float) -> Tensor:
@@ -142,7 +85,7 @@ def gmpo_loss(
     """
     low, high = (torch.as_tensor(bound, dtype=log_ratio.dtype, device=log_ratio.device) for bound in (low, high))
     clipped = torch.where(advantages > 0, torch.minimum(log_ratio, high), torch.maximum(log_ratio, -low))
-    return _unless_zero(advantages, -capped_exp(row_mean(clipped, row, num_rows))[row] * advantages)
+    return unless_zero(advantages, -capped_exp(row_mean(clipped, row, num_rows))[row] * advantages)
 
 
 def gmpo(terms: TokenTerms, *, clip_low: float, clip_high: float) -> Tensor:
@@ -152,7 +95,7 @@ def gmpo(terms: TokenTerms, *, clip_low: float, clip_high: float) -> Tensor:
 
 def policy_gradient_loss(ratio: Tensor, advantages: Tensor) -> Tensor:
     """-ratio * A, nothing clipped: [N], [N] -> [N]. On the policy its gradient is that of -A * log pi_theta (REINFORCE)."""
-    return _unless_zero(advantages, -ratio * advantages)
+    return unless_zero(advantages, -ratio * advantages)
 
 
 def policy_gradient(terms: TokenTerms, *, ratio: str) -> Tensor:
@@ -183,7 +126,7 @@ def anchored_loss(
     -weight * beta * sigmoid(-beta * z) * (1 - alpha) * pi_ref / pi_bar times that of log pi_theta.
     """
     anchor = anchor_logprobs(policy_logprobs, reference_logprobs, alpha=alpha)
-    return _unless_zero(weights, -weights * F.logsigmoid(beta * (policy_logprobs - anchor)))
+    return unless_zero(weights, -weights * F.logsigmoid(beta * (policy_logprobs - anchor)))
 
 
 def anchored(
@@ -204,29 +147,6 @@ def anchored(
     return loss[row]
 
 
-def _unless_zero(weights: Tensor, loss: Tensor) -> Tensor:
-    """The loss, and exactly 0 where its weight is: 0 * inf would be no number."""
-    return torch.where(weights == 0, 0.0, loss)
-
-
-Clipped = tuple[Tensor, Tensor]
-
-
-def clipped_at(
-    ratio: Tensor, advantages: Tensor, *, low: float | Tensor, high: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    """Where each bound acts, so that the token has no gradient: (lower [N], upper [N]), bool."""
-    return (ratio < 1 - low) & (advantages < 0), (ratio > 1 + high) & (advantages > 0)
-
-
-def ratio_clipped(
-    terms: TokenTerms, *, ratio: str, clip_low: float, clip_high: float, clip_bounds: str, **others: object
-) -> Clipped:
-    """The bounds hold the ratio, each for one sign of the advantage."""
-    low, high = terms.bounds(clip_bounds, clip_low, clip_high)
-    return clipped_at(terms.ratio(ratio), terms.advantages, low=low, high=high)
-
-
 def weight_clipped(terms: TokenTerms, *, ratio: str, clip_low: float, clip_high: float) -> Clipped:
     """A bound holds the weight, whatever the advantage's sign."""
     weight = terms.ratio(ratio)
@@ -236,17 +156,6 @@ def weight_clipped(terms: TokenTerms, *, ratio: str, clip_low: float, clip_high:
 def log_ratio_clipped(terms: TokenTerms, *, clip_low: float, clip_high: float) -> Clipped:
     """The bounds hold the logarithm of each token's ratio."""
     return clipped_at(1 + terms.log_ratio, terms.advantages, low=clip_low, high=clip_high)
-
-
-@dataclass(frozen=True)
-class Objective:
-    """A loss for each token, and where its bounds act: (lower [N], upper [N]), bool; None where it has none.
-
-    Both take the settings of the objective as keywords.
-    """
-
-    loss: Callable[..., Tensor]
-    clipped: Callable[..., Clipped] | None = None
 
 
 OBJECTIVES: dict[str, Objective] = {

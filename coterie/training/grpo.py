@@ -22,12 +22,13 @@ from coterie.training.loss_weights import adapt, controlled, first_loss_weights
 from coterie.training.metrics import Clock
 from coterie.training.policy_update import holds_reference, make_objective, optimise
 from coterie.training.problem import Problem
-from coterie.training.reference import move_reference, watch_reference
+from coterie.training.reference import move_reference
 from coterie.training.sample import sample
 from coterie.training.session import Session
 from coterie.training.stages import with_kl
 from coterie.training.step import make_optimiser, set_learning_rate
 from coterie.training.step_metrics import grpo_metrics, metrics_line
+from coterie.training.watch import watch_reference
 
 
 def train_grpo(run: Session, problem: Problem, policy: Policy, reference: Policy, engine: Engine) -> None:

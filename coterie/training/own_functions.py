@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coterie.algorithms.objectives import TokenTerms
+from coterie.algorithms.clip import TokenTerms
 from coterie.errors import UserError
 from coterie.recipe.objectives import Loss
 from coterie.recipe.settings import Advantage

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from coterie.algorithms.aggregate import aggregate
+from coterie.algorithms.clip import Objective, TokenTerms, ratio_clipped
 from coterie.algorithms.kl import kl_penalty
-from coterie.algorithms.objectives import OBJECTIVES, Objective, TokenTerms, ratio_clipped
-from coterie.algorithms.ratios import importance_weights
+from coterie.algorithms.objectives import OBJECTIVES
 from coterie.distributed.reduce import sum_totals
 from coterie.models.logprobs import TokenStatistics, token_statistics
 from coterie.models.policy import Policy
-from coterie.recipe import GRPO, Sampled
+from coterie.recipe import Sampled
 from coterie.recipe.objectives import Loss
-from coterie.recipe.settings import Correction
+from coterie.training.correction import corrected, correction_of
 from coterie.training.metrics import Tally
 from coterie.training.own_functions import own_objective
 from coterie.training.step import take_step
@@ -49,11 +49,6 @@ def kl_weight_of(recipe: Sampled, loss_weights: Mapping[str, float]) -> float:
 def holds_reference(recipe: Sampled, loss_weights: Mapping[str, float]) -> bool:
     """Whether the loss compares the policy with the reference at every token."""
     return kl_weight_of(recipe, loss_weights) > 0 or recipe.loss.needs_reference
-
-
-def correction_of(recipe: Sampled) -> Correction | None:
-    """How the samples are weighed for another sampler, if they are."""
-    return recipe.correction if isinstance(recipe, GRPO) and recipe.correction.acts else None
 
 
 @dataclass(frozen=True)
@@ -173,18 +168,7 @@ def _loss_per_token(update: Update, stream: Stream, terms: TokenTerms, found: To
     per_token = update.objective.loss(terms)
     correction, kl_weight = correction_of(update.recipe), kl_weight_of(update.recipe, update.loss_weights)
     if correction is not None:
-        importance = importance_weights(
-            terms.old_logprobs,
-            stream.sampler_logprobs,
-            terms.row,
-            terms.num_rows,
-            level=correction.level,
-            kind=correction.kind,
-            limit=correction.limit,
-        )
-        tally.add_values("policy/correction_mean", importance)
-        tally.add_values("policy/correction_cut_share", (importance == 0) | (importance >= correction.limit))
-        per_token = importance * per_token
+        per_token = corrected(per_token, terms, stream, correction, tally)
     if found.exact_kls is not None:
         per_token = per_token + kl_weight * found.exact_kls
     elif kl_weight:

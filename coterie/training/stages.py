@@ -19,7 +19,7 @@ from coterie.models.policy import Policy
 from coterie.recipe import Sampled
 from coterie.recipe.settings import Overlong
 from coterie.sections import section
-from coterie.training.reference import streams_of
+from coterie.training.watch import streams_of
 from coterie.types import Scored, Stream
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from coterie.algorithms.advantages import group_std
+from coterie.algorithms.clip import Objective, TokenTerms
 from coterie.algorithms.kl import k3
-from coterie.algorithms.objectives import Objective, TokenTerms
 from coterie.recipe import GRPO
 from coterie.training.dynamic_sampling import groups_with_signal
 from coterie.training.metrics import Tally

@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from coterie.algorithms.advantages import SCALES, group_advantages, group_std, has_signal
 from coterie.algorithms.aggregate import aggregate
-from coterie.algorithms.objectives import clipped_loss
+from coterie.algorithms.clip import clipped_loss
 from coterie.types import BatchTotals
 
 NAN = math.nan

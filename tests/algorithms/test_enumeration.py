@@ -21,8 +21,9 @@ from torch import Tensor
 
 from coterie.algorithms.advantages import group_advantages
 from coterie.algorithms.aggregate import aggregate
+from coterie.algorithms.clip import TokenTerms
 from coterie.algorithms.kl import exact_kl, kl_penalty
-from coterie.algorithms.objectives import OBJECTIVES, TokenTerms, anchor_logprobs, anchored_loss
+from coterie.algorithms.objectives import OBJECTIVES, anchor_logprobs, anchored_loss
 from coterie.types import BatchTotals
 
 END, TOKENS, LIMIT = 0, 3, 3

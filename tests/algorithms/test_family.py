@@ -23,21 +23,20 @@ from coterie.algorithms.advantages import (
     normalised_then_summed,
 )
 from coterie.algorithms.aggregate import AGGREGATIONS, aggregate
+from coterie.algorithms.clip import TokenTerms, clipped_loss, dynamic_bounds
+from coterie.algorithms.correction import importance_weights
 from coterie.algorithms.kl import exact_kl, k3, kl_penalty
 from coterie.algorithms.objectives import (
     OBJECTIVES,
-    TokenTerms,
     anchor_logprobs,
     anchored_loss,
     cispo_loss,
-    clipped_loss,
     dual_clipped_loss,
-    dynamic_bounds,
     gmpo_loss,
     policy_gradient_loss,
     sapo_loss,
 )
-from coterie.algorithms.ratios import MAX_LOG_RATIO, RATIOS, importance_weights, sequence_mean_token_ratio
+from coterie.algorithms.ratios import MAX_LOG_RATIO, RATIOS, sequence_mean_token_ratio
 from coterie.algorithms.values import clipped_value_loss, generalised_advantages
 from coterie.recipe.objectives import LOSSES, OwnObjective
 from coterie.types import BatchTotals

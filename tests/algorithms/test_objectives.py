@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coterie.algorithms.objectives import clipped_at, clipped_loss
+from coterie.algorithms.clip import clipped_at, clipped_loss
 from coterie.algorithms.ratios import RATIOS
 
 LOW, HIGH = 0.2, 0.3
