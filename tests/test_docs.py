@@ -137,8 +137,9 @@ def test_every_demand_names_tests_that_exist():
             assert set(re.findall(r"`(test_\w+)`", names)) <= set(defined), f"R{number}: {file}"
 
 
-def test_the_path_of_a_step_is_counted_as_it_is():
+def test_the_path_of_a_step_is_counted_as_it_is_and_leads_nowhere_else():
     reading_path = load("reading_path")
+    assert not reading_path.leads_out()
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     assert reading_path.page() == page, "write it anew: python benchmarks/reading_path.py --write"
     total = sum(reading_path.lines_of(name) for name, _ in reading_path.PATH)
