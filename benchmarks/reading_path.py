@@ -53,7 +53,9 @@ OPTIONAL = (
     ("training/loss_weights.py", "`kl.target`, `entropy.target`: which weights act in a step"),
     ("algorithms/controllers.py", "how a weight moves towards its target"),
     ("training/evaluation.py", "`evaluation.every`: held-out accuracy on the way"),
-    ("rewards/arguments.py", "a reward of your own: what it is handed"),
+    ("rewards/arguments.py", "what a reward is handed"),
+    ("rewards/check.py", "a reward of your own: whether it fits its data"),
+    ("rewards/copies.py", "a reward of your own: what it is handed is its to change"),
     ("models/attention.py", "without `fast/`: attention handed to a layout"),
     ("models/layout.py", "without `fast/`: attention over the stream in dense blocks"),
 )
