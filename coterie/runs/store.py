@@ -1,25 +1,24 @@
 """`run.db`: everything that is recorded of a run, in SQLite: its tables, and its one writer. `reader.py` reads it.
 
-A step is written in one transaction, so a killed writer leaves whole steps only. Lists of numbers are stored as JSON.
+A step is written in one transaction, so a killed writer leaves whole steps only; where another program holds the file, `held.py` keeps
+what is written until it is free. Lists of numbers are stored as JSON.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from coterie.deadline import running
 from coterie.noise import permutation
 from coterie.redact import hidden
-from coterie.runs.reader import SCHEMA, Reader
+from coterie.runs.held import PatientWriter
+from coterie.runs.reader import SCHEMA
 from coterie.types import Completion, Scored
 
 _TABLES = {  # columns and primary key; a table may hold more than this version knows, and what it lacks is added
@@ -46,37 +45,19 @@ _COLUMNS = {  # the names alone, of what is written as a run goes on
     for table, (columns, _) in _TABLES.items()
     if table not in ("inputs", "surroundings")
 }
-_PATIENCE = 5.0  # seconds for which another program may hold the file before what is written is kept in memory
-_RETRY = 0.5  # seconds between two tries from then on
-_HELD_SECONDS, _HELD_BYTES = 900.0, 1 << 28  # how long, and how much is kept so
 
 
-class Store(Reader):
-    """A connection that writes a run's database, and reads it.
-
-    Where another program holds the file (a person who looks at it, a backup) what is written is kept in memory, read from there
-    too, and brought into the file once that is free. `tell` is called with a sentence when that begins and ends.
-    UserError for a database that a newer version has written.
-    """
+class Store(PatientWriter):
+    """A connection that writes a run's database, and reads it. UserError for a database that a newer version has written."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.tell: Callable[[str], None] = lambda _: None
-        self._held_since: float | None = None
-        self._tried = 0.0
-        self._db = sqlite3.connect(path, isolation_level=None)
-        self._db.execute(f"PRAGMA busy_timeout={_PATIENCE * 1000:.0f}")
-        self._refuse_programs()
-        version = self._version()
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=NORMAL")
-        self._migrate(version)
-        self._db.row_factory = sqlite3.Row
+        super().__init__(path, _COLUMNS)
+        self._migrate()
 
-    def _migrate(self, version: int) -> None:
+    def _migrate(self) -> None:
         """Bring a new database, or an older one, to what this version writes."""
         lacking = [line for table, made_of in _TABLES.items() for line in self._lacking(table, *made_of)]
-        if lacking or version < SCHEMA:
+        if lacking or self._version() < SCHEMA:
             with self.transaction(keep=False):
                 for statement in lacking:
                     self._db.execute(statement)
@@ -93,93 +74,6 @@ class Store(Reader):
     def sync(self) -> None:
         """Bring what was written to the disk, so that a checkpoint that outlives a power cut has its steps here."""
         self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-
-    @property
-    def held(self) -> bool:
-        """Whether something is kept in memory, since another program holds the file."""
-        return self._held_since is not None
-
-    def settle(self, seconds: float = _HELD_SECONDS) -> None:
-        """Wait until nothing is kept in memory. sqlite3.OperationalError where that takes longer."""
-        end = running() + seconds
-        while self.held:
-            with self.transaction():
-                pass
-            if self.held and running() > end:
-                raise sqlite3.OperationalError(_HELD)
-            time.sleep(0.05 if self.held else 0)
-
-    @contextmanager
-    def transaction(self, *, keep: bool = True) -> Iterator[None]:
-        """All or nothing of what is written inside. Without `keep` it goes into the file, however long that takes."""
-        if self._db.in_transaction:
-            yield
-            return
-        self._begin(keep)
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
-
-    def _begin(self, keep: bool) -> None:
-        while not self._begun():
-            self._hold()
-            if keep:
-                self._db.execute("BEGIN")
-                return
-            time.sleep(_RETRY)
-        if self._held_since is not None:
-            self._bring()
-
-    def _begun(self) -> bool:
-        """Whether the file can be written now: then a transaction has begun."""
-        if self.held and running() - self._tried < _RETRY:
-            return False
-        try:
-            self._db.execute(f"PRAGMA busy_timeout={0 if self.held else _PATIENCE * 1000:.0f}")
-            self._db.execute("BEGIN IMMEDIATE")
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
-                raise
-            self._tried = running()
-            return False
-        finally:
-            self._db.execute(f"PRAGMA busy_timeout={_PATIENCE * 1000:.0f}")
-        return True
-
-    def _hold(self) -> None:
-        """Keep what is written from here on in tables in memory, behind views by which it is read with what the file has."""
-        if self._held_since is not None:
-            (pages,), (size,) = (
-                self._db.execute(f"PRAGMA held.{name}").fetchone() for name in ("page_count", "page_size")
-            )
-            if running() - self._held_since > _HELD_SECONDS or pages * size > _HELD_BYTES:
-                raise sqlite3.OperationalError(_HELD)
-            return
-        self.tell(f"{self.path} is held by another program; what is recorded is kept in memory until it lets go")
-        self._held_since = running() - _PATIENCE
-        if not any(name == "held" for _, name, _ in self._db.execute("PRAGMA database_list")):
-            self._db.execute("ATTACH ':memory:' AS held")
-        for table, columns in _COLUMNS.items() if self._tables() else ():
-            self._db.execute(f"CREATE TABLE IF NOT EXISTS held.{table} AS SELECT {columns} FROM main.{table} WHERE 0")
-            both = f"SELECT {columns} FROM main.{table} UNION ALL SELECT {columns} FROM held.{table}"
-            self._db.execute(f"CREATE TEMP VIEW {table} AS {both}")
-
-    def _tables(self) -> bool:
-        return bool(self._db.execute("SELECT 1 FROM main.sqlite_master WHERE name = 'metrics'").fetchall())
-
-    def _bring(self) -> None:
-        """Into the file with what was kept, in the transaction that has begun."""
-        assert self._held_since is not None
-        for table, columns in _COLUMNS.items() if self._tables() else ():
-            self._db.execute(f"DROP VIEW temp.{table}")
-            self._db.execute(f"INSERT OR REPLACE INTO main.{table} ({columns}) SELECT {columns} FROM held.{table}")
-            self._db.execute(f"DELETE FROM held.{table}")
-        seconds = running() - self._held_since
-        self._held_since = None
-        self.tell(f"{self.path} is free again after {seconds:.0f} s, and nothing is missing")
 
     def _insert(self, table: str, rows: Sequence[tuple[Any, ...]]) -> None:
         columns = _COLUMNS[table]
@@ -250,9 +144,6 @@ class Store(Reader):
                 self._db.execute(f"DELETE FROM main.{table} WHERE stage = ? AND step > ?", (stage, step))
                 for later in later_stages:
                     self._db.execute(f"DELETE FROM main.{table} WHERE stage = ?", (later,))
-
-
-_HELD = "run.db has been held by another program for too long: end what reads or copies it"
 
 
 def _token_columns(completion: Completion, pieces: list[str]) -> tuple[str, str, str]:

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from coterie.errors import RunFailedError
-from coterie.runs import store as module
+from coterie.runs import held, store
 from coterie.runs.folder import new_folder
 from coterie.runs.writing import told_of
 
@@ -20,8 +20,8 @@ def test_runs_that_start_at_once_get_a_folder_each(tmp_path):
 
 def test_a_database_that_is_locked_whole_is_said_to_be_held(tmp_path, monkeypatch):
     """As a shell of SQLite holds it with PRAGMA locking_mode=EXCLUSIVE."""
-    monkeypatch.setattr(module, "_PATIENCE", 0.1)
-    module.Store(tmp_path / "run.db").close()
+    monkeypatch.setattr(held, "_PATIENCE", 0.1)
+    store.Store(tmp_path / "run.db").close()
     other = sqlite3.connect(tmp_path / "run.db", isolation_level=None)
     for statement in ("PRAGMA locking_mode=EXCLUSIVE", "BEGIN EXCLUSIVE", "DELETE FROM events", "COMMIT"):
         other.execute(statement)
@@ -29,10 +29,10 @@ def test_a_database_that_is_locked_whole_is_said_to_be_held(tmp_path, monkeypatc
         pytest.raises(RunFailedError, match=r"run\.db: is held by another program, which has to end"),
         told_of(tmp_path),
     ):
-        module.Store(tmp_path / "run.db")
+        store.Store(tmp_path / "run.db")
     other.close()
     with told_of(tmp_path):
-        module.Store(tmp_path / "run.db").close()
+        store.Store(tmp_path / "run.db").close()
 
 
 def test_a_folder_that_is_gone_is_not_said_to_hold_checkpoints(tmp_path):

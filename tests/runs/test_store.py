@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from coterie.runs import store as module
+from coterie.runs import held as module
 from coterie.runs.store import Store
 
 
