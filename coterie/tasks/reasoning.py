@@ -1,0 +1,106 @@
+"""Problems of reasoning-gym: one or several of its generators, each with its own share.
+
+Source: https://github.com/open-thought/reasoning-gym (Apache-2.0), of the extra `reasoning`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from coterie.errors import UserError, nearest
+from coterie.models.codec import Codec
+from coterie.noise import permutation
+from coterie.tasks.base import Demonstration, Preference
+from coterie.types import Messages, Prompt, Scored
+
+_SEEDS = 2**31
+
+
+class ReasoningGym:
+    """The task. generators: by name, the generator's own settings, and `weight`, its share of the problems (1 unless given).
+
+    num_problems to train on, num_heldout others to evaluate on: a question of one is none of the other. Prompts are chats where the
+    tokenizer has a chat template. Columns: `generator`, `answer`, and `entry`, which the reward `reasoning_gym` reads.
+    """
+
+    def __init__(
+        self,
+        generators: Mapping[str, Mapping[str, Any]],
+        codec: Codec,
+        *,
+        num_problems: int,
+        num_heldout: int,
+        seed: int,
+    ) -> None:
+        self._codec = codec
+        entries = list(_entries(generators, num_problems, seed))
+        asked = {entry["question"] for entry in entries}
+        others = [entry for entry in _entries(generators, 2 * num_heldout, seed + 1) if entry["question"] not in asked]
+        others = [others[place] for place in permutation(len(others), seed, "heldout")[:num_heldout]]
+        if not others:
+            names = ", ".join(generators)
+            raise UserError(f"task.reasoning_gym: {names} has too few questions to hold any out; ask for fewer problems")
+        self.train = [self._prompt(number, entry) for number, entry in enumerate(entries)]
+        self.heldout = [self._prompt(number, entry) for number, entry in enumerate(others)]
+        self.examples = self.heldout[:2]
+
+    def _prompt(self, number: int, entry: Mapping[str, Any]) -> Prompt:
+        content, tokens = self._codec.encode_user(entry["question"].strip())
+        generator = entry["metadata"]["source_dataset"]
+        columns = {"generator": generator, "answer": entry["answer"], "entry": entry}
+        return Prompt(number, content, tokens, columns, origin=f"{generator} {number + 1}")
+
+    def demonstrations(self, count: int, *, seed: int, step: int) -> list[Demonstration]:
+        raise UserError("task.reasoning_gym: has problems and verifiers, and no demonstrations to learn from")
+
+    def preferences(self, count: int, *, seed: int, step: int) -> list[Preference]:
+        raise UserError("task.reasoning_gym: has problems and verifiers, and no preferences to learn from")
+
+    def heldout_preferences(self, count: int, *, seed: int) -> list[Preference]:
+        return self.preferences(count, seed=seed, step=0)
+
+    def asked(self, text: str) -> str | Messages:
+        return self._codec.encode_user(text)[0]
+
+    def columns_of(self, text: str) -> Mapping[str, Any] | None:
+        found = (prompt for prompt in (*self.train, *self.heldout) if text in (prompt.text, prompt.asked))
+        return next((prompt.columns for prompt in found), None)
+
+    def judge(self, scored: Scored) -> Mapping[str, Sequence[bool]]:
+        """Whether the verifier is fully content, over all and for each generator."""
+        right = (scored.parts["reasoning_gym"] >= 1 - 1e-6).flatten().tolist() if "reasoning_gym" in scored.parts else []
+        if not right:
+            return {}
+        return {"accuracy": right}
+
+
+def _entries(generators: Mapping[str, Mapping[str, Any]], count: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Problems of all generators, each according to its weight and at least one, no question twice."""
+    total = sum(settings.get("weight", 1) for settings in generators.values())
+    for name, settings in generators.items():
+        size = max(1, round(count * settings.get("weight", 1) / total))
+        seen: set[str] = set()
+        for entry in _generator(name, settings, size, seed):
+            if entry["question"] not in seen:
+                seen.add(entry["question"])
+                yield entry
+
+
+def _generator(name: str, settings: Mapping[str, Any], size: int, seed: int) -> Any:
+    """One of reasoning-gym's. Raises UserError where it, or one of its settings, does not exist."""
+    try:
+        from reasoning_gym.factory import DATASETS, create_dataset
+    except ImportError:
+        raise UserError("task.reasoning_gym: needs the extra: pip install 'coterie[reasoning]'") from None
+    if name not in DATASETS:
+        raise UserError(f"task.reasoning_gym: there is no generator {name!r}; {nearest(name, DATASETS)}")
+    own = {key: value for key, value in settings.items() if key != "weight"}
+    known = DATASETS[name][1].__dataclass_fields__
+    for key in own:
+        if key not in known or key in ("seed", "size"):
+            raise UserError(f"task.reasoning_gym: {name} has no setting {key!r}; {nearest(key, known)}")
+    try:
+        return create_dataset(name, **own, size=size, seed=seed % _SEEDS)
+    except Exception as error:  # each generator checks its settings in its own way
+        raise UserError(f"task.reasoning_gym: {name} refuses these settings: {error or type(error).__name__}") from error
