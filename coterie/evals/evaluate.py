@@ -40,7 +40,7 @@ class Evaluation:
     """
 
     estimates: Mapping[str, Mapping[str, Estimate]]
-    judged: Mapping[str, list[bool]]
+    judged: Mapping[str, Sequence[bool | None]]
     num_samples: int
     prompts: Sequence[str] = ()
     failures: Sequence[RewardFailure] = ()
@@ -50,7 +50,7 @@ class Evaluation:
     def num_right(self) -> list[int]:
         """How many of each group's samples are right; nothing where the task does not say what right is."""
         outcomes, size = self.judged.get("accuracy", []), self.num_samples
-        return [sum(outcomes[i : i + size]) for i in range(0, len(outcomes), size)]
+        return [sum(map(bool, outcomes[i : i + size])) for i in range(0, len(outcomes), size)]
 
     def pass_estimates(self) -> dict[int, Estimate]:
         """pass@k for powers of two, averaged over prompts."""
@@ -86,7 +86,7 @@ def evaluate(
 ) -> Evaluation:
     """Sample each prompt `num_samples` times at the sampling's own temperature, and once greedily."""
     estimates = {}
-    judged: Mapping[str, list[bool]] = {}
+    judged: Mapping[str, Sequence[bool | None]] = {}
     names: list[str] = []
     failures: list[RewardFailure] = []
     silent = {reward.name for reward in rewards}
@@ -142,11 +142,15 @@ def answer_examples(
 
 
 def estimates_of(
-    scored: Scored, judged: Mapping[str, list[bool]], rewards: Sequence[Reward], limit: int
+    scored: Scored, judged: Mapping[str, Sequence[bool | None]], rewards: Sequence[Reward], limit: int
 ) -> dict[str, Estimate]:
     """Of everything that is counted, of the reward, and of the lengths in tokens."""
     prompts = [name for name in _names(scored) for _ in scored.groups[0].completions]
-    estimates = {name: share_interval(grouped(prompts, map(float, outcomes))) for name, outcomes in judged.items()}
+    estimates = {}
+    for name, outcomes in judged.items():
+        said = [(prompt, float(one)) for prompt, one in zip(prompts, outcomes, strict=True) if one is not None]
+        if said:
+            estimates[name] = share_interval(grouped(*zip(*said, strict=True)))
     given = [
         (prompt, value)
         for prompt, value in zip(prompts, scored.rewards.flatten().tolist(), strict=True)

@@ -51,7 +51,7 @@ class Policy(PlainPolicy):
 
 def load_policy(source: str, device: torch.device, chat: Chat | None = None) -> tuple[Policy, Codec]:
     """A model and its tokenizer, ready to sample."""
-    load.check_model_folder(source)
+    source = load.model_folder(source)
     codec = load.codec_of(source, chat=chat)
     return Policy.of(load.load_model(source, device)), codec
 

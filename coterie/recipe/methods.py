@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from coterie.recipe import settings as of
 from coterie.recipe.kinds import Idle, OneOf, Place, Settings, idle_settings
@@ -21,6 +21,12 @@ _NOT_FOR_TEMPLATES = (  # what rendering a chat is itself told
     "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "sanitize_control_tokens", "tokenizer_kwargs",
 )  # fmt: skip
 _NAMES_OF_METRICS = {"mean", "std", "highest", "lowest", "num_abstained", "num_failed", "kl", "overlong", "overlong_group_std"}  # fmt: skip
+
+
+def _kind_of_task(given: Any) -> str:
+    if isinstance(given, Mapping):
+        return "ReasoningTask" if "reasoning_gym" in given else "DatasetTask"
+    return type(given).__name__ if isinstance(given, Settings) else "str"
 
 
 class Recipe(Settings):
@@ -45,9 +51,12 @@ class Recipe(Settings):
     chat_template_kwargs: dict[str, Any] = Field(
         {}, description="what the chat template is given beside the messages, as enable_thinking: false"
     )
-    task: Literal["equations", "programs", "dialogue"] | of.DatasetTask = Field(
-        description="a bundled task, or your own data"
-    )
+    task: Annotated[
+        Annotated[Literal["equations", "programs", "dialogue", "arithmetic"], Tag("str")]
+        | Annotated[of.DatasetTask, Tag("DatasetTask")]
+        | Annotated[of.ReasoningTask, Tag("ReasoningTask")],
+        Discriminator(_kind_of_task),
+    ] = Field(description="a bundled task, your own data, or generators of reasoning-gym")
     rewards: Annotated[tuple[of.RewardSpec, ...], Idle(("method", "reward_model"))] = Field(
         (), description="one or more; your own is file.py:function"
     )
@@ -82,6 +91,9 @@ class Recipe(Settings):
             for column in self.learns_from:
                 if not getattr(self.task, column):
                     raise ValueError(f"task.{column}: method {self.method} learns from it; name the data's column")
+        if isinstance(self.task, of.ReasoningTask) and (self.cold_start is not None or self.learns_from):
+            what = f"method {self.method} learns" if self.learns_from else "cold_start: learns"
+            raise ValueError(f"{what} from answers that are given, and reasoning_gym has problems and verifiers alone")
         self._check_method()
         names = [spec.name for spec in self.rewards]
         taken = _NAMES_OF_METRICS | {f"{name}_group_std" for name in names}

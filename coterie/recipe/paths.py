@@ -86,6 +86,6 @@ def _resolved_code(home: str, folder: Path) -> str:
 def is_local_path(name: str) -> bool:
     """Whether a name is meant as a file or folder here, and not as a hub id such as `Qwen/Qwen3-0.6B`."""
     looks_local = name.startswith((".", "/", "~", "runs/")) or name.endswith(
-        (".jsonl", ".json", ".parquet", ".py", ".yaml")
+        (".jsonl", ".json", ".parquet", ".py", ".yaml", ".gguf")
     )
     return looks_local or name.count("/") > 1 or Path(name).exists()

@@ -5,6 +5,7 @@ Each section is frozen and refuses keys that it does not know. Nothing here impo
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator
@@ -74,6 +75,35 @@ class DatasetTask(Settings):
     correct_above: Annotated[Finite | None, Idle(("method", "reward_model")), Idle(("rewards", ()))] = Field(
         None, description="total reward above which a completion counts as correct"
     )
+
+
+class ReasoningTask(Settings):
+    """Problems of reasoning-gym's generators, which the reward `reasoning_gym` scores with their own verifiers."""
+
+    reasoning_gym: dict[str, dict[str, Any]] = Field(
+        min_length=1,
+        description="a generator, a list of them, or each with its own settings and `weight`, its share of the problems",
+    )
+    num_problems: PositiveInt = Field(2000, description="problems to train on, of all generators together")
+    num_heldout: PositiveInt = Field(200, description="other problems, kept for evaluation")
+    seed: Whole = Field(0, ge=0, lt=2**31, description="what the generators draw their problems by")
+
+    @field_validator("reasoning_gym", mode="before")
+    @classmethod
+    def _named(cls, given: Any) -> Any:
+        names = [given] if isinstance(given, str) else given
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            return {name: {} for name in names}
+        return {name: own or {} for name, own in given.items()} if isinstance(given, dict) else given
+
+    @field_validator("reasoning_gym")
+    @classmethod
+    def _weighted(cls, given: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, own in given.items():
+            weight = own.get("weight", 1)
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+                raise ValueError(f"{name}.weight: {weight!r:.80} is no number above 0")
+        return given
 
 
 class RewardSpec(Settings):

@@ -17,6 +17,7 @@ BUILTIN: dict[str, str] = {
     "judge": "coterie.rewards.judge.reward:Judge",
     "language": "coterie.rewards.texts.language:Language",
     "length": "coterie.rewards.texts.shape:Length",
+    "reasoning_gym": "coterie.rewards.reasoning:ReasoningGym",
     "repetition": "coterie.rewards.texts.shape:Repetition",
     "reward_model": "coterie.rewards.learned:RewardModel",
     "self_correction": "coterie.rewards.texts.corrections:SelfCorrection",

@@ -23,7 +23,7 @@ _PART = " > "  # stands between a setting and what the file that it names uses
 _WHOLE = 1 << 28  # bytes up to which a model's weights are hashed whole; of larger ones their size, start and end
 _CONTENT = " (content)"  # after the name of a setting: the hash of what it names
 _NEAR = 3  # folders above a run's in which its project is looked for
-_MODEL_FILES = (".safetensors", ".json", ".model", ".txt")
+_MODEL_FILES = (".safetensors", ".gguf", ".json", ".model", ".txt")
 
 
 def inputs_of(recipe: Recipe) -> dict[str, str]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from coterie.models.codec import Codec
 from coterie.noise import key, permutation
 from coterie.rewards.maths.extract import final_answer
-from coterie.tasks.base import Demonstration, Preference, completions_of, draw
+from coterie.tasks.base import Encoded, Task, completions_of, draw
 from coterie.tasks.words import make_word_tokenizer
 from coterie.types import Messages, Prompt, Scored
 
@@ -26,7 +26,7 @@ _ASKED = re.compile(rf"(-?\d+)\s*({'|'.join(_SIGNS)}|[-+])\s*(-?\d+)")
 
 
 @dataclass(frozen=True)
-class Problem:
+class Sum:
     """One sum or difference."""
 
     first: int
@@ -46,47 +46,47 @@ class Problem:
         return f"{self.first} {_SIGNS[self.operation]} {self.second} = {self.answer}"
 
 
-def problems() -> tuple[list[Problem], list[Problem]]:
+def sums() -> tuple[list[Sum], list[Sum]]:
     """What is trained on, and what is held out: the same in every run."""
-    every = [Problem(a, operation, b) for a in _NUMBERS for operation in _SIGNS for b in _NUMBERS]
+    every = [Sum(a, operation, b) for a in _NUMBERS for operation in _SIGNS for b in _NUMBERS]
     order = [every[place] for place in permutation(len(every), "arithmetic")[: _NUM_HELDOUT + _NUM_TRAIN]]
     return order[_NUM_HELDOUT:], order[:_NUM_HELDOUT]
 
 
-class Arithmetic:
+class Arithmetic(Task):
     """The task. Prompts are chats where the tokenizer has a chat template; the column `answer` is what the reward `answer` reads."""
 
     def __init__(self, codec: Codec) -> None:
-        self._codec = codec
-        train, heldout = problems()
+        super().__init__(codec)
+        train, heldout = sums()
         self.train, self.heldout = self._prompts(train), self._prompts(heldout)
         self.examples = self.heldout[:2]
 
-    def _prompts(self, of: list[Problem]) -> list[Prompt]:
+    def _prompts(self, of: list[Sum]) -> list[Prompt]:
         prompts = []
         for number, problem in enumerate(of):
             columns = {"answer": str(problem.answer), "worked": problem.worked}
             prompts.append(Prompt(number, *self._codec.encode_user(problem.question), columns))
         return prompts
 
-    def demonstrations(self, count: int, *, seed: int, step: int) -> list[Demonstration]:
+    def demonstrations(self, count: int, *, seed: int, step: int) -> list[Encoded]:
         """Each problem with its answer: `47 + 38 = 85`."""
         drawn = draw(self, count, seed=seed, step=step)
-        return [self._codec.encode_demonstration(prompt.content, prompt.columns["worked"]) for prompt in drawn]
+        return [self.encoded(prompt.content, prompt.columns["worked"]) for prompt in drawn]
 
-    def preferences(self, count: int, *, seed: int, step: int) -> list[Preference]:
+    def preferences(self, count: int, *, seed: int, step: int) -> list[Encoded]:
         """The right answer beside one that is off by up to 9."""
         return [self._pair(prompt, seed, step) for prompt in draw(self, count, seed=seed, step=step)]
 
-    def heldout_preferences(self, count: int, *, seed: int) -> list[Preference]:
+    def heldout_preferences(self, count: int, *, seed: int) -> list[Encoded]:
         chosen = permutation(len(self.heldout), seed, "heldout preferences")[:count]
         return [self._pair(self.heldout[place], seed, 0) for place in chosen]
 
-    def _pair(self, prompt: Prompt, seed: int, step: int) -> Preference:
+    def _pair(self, prompt: Prompt, seed: int, step: int) -> Encoded:
         sum_, _, answer = prompt.columns["worked"].rpartition(" ")
         off = key(seed, "preferences", step, prompt.text) % 18 - 9
         wrong = int(answer) + (off if off < 0 else off + 1)
-        return self._codec.encode_pair(prompt.content, prompt.columns["worked"], f"{sum_} {wrong}")
+        return self.encoded(prompt.content, prompt.columns["worked"], f"{sum_} {wrong}")
 
     def asked(self, text: str) -> str | Messages:
         return self._codec.encode_user(text)[0]
@@ -97,7 +97,7 @@ class Arithmetic:
         if found is None:
             return None
         operation = {"+": "plus", "-": "minus"}.get(found[2], found[2])
-        problem = Problem(int(found[1]), operation, int(found[3]))
+        problem = Sum(int(found[1]), operation, int(found[3]))
         return {"answer": str(problem.answer), "worked": problem.worked}
 
     def judge(self, scored: Scored) -> Mapping[str, list[bool]]:

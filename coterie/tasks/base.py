@@ -57,8 +57,9 @@ class Task:
         """What rewards may look at for a prompt that a person typed, or None where the task does not know it."""
         return None
 
-    def judge(self, scored: Scored) -> Mapping[str, list[bool]]:
-        """What is counted in an evaluation, by name, for each completion [P * G]; "accuracy" among them if it has one."""
+    def judge(self, scored: Scored) -> Mapping[str, Sequence[bool | None]]:
+        """What is counted in an evaluation, by name, for each completion [P * G], or None where it does not count; "accuracy", of all of
+        them, if the task has one."""
         return {}
 
     def check_answers(self, context_length: int | None) -> None:

@@ -11,10 +11,11 @@ from coterie.models.codec import Codec
 from coterie.models.load import codec_of, make_byte_tokenizer
 from coterie.models.template import Chat
 from coterie.recipe import Recipe
-from coterie.recipe.settings import DatasetTask, Sampling
-from coterie.tasks import dialogue, equations, programs
+from coterie.recipe.settings import DatasetTask, ReasoningTask, Sampling
+from coterie.tasks import arithmetic, dialogue, equations, programs
 from coterie.tasks.base import Task
 from coterie.tasks.dataset import Dataset
+from coterie.tasks.reasoning import ReasoningGym
 
 BYTES = "bytes"  # the name of the built-in tokenizer
 
@@ -28,17 +29,20 @@ def load_codec(recipe: Recipe) -> Codec:
         source = recipe.tokenizer
     elif isinstance(recipe.model, str):
         source = recipe.model
-    elif isinstance(recipe.task, DatasetTask):
-        raise UserError("tokenizer: is missing; a fresh model on a data set needs one: a path, a hub id, or bytes")
+    elif not isinstance(recipe.task, str):
+        what = "a data set" if isinstance(recipe.task, DatasetTask) else "reasoning_gym"
+        raise UserError(f"tokenizer: is missing; a fresh model on {what} needs one: a path, a hub id, or bytes")
     else:
         source = _BUNDLED[recipe.task][1]()
     return codec_of(source, recipe.model, Chat.of(recipe))
 
 
-def make_task(task: str | DatasetTask, codec: Codec) -> Task:
-    """The bundled task of that name, or the user's data set."""
+def make_task(task: str | DatasetTask | ReasoningTask, codec: Codec) -> Task:
+    """The bundled task of that name, the user's data set, or problems of reasoning-gym."""
     if isinstance(task, DatasetTask):
         return Dataset(task, codec)
+    if isinstance(task, ReasoningTask):
+        return ReasoningGym(task, codec)
     return _BUNDLED[task][0](codec)
 
 
@@ -70,4 +74,5 @@ _BUNDLED: dict[str, tuple[Callable[[Codec], Task], Callable[[], PreTrainedTokeni
     "equations": (equations.Equations, equations.make_tokenizer),
     "programs": (programs.Programs, programs.make_tokenizer),
     "dialogue": (dialogue.Dialogue, dialogue.make_tokenizer),
+    "arithmetic": (arithmetic.Arithmetic, arithmetic.make_tokenizer),
 }

@@ -11,36 +11,32 @@ from typing import Any
 from coterie.errors import UserError, nearest
 from coterie.models.codec import Codec
 from coterie.noise import permutation
-from coterie.tasks.base import Demonstration, Preference
+from coterie.recipe.settings import ReasoningTask
+from coterie.tasks.base import Task, completions_of
 from coterie.types import Messages, Prompt, Scored
 
 _SEEDS = 2**31
+_APART = 2**30  # a generator's problem i depends on seed + i alone, so neighbouring seeds give the same problems
 
 
-class ReasoningGym:
-    """The task. generators: by name, the generator's own settings, and `weight`, its share of the problems (1 unless given).
+class ReasoningGym(Task):
+    """The task. Held-out problems are drawn apart, and no question of theirs is trained on.
 
-    num_problems to train on, num_heldout others to evaluate on: a question of one is none of the other. Prompts are chats where the
-    tokenizer has a chat template. Columns: `generator`, `answer`, and `entry`, which the reward `reasoning_gym` reads.
+    Prompts are chats where the tokenizer has a chat template. Columns: `generator`, `answer`, and `entry`, which the reward
+    `reasoning_gym` reads.
     """
 
-    def __init__(
-        self,
-        generators: Mapping[str, Mapping[str, Any]],
-        codec: Codec,
-        *,
-        num_problems: int,
-        num_heldout: int,
-        seed: int,
-    ) -> None:
-        self._codec = codec
-        entries = list(_entries(generators, num_problems, seed))
+    def __init__(self, settings: ReasoningTask, codec: Codec) -> None:
+        super().__init__(codec)
+        generators, seed = settings.reasoning_gym, settings.seed
+        entries = list(_entries(generators, settings.num_problems, seed))
         asked = {entry["question"] for entry in entries}
-        others = [entry for entry in _entries(generators, 2 * num_heldout, seed + 1) if entry["question"] not in asked]
-        others = [others[place] for place in permutation(len(others), seed, "heldout")[:num_heldout]]
+        drawn = _entries(generators, 2 * settings.num_heldout, seed + _APART)
+        others = [entry for entry in drawn if entry["question"] not in asked]
         if not others:
             names = ", ".join(generators)
-            raise UserError(f"task.reasoning_gym: {names} has too few questions to hold any out; ask for fewer problems")
+            raise UserError(f"task.num_problems: {names} can't ask anything else than these; ask for fewer problems")
+        others = [others[place] for place in permutation(len(others), seed, "heldout")[: settings.num_heldout]]
         self.train = [self._prompt(number, entry) for number, entry in enumerate(entries)]
         self.heldout = [self._prompt(number, entry) for number, entry in enumerate(others)]
         self.examples = self.heldout[:2]
@@ -51,15 +47,6 @@ class ReasoningGym:
         columns = {"generator": generator, "answer": entry["answer"], "entry": entry}
         return Prompt(number, content, tokens, columns, origin=f"{generator} {number + 1}")
 
-    def demonstrations(self, count: int, *, seed: int, step: int) -> list[Demonstration]:
-        raise UserError("task.reasoning_gym: has problems and verifiers, and no demonstrations to learn from")
-
-    def preferences(self, count: int, *, seed: int, step: int) -> list[Preference]:
-        raise UserError("task.reasoning_gym: has problems and verifiers, and no preferences to learn from")
-
-    def heldout_preferences(self, count: int, *, seed: int) -> list[Preference]:
-        return self.preferences(count, seed=seed, step=0)
-
     def asked(self, text: str) -> str | Messages:
         return self._codec.encode_user(text)[0]
 
@@ -67,12 +54,18 @@ class ReasoningGym:
         found = (prompt for prompt in (*self.train, *self.heldout) if text in (prompt.text, prompt.asked))
         return next((prompt.columns for prompt in found), None)
 
-    def judge(self, scored: Scored) -> Mapping[str, Sequence[bool]]:
-        """Whether the verifier is fully content, over all and for each generator."""
-        right = (scored.parts["reasoning_gym"] >= 1 - 1e-6).flatten().tolist() if "reasoning_gym" in scored.parts else []
-        if not right:
+    def judge(self, scored: Scored) -> Mapping[str, Sequence[bool | None]]:
+        """Whether the verifier is fully content: of all problems, and where there are several generators of each one's."""
+        if "reasoning_gym" not in scored.parts:
             return {}
-        return {"accuracy": right}
+        right = (scored.parts["reasoning_gym"] >= 1 - 1e-6).flatten().tolist()
+        made_by = [prompt.columns["generator"] for prompt, _ in completions_of(scored.groups)]
+        names = dict.fromkeys(prompt.columns["generator"] for prompt in self.heldout)
+        of_each = {
+            f"accuracy_{name}": [one if of == name else None for one, of in zip(right, made_by, strict=True)]
+            for name in (names if len(names) > 1 else ())
+        }
+        return {"accuracy": right, **of_each}
 
 
 def _entries(generators: Mapping[str, Mapping[str, Any]], count: int, seed: int) -> Iterator[dict[str, Any]]:
@@ -103,4 +96,6 @@ def _generator(name: str, settings: Mapping[str, Any], size: int, seed: int) -> 
     try:
         return create_dataset(name, **own, size=size, seed=seed % _SEEDS)
     except Exception as error:  # each generator checks its settings in its own way
-        raise UserError(f"task.reasoning_gym: {name} refuses these settings: {error or type(error).__name__}") from error
+        raise UserError(
+            f"task.reasoning_gym: {name} refuses these settings: {error or type(error).__name__}"
+        ) from error
