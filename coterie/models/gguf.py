@@ -6,9 +6,12 @@ The weights are kept as 32-bit floats: a quantised file gives the values that it
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
+import sys
 import tempfile
+from contextlib import redirect_stderr
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -70,6 +73,7 @@ def _converted(file: Path) -> Path:
         aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=home))
     except OSError as error:
         raise UserError(f"model: {file} can't be converted: {home} can't be written: {error.strerror}") from None
+    print(f"{file.name} is converted once, into {target}", file=sys.stderr, flush=True)
     try:
         _convert(file, aside)
         os.replace(aside, target)
@@ -102,8 +106,9 @@ def _convert(file: Path, target: Path) -> None:
 
     where = {"gguf_file": file.name, "local_files_only": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+        with redirect_stderr(io.StringIO()):  # progress bars of a second
+            model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
     except Exception as error:  # damage, and architectures that transformers does not read from GGUF, show in many ways
         raise UserError(f"model: {file} can't be read: {first_line(error)}") from error
     for owner in (model, model.config):  # the values are plain floats now, and nothing is to quantise them again
