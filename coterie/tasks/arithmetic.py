@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerFast
 from coterie.models.codec import Codec
 from coterie.noise import key, permutation
 from coterie.rewards.maths.extract import final_answer
-from coterie.tasks.base import Encoded, Task, completions_of, draw
+from coterie.tasks.base import Encoded, Task
+from coterie.tasks.draw import draw
 from coterie.tasks.words import make_word_tokenizer
-from coterie.types import Messages, Prompt, Scored
+from coterie.types import Messages, Prompt, Scored, entries_of
 
 _NUMBERS = range(2, 100)
 _SIGNS = {"plus": "+", "minus": "-"}
@@ -102,7 +103,7 @@ class Arithmetic(Task):
 
     def judge(self, scored: Scored) -> Mapping[str, list[bool]]:
         """Whether the number that a completion gives as its answer is right."""
-        return {"accuracy": [final_answer(c.text) == p.columns["answer"] for p, c in completions_of(scored.groups)]}
+        return {"accuracy": [final_answer(c.text) == p.columns["answer"] for p, c in entries_of(scored.groups)]}
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -12,8 +12,8 @@ from coterie.errors import UserError, nearest
 from coterie.models.codec import Codec
 from coterie.noise import permutation
 from coterie.recipe.settings import ReasoningTask
-from coterie.tasks.base import Task, completions_of
-from coterie.types import Messages, Prompt, Scored
+from coterie.tasks.base import Task
+from coterie.types import Messages, Prompt, Scored, entries_of
 
 _SEEDS = 2**31
 _APART = 2**30  # a generator's problem i depends on seed + i alone, so neighbouring seeds give the same problems
@@ -59,7 +59,7 @@ class ReasoningGym(Task):
         if "reasoning_gym" not in scored.parts:
             return {}
         right = (scored.parts["reasoning_gym"] >= 1 - 1e-6).flatten().tolist()
-        made_by = [prompt.columns["generator"] for prompt, _ in completions_of(scored.groups)]
+        made_by = [prompt.columns["generator"] for prompt, _ in entries_of(scored.groups)]
         names = dict.fromkeys(prompt.columns["generator"] for prompt in self.heldout)
         of_each = {
             f"accuracy_{name}": [one if of == name else None for one, of in zip(right, made_by, strict=True)]
