@@ -55,7 +55,7 @@ from torch import Tensor
 from coterie.algorithms.advantages import group_advantages
 from coterie.fast.native import NativeEngine
 from coterie.fast.serve import Policy
-from coterie.models.logprobs import chunked_logprobs, token_logprobs
+from coterie.models.logprobs import head_statistics, token_logprobs
 from coterie.recipe.settings import Sampling
 from coterie.rollouts.pack import Row, make_stream, pack
 from coterie.training.policy_update import optimise
@@ -260,7 +260,7 @@ def head_logprobs(side: str, shape: tuple[int, int, int], place: Place) -> tuple
     head = policy.model.get_output_embeddings()
     hidden.grad, head.weight.grad = torch.zeros_like(hidden), torch.zeros_like(head.weight)
     if side == "chunks":
-        return partial(chunked_logprobs, policy, hidden, targets, temperature=1.0), hidden, head.weight
+        return lambda: head_statistics(policy, hidden, targets).logprobs, hidden, head.weight
     return lambda: log_softmax_of(head(hidden).float(), targets), hidden, head.weight
 
 

@@ -50,18 +50,14 @@ def token_statistics(
     reference: Policy | None = None,
 ) -> TokenStatistics:
     """`token_logprobs`, with the entropy, and the exact KL to a reference, from the same pass where they are asked for."""
-    hidden = policy.head_inputs(stream)  # [N, D]
-    if not entropy and reference is None:
-        found = chunked_logprobs(policy, hidden, stream.targets, temperature=temperature, support=stream.support)
-        return TokenStatistics(found)
-    reference_hidden = None
+    head_inputs = policy.head_inputs(stream)  # [N, D]
+    beside = None
     if reference is not None:
         with torch.no_grad():
-            reference_hidden = reference.head_inputs(stream)
-    head = _Head(policy, reference, temperature, entropy)
-    columns = _in_chunks(head, hidden, reference_hidden, stream.targets, stream.support, CHUNK_LOGITS)
-    rest = iter(columns[1:])
-    return TokenStatistics(columns[0], next(rest) if entropy else None, next(rest) if reference is not None else None)
+            beside = (reference, reference.head_inputs(stream))
+    return head_statistics(
+        policy, head_inputs, stream.targets, stream.support, temperature=temperature, entropy=entropy, reference=beside
+    )
 
 
 @section("reference")
@@ -75,80 +71,79 @@ def logprobs_of(policy: Policy, streams: Sequence[Stream], *, temperature: float
     return found
 
 
-def chunked_logprobs(
+def head_statistics(
     policy: Policy,
-    hidden: Tensor,
+    head_inputs: Tensor,
     targets: Tensor,
-    *,
-    temperature: float,
     support: Sequence[Tensor] | None = None,
-    chunk_logits: int | None = None,
-) -> Tensor:
-    """log softmax(head(hidden) / temperature)[targets]: hidden [N, D], targets [N] -> [N]."""
-    found = policy.head_logprobs(hidden, targets, temperature) if support is None else None
-    if found is not None:
-        return found
-    return _in_chunks(
-        _Head(policy, None, temperature, False), hidden, None, targets, support, chunk_logits or CHUNK_LOGITS
-    )[0]
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    reference: tuple[Policy, Tensor] | None = None,
+) -> TokenStatistics:
+    """The statistics of N tokens, targets [N], from what the policy's head takes for each: [N, D]. reference: with its own."""
+    if support is None and not entropy and reference is None:
+        logprobs = policy.head_logprobs(head_inputs, targets, temperature)
+        if logprobs is not None:
+            return TokenStatistics(logprobs)
+    size = max(1, CHUNK_LOGITS // policy.vocabulary_size)
+    chunks = []
+    for start in range(0, len(targets) or 1, size):
+        part = slice(start, start + size)
+        arguments = (
+            policy,
+            head_inputs[part],
+            targets[part],
+            support[part] if support is not None else None,
+            temperature,
+            entropy,
+            (reference[0], reference[1][part]) if reference is not None else None,
+        )
+        if len(targets) > size and torch.is_grad_enabled():
+            chunks.append(checkpoint(_chunk_statistics, *arguments, use_reentrant=False))
+        else:
+            chunks.append(_chunk_statistics(*arguments))
+    return TokenStatistics(
+        torch.cat([chunk.logprobs for chunk in chunks]),
+        torch.cat([chunk.entropies for chunk in chunks]) if entropy else None,
+        torch.cat([chunk.exact_kls for chunk in chunks]) if reference is not None else None,
+    )
 
 
-@dataclass(frozen=True)
-class _Head:
-    """The figures of a chunk, from its hidden states."""
-
-    policy: Policy
-    reference: Policy | None
-    temperature: float
-    entropy: bool
-
-    def __call__(
-        self, hidden: Tensor, reference_hidden: Tensor | None, targets: Tensor, support: Sequence[Tensor] | None
-    ) -> Tensor:
-        """hidden [C, D], targets [C] -> [quantities, C]: log-probability, then entropy, then exact KL."""
-        logits = self._logits(self.policy, hidden, support)  # [C, V]
-        normaliser = logits.logsumexp(1)
-        found = [logits.gather(1, targets[:, None]).squeeze(1) - normaliser]
-        if self.entropy:
-            probabilities = (logits - normaliser[:, None]).exp()
-            found.append(normaliser - (probabilities * logits.masked_fill(logits == -torch.inf, 0.0)).sum(1))
-        if self.reference is not None and reference_hidden is not None:
-            with torch.no_grad():
-                reference_logits = self._logits(self.reference, reference_hidden, support)
-            found.append(exact_kl(logits, reference_logits))
-        return torch.stack(found)
-
-    def _logits(self, policy: Policy, hidden: Tensor, support: Sequence[Tensor] | None) -> Tensor:
-        """The logits that are sampled from: [C, V]."""
-        logits = policy.logits(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
-        if support is None:
-            return logits
-        sizes = torch.tensor([len(ids) for ids in support])
-        rows = torch.repeat_interleave(torch.arange(len(support)), sizes).to(logits.device)
-        left_out = torch.ones_like(logits, dtype=torch.bool)
-        left_out[rows, torch.cat(list(support)).to(logits.device)] = False
-        return logits.masked_fill(left_out, -torch.inf)
-
-
-def _in_chunks(
-    head: _Head,
-    hidden: Tensor,
-    reference_hidden: Tensor | None,
+def _chunk_statistics(
+    policy: Policy,
+    head_inputs: Tensor,
     targets: Tensor,
     support: Sequence[Tensor] | None,
-    chunk_logits: int,
+    temperature: float,
+    entropy: bool,
+    reference: tuple[Policy, Tensor] | None,
+) -> TokenStatistics:
+    """The same for C tokens, whose logits are held at once."""
+    logits = _sampled_logits(policy, head_inputs, support, temperature)  # [C, V]
+    normaliser = logits.logsumexp(1)
+    logprobs = logits.gather(1, targets[:, None]).squeeze(1) - normaliser
+    entropies = exact_kls = None
+    if entropy:
+        probabilities = (logits - normaliser[:, None]).exp()
+        entropies = normaliser - (probabilities * logits.masked_fill(logits == -torch.inf, 0.0)).sum(1)
+    if reference is not None:
+        with torch.no_grad():
+            reference_logits = _sampled_logits(*reference, support, temperature)
+        exact_kls = exact_kl(logits, reference_logits)
+    return TokenStatistics(logprobs, entropies, exact_kls)
+
+
+def _sampled_logits(
+    policy: Policy, head_inputs: Tensor, support: Sequence[Tensor] | None, temperature: float
 ) -> Tensor:
-    """The head over chunks of tokens: [quantities, N]."""
-    size = max(1, chunk_logits // head.policy.vocabulary_size)
-    parts = []
-    for start in range(0, len(targets), size):
-        part = slice(start, start + size)
-        allowed = support[part] if support is not None else None
-        of_reference = reference_hidden[part] if reference_hidden is not None else None
-        inputs = (hidden[part], of_reference, targets[part], allowed)
-        if len(targets) > size and torch.is_grad_enabled():
-            parts.append(checkpoint(head, *inputs, use_reentrant=False))
-        else:
-            parts.append(head(*inputs))
-    return torch.cat(parts, 1) if parts else hidden.new_zeros(3, 0, dtype=torch.float32)
+    """The logits of the distribution that is sampled from, in float32 at least: [C, V]."""
+    logits = policy.logits(head_inputs)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    if support is None:
+        return logits
+    sizes = torch.tensor([len(ids) for ids in support])
+    rows = torch.repeat_interleave(torch.arange(len(support)), sizes).to(logits.device)
+    left_out = torch.ones_like(logits, dtype=torch.bool)
+    left_out[rows, torch.cat(list(support)).to(logits.device)] = False
+    return logits.masked_fill(left_out, -torch.inf)

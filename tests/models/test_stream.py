@@ -7,7 +7,7 @@ from small_streams import plain_logprobs, stream_of
 
 from coterie.fast import tiles
 from coterie.fast.serve import Policy
-from coterie.models.logprobs import chunked_logprobs, token_logprobs
+from coterie.models.logprobs import head_statistics, token_logprobs
 
 pytestmark = pytest.mark.usefixtures("each_way")
 SERVED = [name for name in SHAPES if name != "doge"]
@@ -83,7 +83,7 @@ def test_the_model_is_its_plain_self_afterwards(make_model):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_chunked_logprobs_and_gradients_equal_whole_ones(make_model, temperature):
+def test_chunked_logprobs_and_gradients_equal_whole_ones(make_model, monkeypatch, temperature):
     policy = Policy.of(make_model("gemma2"))
     hidden = torch.randn(37, 32, requires_grad=True)
     targets = torch.randint(61, (37,))
@@ -91,9 +91,8 @@ def test_chunked_logprobs_and_gradients_equal_whole_ones(make_model, temperature
     results = []
     for chunk_logits in (10**9, 61 * 5):
         hidden.grad = None
-        found = chunked_logprobs(
-            policy, hidden, targets, temperature=temperature, support=support, chunk_logits=chunk_logits
-        )
+        monkeypatch.setattr("coterie.models.logprobs.CHUNK_LOGITS", chunk_logits)
+        found = head_statistics(policy, hidden, targets, support, temperature=temperature).logprobs
         found.sin().sum().backward()
         results.append((found.detach(), hidden.grad))
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-6)
@@ -115,7 +114,7 @@ def test_a_plain_head_s_gradients_in_tiles_are_whole_logits_ones(
     hidden = torch.randn(37, 32, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(61, (37,))
     inputs = [hidden, *head.parameters()]
-    found = chunked_logprobs(policy, hidden, targets, temperature=temperature)
+    found = head_statistics(policy, hidden, targets, temperature=temperature).logprobs
     whole = (head(hidden) / temperature).log_softmax(1)[torch.arange(37), targets]
     torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12)
     for mine, theirs in zip(
@@ -134,7 +133,7 @@ def test_truncated_logprobs_are_those_of_the_kept_tokens(make_model):
     hidden, targets = torch.randn(3, 32), torch.tensor([4, 9, 60])
     support = [torch.tensor([4]), torch.tensor([1, 9]), torch.arange(61)]
     with torch.no_grad():
-        got = chunked_logprobs(policy, hidden, targets, temperature=1.0, support=support)
+        got = head_statistics(policy, hidden, targets, support).logprobs
         logits = policy.logits(hidden)
     assert got[0] == 0
     torch.testing.assert_close(got[1], logits[1, 9] - logits[1, [1, 9]].logsumexp(0))
