@@ -27,7 +27,6 @@ PATH = (
     ("rollouts/padded.py", "the plain engine: group by group, through the model's own cache"),
     ("rewards/base.py", "what a reward is"),
     ("rewards/score.py", "rewards, abstentions, failures"),
-    ("training/advantages.py", "which advantages"),
     ("algorithms/advantages.py", "rewards to advantages"),
     ("rollouts/pack.py", "groups to streams, micro-batches"),
     ("models/policy.py", "a transformers model as a policy"),
@@ -43,10 +42,14 @@ PATH = (
     ("runs/store.py", "the tables of run.db, and who writes them"),
 )
 OPTIONAL = (
+    (
+        "training/formulas.py",
+        "at set-up: `group_advantages` and `clip` with their settings, or others, or functions of your own",
+    ),
+    ("algorithms/normalised.py", "`advantage.combine`: each reward's own advantages, summed"),
     ("training/dynamic_sampling.py", "`dynamic_sampling`: groups without signal are drawn again"),
     ("training/stages.py", "`overlong`, `kl.place`: what length and the KL take off a reward"),
     ("algorithms/objectives.py", "`loss.objective`: the others, and the table of all"),
-    ("training/own_functions.py", "`advantage.function`, `loss.objective`: a function of your own"),
     ("training/correction.py", "`correction`: losses weighed for another sampler"),
     ("algorithms/correction.py", "how much each token or row weighs"),
     ("training/reference.py", "`reference`: one that moves after the policy"),

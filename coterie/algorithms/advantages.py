@@ -29,8 +29,8 @@ def group_advantages(
     RLOO's, arXiv 2402.14740; "batch" and "batch_differences" are REINFORCE++'s without and with a group baseline,
     arXiv 2501.03262.
     """
-    _check_choice("baseline", baseline, BASELINES)
-    _check_choice("scale", scale, SCALES)
+    check_choice("baseline", baseline, BASELINES)
+    check_choice("scale", scale, SCALES)
     if baseline in ("batch", "none") and scale in ("sample", "population"):
         raise ValueError(
             f"scale {scale!r} divides by the group's own std, so the baseline has to be its own too, not {baseline!r}"
@@ -58,30 +58,8 @@ def group_advantages(
     return torch.where(counts, advantages, 0.0).to(dtype)
 
 
-def normalised_then_summed(
-    parts: Sequence[Tensor], weights: Sequence[float], *, baseline: str, scale: str, epsilon: float = 1e-6
-) -> Tensor:
-    """Each reward's own advantages, weighted, summed, and scaled over the batch: parts [P, G] each -> [P, G].
-
-    With one sum for all rewards a group can have equal sums and different parts, and the reward with the largest spread
-    drowns the others; here each speaks with its weight alone. The sum is divided by its sample std over the batch, so that
-    its size does not grow with the number of rewards. A part that abstains (NaN) says nothing of that completion.
-    Raises ValueError for a baseline that is not the group's: the sum would have a mean of its own.
-    Source: GDPO, arXiv 2601.05242, equations 4 to 6.
-    """
-    _check_choice("baseline", baseline, ("group", "leave_one_out"))
-    total = sum(
-        weight * group_advantages(part.double(), baseline=baseline, scale=scale, epsilon=epsilon)
-        for part, weight in zip(parts, weights, strict=True)
-    )
-    assert isinstance(total, Tensor)
-    spoke = torch.stack([~part.isnan() for part in parts]).any(0)
-    std = total[spoke].std() if spoke.sum() > 1 else 0.0
-    dtype = parts[0].dtype if parts[0].is_floating_point() else torch.get_default_dtype()
-    return torch.where(spoke, total / (std + epsilon), 0.0).to(dtype)
-
-
-def _check_choice(name: str, given: str, allowed: Sequence[str]) -> None:
+def check_choice(name: str, given: str, allowed: Sequence[str]) -> None:
+    """ValueError where a choice is not among those that are allowed."""
     if given not in allowed:
         raise ValueError(f"{name} is {given!r}; allowed: {', '.join(allowed)}")
 

@@ -27,8 +27,7 @@ from coterie.runs.console import Console
 from coterie.tasks.base import Task
 from coterie.tasks.draw import draw
 from coterie.tasks.load import check_lengths, make_task
-from coterie.training.advantages import make_advantages
-from coterie.training.policy_update import make_objective
+from coterie.training.formulas import make_advantages, make_objective
 from coterie.training.preferences import pair_streams
 from coterie.training.problem import Problem
 from coterie.training.saved import Saved, export

@@ -15,12 +15,12 @@ from coterie.recipe import GRPO
 from coterie.rollouts.engine import Engine
 from coterie.rollouts.pack import pack
 from coterie.runs.checkpoint import TrainState
-from coterie.training.advantages import make_advantages
 from coterie.training.evaluation import evaluate_on_the_way
+from coterie.training.formulas import make_advantages, make_objective
 from coterie.training.gap import rounding_at_the_gap
 from coterie.training.loss_weights import adapt, controlled, first_loss_weights
 from coterie.training.metrics import Clock
-from coterie.training.policy_update import holds_reference, make_objective, optimise
+from coterie.training.policy_update import holds_reference, optimise
 from coterie.training.problem import Problem
 from coterie.training.reference import move_reference
 from coterie.training.sample import sample

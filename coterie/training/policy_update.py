@@ -13,32 +13,18 @@ import torch
 from torch import Tensor
 
 from coterie.algorithms.aggregate import aggregate
-from coterie.algorithms.clip import Objective, TokenTerms, ratio_clipped
+from coterie.algorithms.clip import Objective, TokenTerms
 from coterie.algorithms.kl import kl_penalty
-from coterie.algorithms.objectives import OBJECTIVES
 from coterie.distributed.reduce import sum_totals
 from coterie.models.logprobs import TokenStatistics, token_statistics
 from coterie.models.policy import Policy
 from coterie.recipe import Sampled
-from coterie.recipe.objectives import Loss
 from coterie.training.correction import corrected, correction_of
+from coterie.training.formulas import make_objective
 from coterie.training.metrics import Tally
-from coterie.training.own_functions import own_objective
 from coterie.training.step import take_step
 from coterie.training.step_metrics import add_ratio_metrics
 from coterie.types import BatchTotals, Stream
-
-
-def make_objective(loss: Loss) -> Objective:
-    """The objective that a recipe names, ours or the user's own, with its settings.
-
-    Raises UserError where the user's function is missing, or asks for a keyword that is no setting of `loss`.
-    """
-    ours = OBJECTIVES.get(loss.objective)
-    if ours is None:
-        return Objective(own_objective(loss), partial(ratio_clipped, **loss.keywords))
-    clipped = partial(ours.clipped, **loss.keywords) if ours.clipped is not None else None
-    return Objective(partial(ours.loss, **loss.keywords), clipped)
 
 
 def kl_weight_of(recipe: Sampled, loss_weights: Mapping[str, float]) -> float:

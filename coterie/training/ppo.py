@@ -25,10 +25,11 @@ from coterie.rollouts.pack import pack
 from coterie.runs.checkpoint import TrainState
 from coterie.sections import section
 from coterie.training.evaluation import evaluate_on_the_way
+from coterie.training.formulas import make_objective
 from coterie.training.gap import rounding_at_the_gap
 from coterie.training.loss_weights import adapt, controlled, first_loss_weights
 from coterie.training.metrics import Clock, Tally
-from coterie.training.policy_update import make_objective, optimise
+from coterie.training.policy_update import optimise
 from coterie.training.problem import Problem
 from coterie.training.sample import sample
 from coterie.training.session import Session

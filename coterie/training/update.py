@@ -17,7 +17,7 @@ from coterie.models.logprobs import logprobs_of
 from coterie.recipe import GRPO, make_recipe
 from coterie.recipe.presets import PRESETS
 from coterie.rollouts.pack import pack
-from coterie.training.advantages import make_advantages
+from coterie.training.formulas import make_advantages
 from coterie.training.loss_weights import first_loss_weights
 from coterie.training.metrics import Tally
 from coterie.training.policy_update import optimise

@@ -20,12 +20,12 @@ from coterie.algorithms.advantages import (
     BASELINES,
     SCALES,
     group_advantages,
-    normalised_then_summed,
 )
 from coterie.algorithms.aggregate import AGGREGATIONS, aggregate
 from coterie.algorithms.clip import TokenTerms, clipped_loss, dynamic_bounds
 from coterie.algorithms.correction import importance_weights
 from coterie.algorithms.kl import exact_kl, k3, kl_penalty
+from coterie.algorithms.normalised import normalised_then_summed
 from coterie.algorithms.objectives import (
     OBJECTIVES,
     anchor_logprobs,

@@ -19,7 +19,7 @@ from coterie.recipe.presets import PRESETS
 from coterie.recipe.settings import ColdStart, Optimiser, Sampling
 from coterie.rewards.base import Reward
 from coterie.rollouts.pack import Row, make_stream, pack, split_by_tokens
-from coterie.training.advantages import make_advantages
+from coterie.training.formulas import make_advantages
 from coterie.training.loss_weights import first_loss_weights
 from coterie.training.policy_update import optimise
 from coterie.training.sft import fit

@@ -10,8 +10,8 @@ from coterie.recipe import make_recipe
 from coterie.recipe.settings import Advantage, Overlong
 from coterie.rewards.base import Reward
 from coterie.rollouts.pack import Row, make_stream
-from coterie.training.advantages import make_advantages
 from coterie.training.dynamic_sampling import groups_with_signal
+from coterie.training.formulas import make_advantages
 from coterie.training.stages import with_overlong
 from coterie.training.step_metrics import divergence_metrics
 from coterie.types import Completion, Group, Prompt, Scored

@@ -1,20 +1,67 @@
-"""Functions of the user's own: an objective and advantages, each with the settings that it takes and its answers checked."""
+"""Which formulas a recipe asks for: advantages and an objective, ours with its settings or functions of the user's own.
+
+Legend: P prompts, G completions per prompt, N completion tokens of a stream.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from coterie.algorithms.clip import TokenTerms
+from coterie.algorithms.advantages import group_advantages
+from coterie.algorithms.clip import Objective, TokenTerms, ratio_clipped
+from coterie.algorithms.normalised import normalised_then_summed
+from coterie.algorithms.objectives import OBJECTIVES
 from coterie.errors import UserError
+from coterie.recipe import GRPO
 from coterie.recipe.objectives import Loss
 from coterie.recipe.settings import Advantage
+from coterie.rewards.base import Reward
+from coterie.types import Scored
 from coterie.user_code import load_function
+
+
+def make_advantages(recipe: GRPO, rewards: Sequence[Reward]) -> Callable[[Scored], Tensor]:
+    """How scored groups become advantages [P, G]: the recipe's settings, or the user's own function.
+
+    Raises UserError where that function is missing, or asks for a keyword that is no setting of `advantage`.
+    """
+    settings = recipe.advantage
+    if settings.function is not None:
+        own = own_advantages(settings.function, settings)
+        return lambda scored: own(scored.rewards)
+    if settings.combine == "sum":
+        return lambda scored: group_advantages(
+            scored.rewards, baseline=settings.baseline, scale=settings.scale, epsilon=settings.epsilon
+        )
+    weights = {reward.name: reward.weight for reward in rewards}
+    return lambda scored: _each(scored, weights, settings)
+
+
+def _each(scored: Scored, weights: Mapping[str, float], settings: Advantage) -> Tensor:
+    parts = [part.masked_fill(~scored.valid, math.nan) for part in scored.parts.values()]
+    of_parts = [weights.get(name, 1.0) for name in scored.parts]
+    return normalised_then_summed(
+        parts, of_parts, baseline=settings.baseline, scale=settings.scale, epsilon=settings.epsilon
+    )
+
+
+def make_objective(loss: Loss) -> Objective:
+    """The objective that a recipe names, ours or the user's own, with its settings.
+
+    Raises UserError where the user's function is missing, or asks for a keyword that is no setting of `loss`.
+    """
+    ours = OBJECTIVES.get(loss.objective)
+    if ours is None:
+        return Objective(own_objective(loss), partial(ratio_clipped, **loss.keywords))
+    clipped = partial(ours.clipped, **loss.keywords) if ours.clipped is not None else None
+    return Objective(partial(ours.loss, **loss.keywords), clipped)
 
 
 def own_objective(loss: Loss) -> Callable[[TokenTerms], Tensor]:
