@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from coterie.tasks.base import Encoded
 from coterie.types import Scored
-
-Row = tuple[list[int], ...]  # the tokens of a prompt, and of the answers that are learned from
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Recorded:
     step: int
     metrics: Mapping[str, float]
     scored: Scored | None = None
-    rows: Sequence[Row] = ()
+    rows: Sequence[Encoded] = ()
     pieces: Any = None
 
 

@@ -12,10 +12,11 @@ from coterie.evals.evaluate import Evaluation, Example
 from coterie.recipe import Recipe, Sampled
 from coterie.runs.console import Console
 from coterie.runs.listeners import Listeners
-from coterie.runs.notice import Notice, Recorded, Row
+from coterie.runs.notice import Notice, Recorded
 from coterie.runs.store import Store
 from coterie.runs.writing import writing
 from coterie.sections import section
+from coterie.tasks.base import Encoded
 from coterie.types import Scored
 
 
@@ -35,7 +36,7 @@ class Recorder:
         scored: Scored | None = None,
         advantages: Tensor | None = None,
         pieces: Any = None,
-        rows: Sequence[Row] = (),
+        rows: Sequence[Encoded] = (),
     ) -> None:
         """Write a step: its metrics and its completions, in one transaction. Then say what begins with it.
 
