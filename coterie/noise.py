@@ -41,16 +41,6 @@ def uniform(keys: Tensor) -> Tensor:
     return (keys >> 11 & (1 << 53) - 1).double() / (1 << 53)
 
 
-def chance(*parts: int | str) -> float:
-    """A number in [0, 1) that depends on the key only."""
-    return (key(*parts) >> 11 & (1 << 53) - 1) / (1 << 53)
-
-
-def chances(count: int, width: int, *parts: int | str) -> list[list[float]]:
-    """Numbers in [0, 1) that depend on the key and their place only: [count, width]."""
-    return uniform(mix(torch.tensor(key(*parts)), torch.arange(count * width))).view(count, width).tolist()
-
-
 def permutation(size: int, *parts: int | str) -> list[int]:
     """A shuffle of range(size) that depends on the key only."""
     keys = mix(torch.tensor(key(*parts)), torch.arange(size))

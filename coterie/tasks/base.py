@@ -74,12 +74,3 @@ class Task:
             if self._room >= 0:
                 self._encoded[known] = row
         return row
-
-
-def drawn(shares: Mapping[str, float], chance: float) -> str:
-    """The name whose share of [0, 1) a number falls into; the last one for what rounding leaves over."""
-    for name, share in shares.items():
-        if chance < share:
-            return name
-        chance -= share
-    return name

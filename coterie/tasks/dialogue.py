@@ -13,8 +13,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from coterie.models.codec import Codec
-from coterie.noise import chance, chances
-from coterie.tasks.base import Encoded, Task, drawn
+from coterie.tasks.base import Encoded, Task
+from coterie.tasks.chance import chance, chances, drawn
 from coterie.tasks.phrases import (
     CLOSERS,
     CONTENTS,

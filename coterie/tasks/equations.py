@@ -17,9 +17,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from coterie.models.codec import Codec
-from coterie.noise import chance, chances, key
+from coterie.noise import key
 from coterie.rewards.maths.linear import all_steps, check, parse_equation
-from coterie.tasks.base import Encoded, Task, drawn
+from coterie.tasks.base import Encoded, Task
+from coterie.tasks.chance import chance, chances, drawn
 from coterie.tasks.words import make_word_tokenizer
 from coterie.types import Messages, Prompt, Scored, entries_of
 

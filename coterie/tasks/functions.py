@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from coterie.noise import chances, key
+from coterie.noise import key
+from coterie.tasks.chance import chances
 
 KINDS = {"number": "x", "list": "xs", "text": "s"}  # what a function is given, and how it calls it
 

@@ -26,7 +26,8 @@ from coterie.noise import key
 from coterie.recipe.settings import RewardSpec
 from coterie.rewards.load import load_rewards
 from coterie.rewards.score import score
-from coterie.tasks.base import Encoded, Task, drawn
+from coterie.tasks.base import Encoded, Task
+from coterie.tasks.chance import drawn
 from coterie.tasks.functions import KINDS, Function, grammar, program
 from coterie.tasks.words import make_word_tokenizer
 from coterie.types import Messages, Prompt, Scored, entries_of
