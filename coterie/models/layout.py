@@ -4,6 +4,15 @@ The stream is gathered into dense blocks with masks, for any device and any atte
 sequences of similar length. A "trunk" attends to itself: a prompt, or a prompt with its only completion. A "branch" is a
 completion whose keys are preceded by those of its trunk, which were computed once for the whole group.
 
+For example, a prompt of two tokens with completions of three and one is the stream `p q a b c x`. It makes two blocks:
+
+    a trunk     p q       its queries attend to the keys p q
+    branches    a b c     to p q a b c
+                x . .     to p q x . .   where a dot is padding, which is masked
+
+Side by side they are the places `p q a b c x . .`: the gather is `index` = 0 1 2 3 4 5 0 0 (in padding any token may stand), and the way
+back, from each token to its place, `inverse` = 0 1 2 3 4 5. A mask lets no token see what comes after it.
+
 Legend: T tokens of the stream, R sequences of a block, L the longest of them, S the longest trunk, H heads, K key-value
 heads, E width of a head, M places of all blocks together, padding included.
 """
@@ -20,17 +29,17 @@ from torch import Tensor
 
 from coterie.models.attention import AttentionSettings
 
+Span = tuple[int, int]  # a sequence's first place in the stream, and its length
+
 
 @dataclass(frozen=True)
 class _Block:
-    """R sequences gathered into [R, L], at places start .. start + R*L of the dense tensor."""
+    """R sequences gathered into [R, L], at places start .. start + R*L; of branches, what stands before each."""
 
     start: int
     num_rows: int
     length: int
-    trunk: int | None = None  # which block holds the trunks of a branch
-    trunk_row: Tensor | None = None  # [R] which row of that block
-    trunk_lengths: tuple[int, ...] = ()
+    trunks: _Trunks | None = None
 
     def view(self, dense: Tensor, width: int) -> Tensor:
         """[M, heads * E] -> this block's [R, L, heads, E]."""
@@ -38,93 +47,90 @@ class _Block:
         return part.view(self.num_rows, self.length, -1, width)
 
 
+@dataclass(frozen=True)
+class _Trunks:
+    """The trunks of R branches: the block that they stand in, which of its rows each is, [R], and how long."""
+
+    block: _Block
+    rows: Tensor
+    lengths: tuple[int, ...]
+
+    def before(self, dense: Tensor, own: Tensor) -> Tensor:
+        """The trunk's keys or values before each branch's own: [M, K * E] and [R, L, K, E] -> [R, S + L, K, E]."""
+        return torch.cat([self.block.view(dense, own.shape[3]).index_select(0, self.rows), own], 1)
+
+
 class DenseLayout:
     """Dense blocks with masks: any device, window, soft cap, sinks, slopes."""
 
     def __init__(self, segments: Sequence[tuple[int, Sequence[int]]], device: torch.device | str = "cpu") -> None:
-        self._blocks: list[_Block] = []
-        self._masks: dict[tuple[int, int | None, torch.dtype], Tensor] = {}
         self._device = torch.device(device)
-        starts, trunks, branches, here = [], [], [], 0
-        for prompt, completions in segments:
-            starts.append(here)
-            shared = len(completions) > 1
-            trunks.append(prompt if shared else prompt + sum(completions))
-            branches.append(list(completions) if shared else [])
-            here += prompt + sum(completions)
-        places: list[Tensor] = []  # for each block [R, L]: which token of the stream stands there
-        owners: list[Tensor] = []  # for each block [R, L] bool: no padding
-        for groups in of_similar_length(trunks):
-            trunk = len(self._blocks)
-            self._add(places, owners, [starts[g] for g in groups], [trunks[g] for g in groups])
-            rows = [
-                (index, starts[group] + trunks[group] + sum(branches[group][:number]), length)
-                for index, group in enumerate(groups)
-                for number, length in enumerate(branches[group])
-            ]
-            for chosen in of_similar_length([length for _, _, length in rows]):
-                self._add(
-                    places,
-                    owners,
-                    [rows[r][1] for r in chosen],
-                    [rows[r][2] for r in chosen],
-                    trunk=trunk,
-                    trunk_row=torch.tensor([rows[r][0] for r in chosen], device=self._device),
-                    trunk_lengths=tuple(trunks[groups[rows[r][0]]] for r in chosen),
-                )
-        index, real = torch.cat([p.flatten() for p in places]), torch.cat([o.flatten() for o in owners])
-        inverse = torch.empty(here, dtype=torch.long)
-        inverse[index[real]] = torch.arange(len(index))[real]
-        self._index, self._inverse = index.to(self._device), inverse.to(self._device)
+        self._masks: dict[tuple[int, int | None, torch.dtype], Tensor] = {}
+        self._blocks: list[_Block] = []
+        trunks, branches = _spans(segments)
+        tokens: list[Tensor] = []  # of each block [R, L]: which token of the stream stands there, -1 where none does
+        for groups in of_similar_length([length for _, length in trunks]):
+            tokens.append(self._add([trunks[group] for group in groups]))
+            block = self._blocks[-1]
+            rows = [(row, span) for row, group in enumerate(groups) for span in branches[group]]
+            for chosen in of_similar_length([length for _, (_, length) in rows]):
+                of_trunk = [rows[r][0] for r in chosen]
+                lengths = tuple(trunks[groups[row]][1] for row in of_trunk)
+                above = _Trunks(block, torch.tensor(of_trunk, device=self._device), lengths)
+                tokens.append(self._add([rows[r][1] for r in chosen], above))
+        index = torch.cat([x.flatten() for x in tokens])  # [M]
+        real = (index >= 0).nonzero().squeeze(1)  # [T] places
+        inverse = torch.empty_like(real)
+        inverse[index[real]] = real
+        self._index, self._inverse = index.clamp(min=0).to(self._device), inverse.to(self._device)
 
-    def _add(
-        self, places: list[Tensor], owners: list[Tensor], starts: list[int], lengths: list[int], **trunk: Any
-    ) -> None:
-        steps = torch.arange(max(lengths))
-        real = steps < torch.tensor(lengths)[:, None]
-        places.append(torch.where(real, torch.tensor(starts)[:, None] + steps, 0))
-        owners.append(real)
-        last = self._blocks[-1] if self._blocks else None
+    def _add(self, spans: Sequence[Span], trunks: _Trunks | None = None) -> Tensor:
+        """Add a block of some sequences, and say which token stands at each of its places: [R, L]."""
+        length, last = max(length for _, length in spans), self._blocks[-1] if self._blocks else None
         start = last.start + last.num_rows * last.length if last else 0
-        self._blocks.append(_Block(start, len(lengths), max(lengths), **trunk))
+        self._blocks.append(_Block(start, len(spans), length, trunks))
+        firsts, lengths = torch.tensor(spans).T[:, :, None]  # [R, 1] each
+        steps = torch.arange(length)
+        return torch.where(steps < lengths, firsts + steps, -1)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
-        width = q.shape[-1]
         queries, keys, values = (_Pad.apply(_flat(x), self._index, self._inverse) for x in (q, k, v))
         outputs = []
         for number, block in enumerate(self._blocks):
-            own_q, own_k, own_v = block.view(queries, width), block.view(keys, width), block.view(values, v.shape[-1])
-            if block.trunk is not None:
-                trunk = self._blocks[block.trunk]
-                own_k = torch.cat([trunk.view(keys, width).index_select(0, block.trunk_row), own_k], 1)
-                own_v = torch.cat([trunk.view(values, v.shape[-1]).index_select(0, block.trunk_row), own_v], 1)
+            own_q, own_k, own_v = (
+                block.view(queries, q.shape[3]),
+                block.view(keys, k.shape[3]),
+                block.view(values, v.shape[3]),
+            )
+            if block.trunks is not None:
+                own_k, own_v = block.trunks.before(keys, own_k), block.trunks.before(values, own_v)
             mask = self._mask(number, settings.window, q.dtype)
             if settings.slopes is not None:
-                places = self._places(block)[0][:, None, None].to(q.dtype)  # [R or 1, 1, 1, keys]
-                mask = mask + places * settings.slopes.to(q.dtype)[:, None, None]
+                positions = self._keys(block)[0][:, None, None].to(q.dtype)  # [R or 1, 1, 1, keys]
+                mask = mask + positions * settings.slopes.to(q.dtype)[:, None, None]
             attended = dense_attention(own_q, own_k, own_v, mask, settings)  # [R, L, H, E]
             outputs.append(attended.reshape(block.num_rows * block.length, -1))
         stream = _Unpad.apply(torch.cat(outputs), self._index, self._inverse)
         return stream.view(1, len(self._inverse), q.shape[1], -1)
 
-    def _places(self, block: _Block) -> tuple[Tensor, Tensor]:
-        """Where a block's keys stand in their sequences, and which are no padding: [R, keys], or [1, keys] where all rows are alike."""
+    def _keys(self, block: _Block) -> tuple[Tensor, Tensor]:
+        """The positions of a block's keys in their sequences, and which are no padding of a trunk: [R, keys], or [1, keys] where all rows
+        are alike. Padding behind a row's own keys needs no mask: it comes after all that is read of the row."""
         own = torch.arange(block.length, device=self._device)
-        if block.trunk is None:
+        if block.trunks is None:
             return own[None], torch.ones_like(own, dtype=torch.bool)[None]
-        alike = len(set(block.trunk_lengths)) == 1
-        lengths = torch.tensor(block.trunk_lengths[:1] if alike else block.trunk_lengths, device=self._device)[:, None]
-        before = torch.arange(self._blocks[block.trunk].length, device=self._device).expand(len(lengths), -1)
+        different = block.trunks.lengths if len(set(block.trunks.lengths)) > 1 else block.trunks.lengths[:1]
+        lengths = torch.tensor(different, device=self._device)[:, None]
+        before = torch.arange(block.trunks.block.length, device=self._device).expand(len(lengths), -1)
         behind = lengths + own
-        return torch.cat([before, behind], 1), torch.cat(
-            [before < lengths, torch.ones_like(behind, dtype=torch.bool)], 1
-        )
+        real = torch.cat([before < lengths, torch.ones_like(behind, dtype=torch.bool)], 1)
+        return torch.cat([before, behind], 1), real
 
     def _mask(self, number: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """The mask that is added to a block's scores: [R or 1, 1, L, keys]."""
         if (number, window, dtype) not in self._masks:
             block = self._blocks[number]
-            keys, real = self._places(block)
+            keys, real = self._keys(block)
             back = keys[:, -block.length :, None] - keys[:, None]  # [R or 1, L, keys]
             allowed = real[:, None] & (back >= 0)
             if window is not None:
@@ -132,6 +138,22 @@ class DenseLayout:
             mask = torch.zeros(allowed.shape, dtype=dtype, device=self._device)
             self._masks[number, window, dtype] = mask.masked_fill(~allowed, -torch.inf)[:, None]
         return self._masks[number, window, dtype]
+
+
+def _spans(segments: Sequence[tuple[int, Sequence[int]]]) -> tuple[list[Span], list[list[Span]]]:
+    """The trunk of each group of a stream, and its branches: none where it has one completion, which its trunk goes on with."""
+    trunks: list[Span] = []
+    branches: list[list[Span]] = []
+    here = 0
+    for prompt, completions in segments:
+        shared = len(completions) > 1
+        trunks.append((here, prompt if shared else prompt + sum(completions)))
+        here += trunks[-1][1]
+        branches.append([])
+        for length in completions if shared else ():
+            branches[-1].append((here, length))
+            here += length
+    return trunks, branches
 
 
 def of_similar_length(lengths: Sequence[int]) -> Iterator[list[int]]:
