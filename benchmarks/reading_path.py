@@ -58,6 +58,7 @@ OPTIONAL = (
     ("training/evaluation.py", "`evaluation.every`: held-out accuracy on the way"),
     ("rewards/arguments.py", "what a reward is handed"),
     ("rewards/check.py", "a reward of your own: whether it fits its data"),
+    ("rewards/alone.py", "a reward of your own: after a call that failed, each completion asked about alone"),
     ("rewards/copies.py", "a reward of your own: what it is handed is its to change"),
     ("models/attention.py", "without `fast/`: attention handed to a layout"),
     ("models/layout.py", "without `fast/`: attention over the stream in dense blocks"),

@@ -6,13 +6,14 @@ Legend: P prompts, G completions per prompt, B = P*G.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from contextlib import chdir
 from typing import Any
 
 import torch
 
 from coterie.errors import RewardError, UserError
+from coterie.rewards.alone import CountError, one_by_one
 from coterie.rewards.arguments import arguments_of, columns_of
 from coterie.rewards.base import Reward
 from coterie.rewards.check import check_arguments
@@ -21,16 +22,7 @@ from coterie.rewards.time_limit import TookTooLong, time_limit
 from coterie.sections import section
 from coterie.stopping import may_stop
 from coterie.types import Entry, Group, RewardFailure, Scored, entries_of
-from coterie.user_code import awaited, described, in_place
-
-
-class _CountError(UserError):
-    """A function gave too few or too many values."""
-
-    def __init__(self, name: str, num_values: int, num_completions: int) -> None:
-        plural = "" if num_completions == 1 else "s"
-        self.reason = f"returned {num_values} values for {num_completions} completion{plural}"
-        super().__init__(f"reward {name}: {self.reason}")
+from coterie.user_code import awaited, described
 
 
 @section("score")
@@ -95,44 +87,16 @@ def _answers(reward: Reward, entries: Sequence[Entry], copies: Copies, max_faile
 
     try:
         found = call(whole)
-    except _CountError:
-        found = _one_by_one(reward, call, whole, max_failed_share * len(entries))
+    except CountError:
+        found = one_by_one(reward, call, whole, max_failed_share * len(entries))
         if not any(isinstance(answer, Exception) for answer in found):
             raise
     except UserError:
         raise
     except (Exception, SystemExit, TookTooLong):  # a user's function may raise anything: find out for which completions
-        found = _one_by_one(reward, call, whole, max_failed_share * len(entries))
+        found = one_by_one(reward, call, whole, max_failed_share * len(entries))
     for i, answer in zip(whole, found, strict=True):
         answers[i] = answer
-    return answers
-
-
-def _one_by_one(
-    reward: Reward, call: Callable[[Sequence[int]], list[Any]], whole: Sequence[int], max_late: float
-) -> list[Any]:
-    """What it says of each completion alone; an exception where it says nothing."""
-    answers: list[Any] = []
-    num_late = 0
-    for index in whole:
-        may_stop()  # what asked for a stop may have ended what the reward had started: it hangs, or raises
-        if num_late > max_late:  # the step is lost, and each of the others may take as long
-            late = RewardError("not tried, too many had taken too long")
-            answers += [late] * (len(whole) - len(answers))
-            break
-        try:
-            answers += call([index])
-        except _CountError as error:
-            answers.append(RewardError(error.reason))
-        except UserError:
-            raise
-        except Exception as error:
-            answers.append(error)
-        except SystemExit as error:
-            answers.append(RewardError(f"called sys.exit({error.code}){in_place(error)}"))
-        except TookTooLong as error:
-            answers.append(RewardError(f"took longer than {reward.timeout:g} s{in_place(error)}"))
-            num_late += 1
     return answers
 
 
@@ -151,7 +115,7 @@ def _checked_length(reward: Reward, answer: Any, num_completions: int) -> list[A
             f"reward {reward.name}: returned {answer!r:.80}; a list with a number or None for each is needed"
         )
     if len(answer) != num_completions:
-        raise _CountError(reward.name, len(answer), num_completions)
+        raise CountError(reward.name, len(answer), num_completions)
     return list(answer)
 
 
