@@ -5,7 +5,6 @@ Legend: P prompts, G completions per prompt, R rows that are being decoded, V vo
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from torch import Tensor
 from coterie.models.policy import Policy
 from coterie.noise import mix, uniform
 from coterie.recipe.settings import Sampling
+from coterie.rollouts.truncation import support_of
 from coterie.sections import section
 from coterie.types import Completion
 
@@ -96,7 +96,7 @@ def sample_tokens(logits: Tensor, keys: Tensor, positions: Tensor, sampling: Sam
     logits = logits.float() / (1.0 if greedy else sampling.temperature)
     support = None
     if sampling.truncates:
-        support = _support(logits, sampling.top_k, sampling.top_p, sampling.min_p)
+        support = support_of(logits, sampling.top_k, sampling.top_p, sampling.min_p)
         logits = logits.masked_fill(~support, -torch.inf)
     normaliser = logits.logsumexp(1)  # [R]
     logprobs = logits - normaliser[:, None]
@@ -114,21 +114,6 @@ def sample_tokens(logits: Tensor, keys: Tensor, positions: Tensor, sampling: Sam
         entropies=-(probabilities * logprobs.masked_fill(probabilities == 0, 0.0)).sum(1),
         support=support,
     )
-
-
-def _support(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """Which tokens truncation keeps: bool [R, V]. Top-p keeps the fewest likeliest tokens whose mass reaches p; min-p those
-    that are at least that share as likely as the likeliest."""
-    order = torch.argsort(logits, dim=1, descending=True, stable=True)
-    rank = torch.arange(logits.shape[1], device=logits.device)
-    by_rank = rank.expand_as(order) < (top_k or logits.shape[1])
-    if top_p < 1:
-        probabilities = logits.gather(1, order).masked_fill(~by_rank, -torch.inf).softmax(1)
-        by_rank = by_rank & (probabilities.cumsum(1) - probabilities < top_p)
-    support = torch.zeros_like(by_rank).scatter(1, order, by_rank)
-    if min_p > 0:
-        support &= logits >= logits.amax(1, keepdim=True) + math.log(min_p)
-    return support
 
 
 def _last_possible(probabilities: Tensor) -> Tensor:
