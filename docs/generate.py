@@ -219,7 +219,7 @@ METRICS = {
     "reward/lowest": ("reward", SAMPLING, "The smallest of them."),
     "reward/NAME": ("reward", SAMPLING, "Mean of one reward, before its weight, where it did not abstain."),
     "reward/NAME_group_std": ("reward", SAMPLING, "Its standard deviation within a group, averaged over groups. Near 0 it teaches nothing."),
-    "reward/kl": ("reward", "grpo", "What the KL takes from the reward, before its weight. With `kl.place: reward`."),
+    "reward/kl": ("reward", "grpo", "What the KL adds to the reward: its sum over a completion, times -`loss.kl_weight`. With `kl.place: reward`."),
     "reward/overlong": ("reward", SAMPLING, "What `overlong: {treatment: punish}` takes from the reward, at most 0."),
     "reward/overlong_group_std": ("reward", SAMPLING, "Its standard deviation within a group, averaged over groups."),
     "reward/num_abstained": ("completions", SAMPLING, "Completions without any reward, failed ones among them."),
@@ -319,7 +319,7 @@ TABLES = {
         **STAGE_STEP, "prompt_number": "which group of the step, from 0", "completion_number": "which completion of the group, from 0",
         "prompt": "the prompt's text", "text": "the completion's text", "tokens": "its token ids, as JSON", "pieces": "the text of each token, as JSON",
         "sampler_logprobs": "log-probability of each token at sampling, in nats, as JSON", "advantage": "its advantage; for PPO the mean over its tokens",
-        "reward": "the weighted sum; null where it abstained", "reward_parts": "each reward before its weight, as a JSON object", "ended": "why it ended; `length` where the limit cut it",
+        "reward": "the weighted sum; null where it abstained", "reward_parts": "each reward before its weight, and `kl` and `overlong` as they enter the sum, as a JSON object", "ended": "why it ended; `length` where the limit cut it",
         "failure": "which reward failed, and why; else null"}),
     "evaluations": ("Held-out figures, with 95 % intervals ([what they rest on](evaluation.md)).", {
         **STAGE_STEP, "mode": "how the answers were made, such as `greedy` or `sampled`", "name": "the figure, such as accuracy or reward", "value": "its estimate",
