@@ -34,17 +34,20 @@ Span = tuple[int, int]  # a sequence's first place in the stream, and its length
 
 @dataclass(frozen=True)
 class _Block:
-    """R sequences gathered into [R, L], at places start .. start + R*L; of branches, what stands before each."""
+    """R sequences gathered into [R, L], at places start .. stop of the dense tensor; of branches, what stands before each."""
 
     start: int
     num_rows: int
     length: int
     trunks: _Trunks | None = None
 
+    @property
+    def stop(self) -> int:
+        return self.start + self.num_rows * self.length
+
     def view(self, dense: Tensor, width: int) -> Tensor:
         """[M, heads * E] -> this block's [R, L, heads, E]."""
-        part = dense[self.start : self.start + self.num_rows * self.length]
-        return part.view(self.num_rows, self.length, -1, width)
+        return dense[self.start : self.stop].view(self.num_rows, self.length, -1, width)
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,13 @@ class DenseLayout:
         for groups in of_similar_length([length for _, length in trunks]):
             tokens.append(self._add([trunks[group] for group in groups]))
             block = self._blocks[-1]
-            rows = [(row, span) for row, group in enumerate(groups) for span in branches[group]]
-            for chosen in of_similar_length([length for _, (_, length) in rows]):
-                of_trunk = [rows[r][0] for r in chosen]
-                lengths = tuple(trunks[groups[row]][1] for row in of_trunk)
-                above = _Trunks(block, torch.tensor(of_trunk, device=self._device), lengths)
-                tokens.append(self._add([rows[r][1] for r in chosen], above))
+            ours = [
+                (row, span) for row, group in enumerate(groups) for span in branches[group]
+            ]  # with their trunk's row
+            for chosen in of_similar_length([length for _, (_, length) in ours]):
+                rows, spans = zip(*(ours[i] for i in chosen), strict=True)
+                lengths = tuple(trunks[groups[row]][1] for row in rows)
+                tokens.append(self._add(spans, _Trunks(block, torch.tensor(rows, device=self._device), lengths)))
         index = torch.cat([x.flatten() for x in tokens])  # [M]
         real = (index >= 0).nonzero().squeeze(1)  # [T] places
         inverse = torch.empty_like(real)
@@ -86,11 +90,11 @@ class DenseLayout:
 
     def _add(self, spans: Sequence[Span], trunks: _Trunks | None = None) -> Tensor:
         """Add a block of some sequences, and say which token stands at each of its places: [R, L]."""
-        length, last = max(length for _, length in spans), self._blocks[-1] if self._blocks else None
-        start = last.start + last.num_rows * last.length if last else 0
-        self._blocks.append(_Block(start, len(spans), length, trunks))
+        longest = max(length for _, length in spans)
+        start = self._blocks[-1].stop if self._blocks else 0
+        self._blocks.append(_Block(start, len(spans), longest, trunks))
         firsts, lengths = torch.tensor(spans).T[:, :, None]  # [R, 1] each
-        steps = torch.arange(length)
+        steps = torch.arange(longest)
         return torch.where(steps < lengths, firsts + steps, -1)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
@@ -98,9 +102,7 @@ class DenseLayout:
         outputs = []
         for number, block in enumerate(self._blocks):
             own_q, own_k, own_v = (
-                block.view(queries, q.shape[3]),
-                block.view(keys, k.shape[3]),
-                block.view(values, v.shape[3]),
+                block.view(x, width) for x, width in ((queries, q.shape[3]), (keys, k.shape[3]), (values, v.shape[3]))
             )
             if block.trunks is not None:
                 own_k, own_v = block.trunks.before(keys, own_k), block.trunks.before(values, own_v)
@@ -109,7 +111,7 @@ class DenseLayout:
                 positions = self._keys(block)[0][:, None, None].to(q.dtype)  # [R or 1, 1, 1, keys]
                 mask = mask + positions * settings.slopes.to(q.dtype)[:, None, None]
             attended = dense_attention(own_q, own_k, own_v, mask, settings)  # [R, L, H, E]
-            outputs.append(attended.reshape(block.num_rows * block.length, -1))
+            outputs.append(attended.reshape(block.stop - block.start, -1))
         stream = _Unpad.apply(torch.cat(outputs), self._index, self._inverse)
         return stream.view(1, len(self._inverse), q.shape[1], -1)
 

@@ -60,17 +60,6 @@ def token_statistics(
     )
 
 
-@section("reference")
-@torch.no_grad()
-def logprobs_of(policy: Policy, streams: Sequence[Stream], *, temperature: float) -> list[Tensor]:
-    """A policy's log-probabilities of each stream's tokens, without gradient: [N] each, on its device."""
-    found = []
-    for stream in streams:
-        may_stop()
-        found.append(token_logprobs(policy, stream.to(policy.device), temperature=temperature))
-    return found
-
-
 def head_statistics(
     policy: Policy,
     head_inputs: Tensor,
@@ -147,3 +136,14 @@ def _sampled_logits(
     left_out = torch.ones_like(logits, dtype=torch.bool)
     left_out[rows, torch.cat(list(support)).to(logits.device)] = False
     return logits.masked_fill(left_out, -torch.inf)
+
+
+@section("reference")
+@torch.no_grad()
+def logprobs_of(policy: Policy, streams: Sequence[Stream], *, temperature: float) -> list[Tensor]:
+    """A policy's log-probabilities of each stream's tokens, without gradient: [N] each, on its device."""
+    found = []
+    for stream in streams:
+        may_stop()
+        found.append(token_logprobs(policy, stream.to(policy.device), temperature=temperature))
+    return found

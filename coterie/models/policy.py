@@ -41,7 +41,7 @@ class Policy:
     recomputes: whether a backward pass computes each layer again, from its inputs alone.
 
     `body_of`, `layout` and `head_logprobs` are plain here: the model's own forward pass, dense blocks, chunks of logits.
-    `coterie.Policy` has faster ones.
+    A run's policy, `coterie.Policy`, overrides these three with faster ones, in `fast/serve.py`.
     """
 
     model: PreTrainedModel
@@ -87,7 +87,7 @@ class Policy:
         """The model below its head at some places of a stream, in any order and more than once: wanted [N] -> [N, D].
 
         rows [N]: whose they are; a prompt's places belong to each of its rows. Which those are is worked out on the host, where
-        `wanted` lies."""
+        `wanted` lies. The stream is run in one part, unless positions depend on how long a row is."""
         parts = rows_apart(stream, wanted, rows, self.lengths)
         found = [self._states(part) for part in parts]
         if len(parts) == 1:
@@ -96,6 +96,7 @@ class Policy:
         return torch.cat(found).index_select(0, order.to(self.device))
 
     def _states(self, part: SubStream) -> Tensor:
+        """Each place once, however often it is wanted: the last of a prompt predicts the first token of all its completions."""
         places, which = (x.to(self.device) for x in part.wanted.unique(return_inverse=True))
         return self.run(part.tokens, part.positions, self.layout(part.segments), places).index_select(0, which)
 
