@@ -21,7 +21,7 @@ from torch import Tensor
 
 from coterie.fast.stream import StreamLayout
 from coterie.models.attention import AttentionSettings
-from coterie.models.layout import attention_weights
+from coterie.models.scores import attention_weights
 
 # By layer; keys have their columns last: a query reads many columns at once
 KeysValues = dict[int, tuple[Tensor, Tensor]]

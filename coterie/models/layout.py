@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coterie.models.attention import AttentionSettings
+from coterie.models.scores import scored_attention
 
 Span = tuple[int, int]  # a sequence's first place in the stream, and its length
 
@@ -173,23 +174,10 @@ def of_similar_length(lengths: Sequence[int]) -> Iterator[list[int]]:
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, settings: AttentionSettings) -> Tensor:
     """Masked attention on dense blocks: q [R, L, H, E], k and v [R, keys, K, E], additive mask -> [R, L, H, E]."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    grouped = q.shape[1] != k.shape[1]
     if settings.plain:
+        grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, mask, scale=settings.scaling, enable_gqa=grouped).transpose(1, 2)
-    if grouped:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    scores, cap = q @ k.transpose(2, 3), settings.softcap
-    scores = torch.tanh(scores * (settings.scaling / cap)) * cap if cap is not None else scores * settings.scaling
-    return (attention_weights(scores + mask, settings.sinks).to(q.dtype) @ v).transpose(1, 2)
-
-
-def attention_weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """The softmax of masked scores [R, H, L, keys], in float32, beside the sinks [H] where there are any."""
-    scores = scores.float()
-    if sinks is None:
-        return scores.softmax(-1)
-    beside = sinks.float().view(-1, 1, 1).expand(len(scores), -1, scores.shape[2], 1)
-    return torch.cat([scores, beside], -1).softmax(-1)[..., :-1]
+    return scored_attention(q, k, v, mask, settings).transpose(1, 2)
 
 
 def _flat(x: Tensor) -> Tensor:
