@@ -81,23 +81,20 @@ def split_by_tokens(groups: Sequence[PromptRows], max_tokens: int) -> list[list[
 
 def make_stream(groups: Sequence[PromptRows]) -> Stream:
     """Lay groups out as one stream: each prompt once, then its completions."""
+    rows = [row for _, of_prompt in groups for row in of_prompt]
+    lengths = torch.tensor([len(row.tokens) for row in rows])
     tokens: list[int] = []
     positions: list[int] = []
     predictors: list[int] = []
-    targets: list[int] = []
-    row_of: list[int] = []
-    rows = [row for _, of_prompt in groups for row in of_prompt]
     for prompt, of_prompt in groups:
         tokens += prompt
         positions += range(len(prompt))
         last_of_prompt = len(tokens) - 1
         for row in of_prompt:
-            start = len(tokens)
+            # The token before predicts each token; before a completion's first stands the last of its prompt
+            predictors += [last_of_prompt, *range(len(tokens), len(tokens) + len(row.tokens) - 1)]
             tokens += row.tokens
             positions += range(len(prompt), len(prompt) + len(row.tokens))
-            predictors += [last_of_prompt, *range(start, start + len(row.tokens) - 1)]
-            targets += row.tokens
-            row_of += [row_of[-1] + 1 if row_of else 0] * len(row.tokens)
     support = None
     if any(row.support is not None for row in rows):
         assert all(row.support is not None for row in rows), "either every row has a support or none"
@@ -106,9 +103,9 @@ def make_stream(groups: Sequence[PromptRows]) -> Stream:
         tokens=torch.tensor(tokens),
         positions=torch.tensor(positions),
         segments=[(len(prompt), [len(row.tokens) for row in of_prompt]) for prompt, of_prompt in groups],
-        targets=torch.tensor(targets),
+        targets=torch.tensor([token for row in rows for token in row.tokens]),
         predictors=torch.tensor(predictors),
-        row=torch.tensor(row_of),
+        row=torch.arange(len(rows)).repeat_interleave(lengths),
         advantages=torch.tensor([row.advantage for row in rows], dtype=torch.float32),
         rewards=torch.tensor([row.reward for row in rows], dtype=torch.float32),
         sampler_logprobs=torch.cat([row.logprobs for row in rows]).float(),
