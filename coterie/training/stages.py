@@ -59,8 +59,8 @@ def with_kl(scored: Scored, policy: Policy, reference: Policy, recipe: Sampled, 
     with section("reference"):
         reference_logprobs = logprobs_of(reference, streams, temperature=temperature) if estimator != "exact" else None
         found = kl_of(streams, policy, reference, reference_logprobs, estimator=estimator, temperature=temperature)
-    sums = (row_sum(kl.cpu().double(), s.row, s.num_rows) for s, kl in zip(streams, found, strict=True))
-    totals = iter(torch.cat(list(sums)).tolist())
+        sums = (row_sum(kl.cpu().double(), s.row, s.num_rows) for s, kl in zip(streams, found, strict=True))
+        totals = iter(torch.cat(list(sums)).tolist())
     values = [next(totals) if valid else math.nan for valid in scored.valid.flatten().tolist()]
     return with_part(scored, "kl", -weight * torch.tensor(values, dtype=torch.float64).view(scored.rewards.shape))
 
