@@ -10,13 +10,14 @@ Legend: T tokens of a stream, H heads, E width of a head, D width of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coterie.fast import half
 from coterie.fast.compiled import rms_norm, rope, swiglu
 from coterie.fast.kernels.calls import rope_fits, served
 from coterie.models.attention import AttentionSettings, Layout
@@ -32,12 +33,18 @@ _PARTS = {
 class FastBody:
     """A model below its head, run layer by layer: norm, attention, sum, norm, gated MLP, sum.
 
-    settings: what the model calls each layer's attention with.
+    settings: what the model calls each layer's attention with. halves: the bfloat16 copies of its weights, in mixed precision.
     """
 
-    def __init__(self, model: nn.Module, settings: Mapping[int, AttentionSettings]) -> None:
-        self.settings = dict(settings)
+    def __init__(
+        self, model: nn.Module, settings: Mapping[int, AttentionSettings], halves: half.Halves | None = None
+    ) -> None:
+        self.settings, self.halves = dict(settings), halves
         self._model: Any = model
+
+    def in_half(self) -> FastBody:
+        """The same in mixed precision."""
+        return FastBody(self._model, self.settings, half.Halves())
 
     @classmethod
     def of(cls, model: nn.Module, settings: Mapping[int, AttentionSettings]) -> FastBody | None:
@@ -67,7 +74,7 @@ class FastBody:
         for index in range(len(model.layers)):
             arguments = (index, stream, rotary, layout, places if index == len(model.layers) - 1 else None)
             stream = self._layer(*arguments) if recompute is None else recompute(self._layer, *arguments)
-        return _norm(stream, model.norm)
+        return rms_norm(stream, model.norm.weight, model.norm.variance_epsilon)
 
     def _layer(
         self, index: int, stream: Tensor, rotary: Rotary, layout: Layout, places: Tensor | None = None
@@ -75,17 +82,31 @@ class FastBody:
         """[T, D] -> [T, D], or [M, D]."""
         layer = self._model.layers[index]
         attention, mlp = layer.self_attn, layer.mlp
-        inner = _norm(stream, layer.input_layernorm)
-        q, k, v = (_linear(inner, projection) for projection in (attention.q_proj, attention.k_proj, attention.v_proj))
+        inner = self._norm(stream, layer.input_layernorm)
+        q, k, v = self._linears(inner, attention.q_proj, attention.k_proj, attention.v_proj)
+        q, k, v = (x.to(stream.dtype) for x in (q, k, v))
         q, k = (rotary.rope(x, getattr(attention, name, None)) for x, name in ((q, "q_norm"), (k, "k_norm")))
         q, k, v = (x.view(1, len(x), -1, rotary.width).transpose(1, 2) for x in (q, k, v))  # [1, H, T, E]
         attended = layout.attend(index, q, k, v, self.settings[index]).reshape(len(stream), -1)
         if places is not None:
             attended, stream = attended.index_select(0, places), stream.index_select(0, places)
-        stream = stream + _linear(attended, attention.o_proj)
-        inner = _norm(stream, layer.post_attention_layernorm)
-        inner = swiglu(_linear(inner, mlp.gate_proj), _linear(inner, mlp.up_proj))
-        return stream + _linear(inner, mlp.down_proj)
+        stream = stream + self._linears(attended, attention.o_proj)[0]
+        inner = self._norm(stream, layer.post_attention_layernorm)
+        gate, up = self._linears(inner, mlp.gate_proj, mlp.up_proj)
+        gated = swiglu(gate, up) if self.halves is None else half.swiglu(gate, up)
+        return stream + self._linears(gated, mlp.down_proj)[0]
+
+    def _norm(self, x: Tensor, norm: Any) -> Tensor:
+        """x / sqrt(mean(x^2) + epsilon) * weight, over the last dimension, for the products that follow."""
+        if self.halves is not None:
+            return half.rms_norm(x, norm.weight, norm.variance_epsilon)
+        return rms_norm(x, norm.weight, norm.variance_epsilon)
+
+    def _linears(self, x: Tensor, *modules: Any) -> Sequence[Tensor]:
+        """The outputs of layers that read the same. Anything but a plain one, an adapter say, is called."""
+        if self.halves is not None:
+            return half.linears(x, modules, self.halves)
+        return [_linear(x, module) for module in modules]
 
 
 def _parts(module: nn.Module) -> set[str]:
@@ -117,11 +138,6 @@ def _is_norm(module: nn.Module, width: int | None = None) -> bool:
 def _linear(x: Tensor, module: Any) -> Tensor:
     """A plain layer's product without the detour through its call; anything else, an adapter say, is called."""
     return F.linear(x, module.weight, module.bias) if type(module) is nn.Linear else module(x)
-
-
-def _norm(x: Tensor, norm: Any) -> Tensor:
-    """x / sqrt(mean(x^2) + epsilon) * weight, over the last dimension."""
-    return rms_norm(x, norm.weight, norm.variance_epsilon)
 
 
 class Rotary:

@@ -9,7 +9,7 @@ Legend: R rows, D width, H heads, K key-value heads, E width of a head, S longes
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from coterie.fast.body import FastBody, Rotary
 from coterie.fast.grid import Grid
+from coterie.fast.half import Halves, half_gemms
 from coterie.fast.kernels.build import library, matrix_product
 from coterie.fast.kernels.calls import run
 from coterie.fast.kernels.structs import Decoding, LayerCache, LayerWeights
@@ -33,9 +34,19 @@ _FIXED_ROTARY = ("default", "linear", "llama3", "yarn")  # whose angles depend o
 class Decoder:
     """A model's weights, ready to decode sequences of at most `longest` tokens."""
 
-    def __init__(self, model: Any, head: nn.Linear, settings: Mapping[int, AttentionSettings], longest: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        head: nn.Linear,
+        settings: Mapping[int, AttentionSettings],
+        longest: int,
+        halves: Halves | None = None,
+    ) -> None:
         layer, self._dtype = model.layers[0], head.weight.dtype
-        self._layers = (LayerWeights * len(settings))(*(_layer(one, settings[i]) for i, one in enumerate(model.layers)))
+        read = halves.packed if halves is not None else Tensor.detach
+        layers = (_layer(one, settings[i], read) for i, one in enumerate(model.layers))
+        self._layers = (LayerWeights * len(settings))(*layers)
+        gemm, head_gemm = half_gemms() if halves is not None else [matrix_product(self._dtype)] * 2
         rotary = Rotary(*model.rotary_emb(head.weight[:1, None], torch.arange(longest)[None]))
         self._rotary = rotary.cos.to(self._dtype), rotary.sin.to(self._dtype)
         self._model = {
@@ -49,11 +60,12 @@ class Decoder:
             "epsilon": model.norm.variance_epsilon,
             "embeddings": _at(model.embed_tokens.weight),
             "final_norm": _at(model.norm.weight),
-            "head": _at(head.weight),
+            "head": _at(read(head.weight)),
             "head_bias": _at(head.bias),
             "cosine": _at(self._rotary[0]),
             "sine": _at(self._rotary[1]),
-            "gemm": matrix_product(self._dtype),
+            "gemm": gemm,
+            "head_gemm": head_gemm,
         }
 
     @classmethod
@@ -68,7 +80,7 @@ class Decoder:
         plain &= all(settings.plain for settings in body.settings.values())
         if not plain or matrix_product(head.weight.dtype) is None:
             return None
-        return cls(model, head, body.settings, longest)
+        return cls(model, head, body.settings, longest, body.halves)
 
     def draw(
         self, grid: Grid, keys: Tensor, sampling: Sampling, ends: Tensor, num_steps: int
@@ -131,14 +143,15 @@ class Decoder:
         run(compiled.decode, ctypes.byref(step), self._layers, caches)
 
 
-def _layer(layer: Any, settings: Any) -> LayerWeights:
+def _layer(layer: Any, settings: Any, read: Callable[[Tensor], Tensor]) -> LayerWeights:
+    """read: from a product's weight to what the loops are given of it."""
     attention = layer.self_attn
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     projections = _projections(layer)
     return LayerWeights(
         *(_at(norm.weight) if norm is not None else None for norm in norms),
-        *(_at(module.weight) for module in projections),
+        *(_at(read(module.weight)) for module in projections),
         *(_at(module.bias) for module in projections),
         *(norm.variance_epsilon if norm is not None else 0.0 for norm in norms),
         settings.scaling,

@@ -46,7 +46,8 @@ class Policy(PlainPolicy):
         head = plain_head(self)
         if head is None or not len(targets):
             return None
-        return TiledLogprobs.apply(hidden, head.weight, head.bias, targets, temperature)
+        halves = self.body.halves if isinstance(self.body, FastBody) else None
+        return TiledLogprobs.apply(hidden, head.weight, head.bias, targets, temperature, halves)
 
 
 def load_policy(source: str, device: torch.device, chat: Chat | None = None) -> tuple[Policy, Codec]:

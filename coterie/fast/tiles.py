@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coterie.fast.half import Halves, product
 from coterie.models.policy import AFTER_HEAD, Policy
 
 # Logits of a tile, and how many of the vocabulary it covers
@@ -35,9 +36,15 @@ class TiledLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        halves: Halves | None = None,
     ) -> Tensor:
-        tiles = _Tiles(weight, bias, temperature)
+        tiles = _Tiles(weight, bias, temperature, halves)
         chosen, normaliser = hidden.new_zeros(len(hidden)), hidden.new_empty(len(hidden))
         for rows in tiles.rows(len(hidden)):
             largest = hidden.new_full((len(hidden[rows]),), -torch.inf)
@@ -50,13 +57,13 @@ class TiledLogprobs(torch.autograd.Function):
                 total = total * (before - largest).exp() + logits.sub_(largest[:, None]).exp_().sum(1)
             normaliser[rows] = largest + total.log()
         ctx.save_for_backward(hidden, weight, bias, targets, normaliser)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.halves = temperature, halves
         return chosen - normaliser
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         hidden, weight, bias, targets, normaliser = ctx.saved_tensors
-        tiles = _Tiles(weight, bias, ctx.temperature)
+        tiles = _Tiles(weight, bias, ctx.temperature, ctx.halves)
         grad = grads[0] / ctx.temperature
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
@@ -68,21 +75,19 @@ class TiledLogprobs(torch.autograd.Function):
                     tiles.logits(hidden[rows], columns).sub_(normaliser[rows, None]).exp_().mul_(-grad[rows, None])
                 )
                 grad_logits.scatter_add_(1, at, grad[rows].where(inside, 0)[:, None])
-                grad_hidden[rows].addmm_(grad_logits, weight[columns])
-                if grad_weight is not None:
-                    grad_weight[columns].addmm_(grad_logits.t(), hidden[rows])
+                tiles.add_products(grad_logits, hidden[rows], columns, grad_hidden[rows], grad_weight)
                 if grad_bias is not None:
                     grad_bias[columns] += grad_logits.sum(0)
-        return grad_hidden, grad_weight, grad_bias, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 class _Tiles:
-    """A head's logits, a tile at a time."""
+    """A head's logits, a tile at a time. halves: of mixed precision, in which products are of bfloat16 numbers and logits in float32."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, temperature: float) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, temperature: float, halves: Halves | None) -> None:
         size, width = TILE_LOGITS["cpu" if weight.device.type == "cpu" else "cuda"]
         width = min(width, len(weight))
-        self._weight, self._bias, self._temperature = weight, bias, temperature
+        self._weight, self._bias, self._temperature, self._halves = weight, bias, temperature, halves
         self._size = max(1, size // width)
         self.columns = [slice(start, start + width) for start in range(0, len(weight), width)]
 
@@ -91,8 +96,26 @@ class _Tiles:
 
     def logits(self, hidden: Tensor, columns: slice) -> Tensor:
         bias = self._bias[columns] if self._bias is not None else None
-        logits = F.linear(hidden, self._weight[columns], bias)
+        if self._halves is None:
+            logits = F.linear(hidden, self._weight[columns], bias)
+        else:
+            logits = product(hidden, self._halves.packed(self._weight), columns, self._weight.shape[0])
+            logits = logits if bias is None else logits.add_(bias)
         return logits if self._temperature == 1 else logits.div_(self._temperature)
+
+    def add_products(
+        self, grad_logits: Tensor, hidden: Tensor, columns: slice, grad_hidden: Tensor, grad_weight: Tensor | None
+    ) -> None:
+        """Add what a tile's gradient, [C, columns], gives the hidden states, [C, D], and the weight, [V, D] or none."""
+        if self._halves is None:
+            grad_hidden.addmm_(grad_logits, self._weight[columns])
+            if grad_weight is not None:
+                grad_weight[columns].addmm_(grad_logits.t(), hidden)
+            return
+        rounded = grad_logits.to(torch.bfloat16)
+        grad_hidden += rounded @ self._halves.rounded(self._weight)[columns]
+        if grad_weight is not None:
+            grad_weight[columns] += rounded.t() @ hidden.to(torch.bfloat16)
 
     def places(self, targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
         """Where the targets stand among these columns, [C, 1], and which do, [C]: the others' places mean nothing."""

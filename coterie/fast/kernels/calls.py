@@ -72,8 +72,10 @@ def run(function: Callable[..., int | None], *arguments: object) -> None:
 
 
 def call(name: str, *arguments: Tensor | float | ctypes.Structure | None) -> None:
-    """A kernel of the first tensor's type, with tensors, sizes (int) and numbers (float) in the order that it declares."""
-    found = library(next(x.dtype for x in arguments if isinstance(x, Tensor)))
+    """A kernel of the first tensor's type, with tensors, sizes (int) and numbers (float) in the order that it declares. Those of mixed
+    precision are among the ones of float32."""
+    dtype = next(x.dtype for x in arguments if isinstance(x, Tensor))
+    found = library(torch.float32 if dtype is torch.bfloat16 else dtype)
     assert found is not None
     run(getattr(found, name), *map(_as_argument, arguments))
 

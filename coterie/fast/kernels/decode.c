@@ -49,14 +49,14 @@ static Buffers make_buffers(const Decoding *d, long n) {
 }
 
 /* out [rows, n] = x [rows, m] @ weight [n, m].T + bias; added to what is there where `add`. */
-static void linear(const Decoding *d, const real *x, long rows, long m, const real *weight, const real *bias, long n,
+static void linear(Gemm *gemm, const real *x, long rows, long m, const real *weight, const real *bias, long n,
                    real *out, int add) {
     if (bias)
         for (long i = 0; i < rows; i++)
             for (long j = 0; j < n; j++) out[i * n + j] = (add ? out[i * n + j] : 0) + bias[j];
     int num_rows = (int)rows, num_in = (int)m, num_out = (int)n;
     real one = 1, kept = add || bias ? 1 : 0;
-    d->gemm("T", "N", &num_out, &num_rows, &num_in, &one, weight, &num_in, x, &num_in, &kept, out, &num_out, 1, 1);
+    gemm("T", "N", &num_out, &num_rows, &num_in, &one, weight, &num_in, x, &num_in, &kept, out, &num_out, 1, 1);
 }
 
 static void rms_norm(const real *x, const real *weight, double epsilon, real *out, long rows, long width) {
@@ -188,9 +188,9 @@ static void run_layer(const Decoding *d, const LayerWeights *layer, const LayerC
                       long live, long now) {
     long size_q = d->heads * d->head_width, size_k = d->kv_heads * d->head_width;
     rms_norm(b->x, layer->attention_norm, layer->attention_epsilon, b->inner, live, d->width);
-    linear(d, b->inner, live, d->width, layer->q, layer->q_bias, size_q, b->q, 0);
-    linear(d, b->inner, live, d->width, layer->k, layer->k_bias, size_k, b->k, 0);
-    linear(d, b->inner, live, d->width, layer->v, layer->v_bias, size_k, b->v, 0);
+    linear(d->gemm, b->inner, live, d->width, layer->q, layer->q_bias, size_q, b->q, 0);
+    linear(d->gemm, b->inner, live, d->width, layer->k, layer->k_bias, size_k, b->k, 0);
+    linear(d->gemm, b->inner, live, d->width, layer->v, layer->v_bias, size_k, b->v, 0);
     for (long i = 0; i < live; i++) {
         long row = b->slots[i], position = d->prompts[row] + now - d->starts[row];
         rope_heads(d, b->q + i * size_q, d->heads, layer->q_norm, layer->q_epsilon, position, b->rotated);
@@ -201,13 +201,13 @@ static void run_layer(const Decoding *d, const LayerWeights *layer, const LayerC
         for (end = i + 1; end < live && d->longest_prompt && b->slots[end] / d->slots == b->slots[i] / d->slots;) end++;
         for (long h = 0; h < d->kv_heads; h++) attend_prompt(d, layer, cache, b, i, end - i, h, now);
     }
-    linear(d, b->attended, live, size_q, layer->o, layer->o_bias, d->width, b->x, 1);
+    linear(d->gemm, b->attended, live, size_q, layer->o, layer->o_bias, d->width, b->x, 1);
     rms_norm(b->x, layer->mlp_norm, layer->mlp_epsilon, b->inner, live, d->width);
-    linear(d, b->inner, live, d->width, layer->gate, layer->gate_bias, d->mlp_width, b->gate, 0);
-    linear(d, b->inner, live, d->width, layer->up, layer->up_bias, d->mlp_width, b->up, 0);
+    linear(d->gemm, b->inner, live, d->width, layer->gate, layer->gate_bias, d->mlp_width, b->gate, 0);
+    linear(d->gemm, b->inner, live, d->width, layer->up, layer->up_bias, d->mlp_width, b->up, 0);
 #pragma omp simd
     for (long i = 0; i < live * d->mlp_width; i++) b->gate[i] = b->gate[i] * sigmoid(b->gate[i]) * b->up[i];
-    linear(d, b->gate, live, d->mlp_width, layer->down, layer->down_bias, d->width, b->x, 1);
+    linear(d->gemm, b->gate, live, d->mlp_width, layer->down, layer->down_bias, d->width, b->x, 1);
 }
 
 /* SplitMix64's finaliser folds a token's number into its row's key; 53 of the bits are a number in [0, 1). As in noise.py. */
@@ -289,7 +289,7 @@ static int decode_rows(const Decoding *d, const LayerWeights *layers, const Laye
         if (!(live = next_tokens(d, &b, live, step))) break;
         for (long l = 0; l < d->num_layers; l++) run_layer(d, layers + l, caches + l, &b, live, d->now + step);
         rms_norm(b.x, d->final_norm, d->epsilon, b.inner, live, d->width);
-        linear(d, b.inner, live, d->width, d->head, d->head_bias, d->vocabulary, b.logits, 0);
+        linear(d->head_gemm, b.inner, live, d->width, d->head, d->head_bias, d->vocabulary, b.logits, 0);
     }
     for (long i = 0; i < live; i++)
         memcpy(d->logits + b.slots[i] * d->vocabulary, b.logits + i * d->vocabulary, row_size);

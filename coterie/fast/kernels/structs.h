@@ -46,5 +46,5 @@ typedef struct {
     int64_t *tokens; /* [steps, R], as all that follows */
     real *logprobs, *entropies;
     uint8_t *was_live, *ended;
-    Gemm *gemm;
+    Gemm *gemm, *head_gemm;
 } Decoding;

@@ -1,0 +1,171 @@
+"""Mixed precision on a CPU: products of bfloat16 numbers, and what stands between two of them in bfloat16; weights, norms, rotary
+positions, attention, the residual stream and log-probabilities in float32.
+
+Legend: T tokens of a stream, D width, F width of the gated layer, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from coterie.fast.kernels.build import library
+from coterie.fast.kernels.calls import call, rooms
+
+
+@cache
+def has_half_products() -> bool:
+    """Whether this processor has products of bfloat16 numbers that are compiled here: those of AVX512-BF16 or AMX."""
+    compiled = library(torch.float32)
+    return compiled is not None and bool(compiled.half_kind())
+
+
+def half_gemms() -> list[int | None]:
+    """The addresses of what decoding calls for its products: those between layers, rounded to bfloat16, and for logits, which are not."""
+    compiled = library(torch.float32)
+    names = ("half_gemm", "half_gemm_unrounded")
+    return [ctypes.cast(getattr(compiled, name), ctypes.c_void_p).value for name in names]
+
+
+class Halves:
+    """The bfloat16 copies of weights, each made again after the weight has changed."""
+
+    def __init__(self) -> None:
+        self._rounded, self._packed = WeakIdKeyDictionary(), WeakIdKeyDictionary()
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """A weight's own shape."""
+        return _up_to_date(self._rounded, weight, _rounded)
+
+    def packed(self, weight: Tensor) -> Tensor:
+        """[out, in] as compiled products read it."""
+        return _up_to_date(self._packed, weight, _packed)
+
+
+def _up_to_date(copies: Any, weight: Tensor, make: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+    version, copy = copies.get(weight, (None, None))
+    if version != weight._version:
+        copy = make(weight.detach(), copy)
+        copies[weight] = (weight._version, copy)
+    found: Tensor = copy
+    return found
+
+
+def _rounded(weight: Tensor, into: Tensor | None) -> Tensor:
+    return weight.to(torch.bfloat16) if into is None else into.copy_(weight)
+
+
+def _packed(weight: Tensor, into: Tensor | None) -> Tensor:
+    out, of = weight.shape
+    if into is None:
+        compiled = library(torch.float32)
+        assert compiled is not None
+        compiled.half_size.restype = ctypes.c_long
+        into = torch.empty(compiled.half_size(ctypes.c_long(out), ctypes.c_long(of)), dtype=torch.bfloat16)
+    call("half_pack", weight.contiguous(), into, out, of)
+    return into
+
+
+def product(x: Tensor, packed: Tensor, columns: slice, num_outputs: int) -> Tensor:
+    """Some outputs of a layer with packed weights, in float32 and not rounded: x [T, in] -> [T, columns], the first a multiple of 32."""
+    assert columns.start % 32 == 0
+    out = x.new_empty(len(x), min(columns.stop, num_outputs) - columns.start)
+    call("half_product", x.contiguous(), packed, out, *x.shape, out.shape[1], columns.start)
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * weight, as what products take: x [T, D], weight [D] -> [T, D] in bfloat16."""
+    return _RMSNorm.apply(x.contiguous(), weight, epsilon)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, [T, F] in bfloat16."""
+    return _Swiglu.apply(gate, up)
+
+
+def linears(x: Tensor, modules: Sequence[nn.Linear], halves: Halves) -> tuple[Tensor, ...]:
+    """The outputs of layers that read the same: x [T, in] -> [T, out] each, all in bfloat16."""
+    weights = [parameter for module in modules for parameter in (module.weight, module.bias)]
+    return _Linears.apply(x.to(torch.bfloat16), halves, *weights)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        out, scale = torch.empty_like(x, dtype=torch.bfloat16), x.new_empty(len(x))
+        call("half_rms_norm", x, weight, float(epsilon), out, scale, *x.shape)
+        ctx.save_for_backward(x, weight, scale)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight, scale = ctx.saved_tensors
+        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+        inputs, outputs = (grads[0].float().contiguous(), x, weight, scale), (grad_x, grad_weight)
+        call("rms_norm_backward", *inputs, *outputs, rooms(x, len(weight)), *x.shape)
+        return grad_x, grad_weight, None
+
+
+class _Swiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        out = torch.empty_like(gate)
+        call("half_swiglu", gate, up, out, gate.numel())
+        ctx.save_for_backward(gate, up)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        gate, up = ctx.saved_tensors
+        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+        call("half_swiglu_backward", grads[0].contiguous(), gate, up, grad_gate, grad_up, gate.numel())
+        return grad_gate, grad_up
+
+
+class _Linears(torch.autograd.Function):
+    """x [T, in], then a weight [out, in] and a bias [out], or None, of each layer -> [T, out] each.
+
+    A weight's gradient is added to what it has from other micro-batches at once, in float32, without an array of its own for each.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, halves: Halves, *weights: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        ctx.halves = halves
+        pairs = zip(weights[::2], weights[1::2], strict=True)
+        return tuple(_product(x, halves, weight, bias) for weight, bias in pairs)  # type: ignore[arg-type]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, *weights = ctx.saved_tensors
+        grad_x = torch.zeros(x.shape) if ctx.needs_input_grad[0] else None
+        found: list[Tensor | None] = []
+        for number, grad in enumerate(grads):
+            weight, bias = weights[2 * number : 2 * number + 2]
+            if grad_x is not None:
+                grad_x += grad @ ctx.halves.rounded(weight)
+            found += [
+                _added(weight, grad.t() @ x) if ctx.needs_input_grad[2 + 2 * number] else None,
+                grad.float().sum(0) if ctx.needs_input_grad[3 + 2 * number] else None,
+            ]
+        return grad_x.to(torch.bfloat16) if grad_x is not None else None, None, *found
+
+
+def _product(x: Tensor, halves: Halves, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rounded = halves.rounded(weight)
+    return x @ rounded.t() if bias is None else torch.addmm(halves.rounded(bias), x, rounded.t())
+
+
+def _added(weight: Tensor, grad: Tensor) -> Tensor | None:
+    """A gradient as autograd takes it; or none, and it is added here."""
+    if weight.grad is None:
+        return grad.float()
+    weight.grad += grad
+    return None
