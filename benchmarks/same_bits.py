@@ -43,7 +43,7 @@ CASES = {
     "rloo": ("equations", ["steps=8", "preset=rloo", *COLD]),
     "reinforce_plus_plus": ("equations", ["steps=8", "preset=reinforce++", *COLD]),
     "mini_batches": ("equations", ["steps=6", "optimiser.updates_per_batch=3", "optimiser.micro_batch_tokens=700", *COLD]),
-    "bfloat16": ("equations", ["steps=6", "dtype=bfloat16", *COLD]),
+    "mixed": ("equations", ["steps=6", "precision=mixed", *COLD]),
 }  # fmt: skip
 REWARD_MODEL = ("dialogue_reward_model", ["steps=8", *SHORT])
 

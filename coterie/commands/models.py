@@ -48,7 +48,7 @@ def check_recipe(recipe: Recipe) -> None:
         console.warn(note.text)
     quiet_transformers()
     model = start_model(recipe, codec, choose_device(recipe.device))
-    policy = tried_policy(model, console)
+    policy = tried_policy(model, console, recipe)
     policy = policy.recomputing() if recipe.optimiser.activation_checkpointing else policy
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     console.say(
@@ -274,9 +274,10 @@ def _loaded(console: Console, source: str, saved: Saved | None, recipe: Recipe |
         model, codec = saved.model(device)
         if not model.can_generate():
             raise UserError(f"{source}: gives scores ({type(model).__name__}) and writes no text; it is a reward model")
-        return tried_policy(model, console), codec
+        return tried_policy(model, console, recipe), codec
     source = str(saved.run / "model") if saved else source
     policy, codec = console.warning_of(lambda: load_policy(source, device, Chat.of(recipe)))
+    policy = policy.in_mixed_precision() if recipe is not None and recipe.precision == "mixed" else policy
     console.warning_of(lambda: make_engine(policy))
     return policy, codec
 

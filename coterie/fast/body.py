@@ -104,9 +104,11 @@ class FastBody:
 
     def _linears(self, x: Tensor, *modules: Any) -> Sequence[Tensor]:
         """The outputs of layers that read the same. Anything but a plain one, an adapter say, is called."""
-        if self.halves is not None:
+        if self.halves is None:
+            return [_linear(x, module) for module in modules]
+        if all(type(module) is nn.Linear for module in modules):
             return half.linears(x, modules, self.halves)
-        return [_linear(x, module) for module in modules]
+        return [module(x) for module in modules]  # in autocast
 
 
 def _parts(module: nn.Module) -> set[str]:

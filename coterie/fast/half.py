@@ -39,6 +39,10 @@ class Halves:
     def __init__(self) -> None:
         self._rounded, self._packed = WeakIdKeyDictionary(), WeakIdKeyDictionary()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Halves:
+        """Of other weights, which have none yet."""
+        return Halves()
+
     def rounded(self, weight: Tensor) -> Tensor:
         """A weight's own shape."""
         return _up_to_date(self._rounded, weight, _rounded)
@@ -72,10 +76,10 @@ def _packed(weight: Tensor, into: Tensor | None) -> Tensor:
     return into
 
 
-def product(x: Tensor, packed: Tensor, columns: slice, num_outputs: int) -> Tensor:
+def product(x: Tensor, packed: Tensor, columns: slice) -> Tensor:
     """Some outputs of a layer with packed weights, in float32 and not rounded: x [T, in] -> [T, columns], the first a multiple of 32."""
     assert columns.start % 32 == 0
-    out = x.new_empty(len(x), min(columns.stop, num_outputs) - columns.start)
+    out = x.new_empty(len(x), columns.stop - columns.start)
     call("half_product", x.contiguous(), packed, out, *x.shape, out.shape[1], columns.start)
     return out
 
@@ -140,7 +144,7 @@ class _Linears(torch.autograd.Function):
         ctx.save_for_backward(x, *weights)
         ctx.halves = halves
         pairs = zip(weights[::2], weights[1::2], strict=True)
-        return tuple(_product(x, halves, weight, bias) for weight, bias in pairs)  # type: ignore[arg-type]
+        return tuple(_product(x, halves, weight, bias) for weight, bias in pairs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -148,7 +152,7 @@ class _Linears(torch.autograd.Function):
         grad_x = torch.zeros(x.shape) if ctx.needs_input_grad[0] else None
         found: list[Tensor | None] = []
         for number, grad in enumerate(grads):
-            weight, bias = weights[2 * number : 2 * number + 2]
+            weight = weights[2 * number]
             if grad_x is not None:
                 grad_x += grad @ ctx.halves.rounded(weight)
             found += [

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from coterie.fast.body import FastBody
+from coterie.fast.half import Halves, has_half_products, product
 from coterie.fast.native import NativeEngine
 from coterie.fast.stream import StreamLayout
 from coterie.fast.tiles import TiledLogprobs, plain_head
@@ -42,12 +44,30 @@ class Policy(PlainPolicy):
     def layout(self, segments: Sequence[tuple[int, Sequence[int]]]) -> StreamLayout:
         return StreamLayout(segments, self.device)
 
+    def in_mixed_precision(self) -> Policy:
+        """On a CPU that has products of bfloat16 numbers, in compiled loops; elsewhere in the model's own layers."""
+        body = self.body.in_half() if isinstance(self.body, FastBody) and has_half_products() else None
+        return replace(self, mixed=True, body=body)
+
+    def logits(self, head_inputs: Tensor) -> Tensor:
+        head, halves = plain_head(self), self._halves
+        if head is None or halves is None or torch.is_grad_enabled():
+            return super().logits(head_inputs)
+        rows = product(
+            head_inputs.reshape(-1, head_inputs.shape[-1]), halves.packed(head.weight), slice(0, len(head.weight))
+        )
+        logits = rows.view(*head_inputs.shape[:-1], -1)
+        return logits if head.bias is None else logits + head.bias
+
+    @property
+    def _halves(self) -> Halves | None:
+        return self.body.halves if isinstance(self.body, FastBody) else None
+
     def head_logprobs(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor | None:
         head = plain_head(self)
         if head is None or not len(targets):
             return None
-        halves = self.body.halves if isinstance(self.body, FastBody) else None
-        return TiledLogprobs.apply(hidden, head.weight, head.bias, targets, temperature, halves)
+        return TiledLogprobs.apply(hidden, head.weight, head.bias, targets, temperature, self._halves)
 
 
 def load_policy(source: str, device: torch.device, chat: Chat | None = None) -> tuple[Policy, Codec]:
@@ -90,9 +110,10 @@ def _decoding_gap(engine: NativeEngine) -> tuple[float, float]:
     made = engine.generate(prompts, torch.arange(4).view(2, 2), Sampling(max_new_tokens=3), [])
     rows = [[Row(one.tokens, one.logprobs) for one in of_prompt] for of_prompt in made]
     stream = make_stream(list(zip(prompts, rows, strict=True))).to(policy.device)
-    if policy.model.dtype in (torch.float32, torch.float64):
+    if policy.epsilon <= torch.finfo(torch.float32).eps:
         again, allowed = token_logprobs(policy, stream), _ALLOWED_GAP
     else:
-        again, moved = rounding_of(policy.model, lambda: token_logprobs(policy, stream))
+        plain = replace(policy, body=None)
+        again, moved = rounding_of(policy.model, lambda: token_logprobs(plain, stream))
         allowed = max(_ALLOWED_GAP, TIMES * moved.max().item())
     return (again - stream.sampler_logprobs).abs().max().item(), allowed

@@ -19,10 +19,11 @@ TILE_LOGITS = {"cpu": (1 << 20, 2048), "cuda": (1 << 24, 8192)}
 
 
 def plain_head(policy: Policy) -> nn.Linear | None:
-    """A policy's head, where it is one product in full precision and nothing follows it."""
+    """A policy's head, where it is one product, of float32 numbers or in compiled loops, and nothing follows it."""
     head, config = policy.model.get_output_embeddings(), policy.model.config.get_text_config()
     follows = any(getattr(config, name, None) is not None for name in AFTER_HEAD)
     plain = type(head) is nn.Linear and head.weight.dtype in (torch.float32, torch.float64)
+    plain &= not policy.mixed or getattr(policy.body, "halves", None) is not None
     return head if plain and not follows and policy.served == "stream" else None
 
 
@@ -89,7 +90,8 @@ class _Tiles:
         width = min(width, len(weight))
         self._weight, self._bias, self._temperature, self._halves = weight, bias, temperature, halves
         self._size = max(1, size // width)
-        self.columns = [slice(start, start + width) for start in range(0, len(weight), width)]
+        starts = range(0, len(weight), width)
+        self.columns = [slice(start, min(start + width, len(weight))) for start in starts]
 
     def rows(self, tokens: int) -> list[slice]:
         return [slice(start, start + self._size) for start in range(0, tokens, self._size)]
@@ -99,7 +101,7 @@ class _Tiles:
         if self._halves is None:
             logits = F.linear(hidden, self._weight[columns], bias)
         else:
-            logits = product(hidden, self._halves.packed(self._weight), columns, self._weight.shape[0])
+            logits = product(hidden, self._halves.packed(self._weight), columns)
             logits = logits if bias is None else logits.add_(bias)
         return logits if self._temperature == 1 else logits.div_(self._temperature)
 
@@ -119,6 +121,5 @@ class _Tiles:
 
     def places(self, targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
         """Where the targets stand among these columns, [C, 1], and which do, [C]: the others' places mean nothing."""
-        stop = min(columns.stop, len(self._weight))
-        inside = (targets >= columns.start) & (targets < stop)
-        return (targets.clamp(columns.start, stop - 1) - columns.start)[:, None], inside
+        inside = (targets >= columns.start) & (targets < columns.stop)
+        return (targets.clamp(columns.start, columns.stop - 1) - columns.start)[:, None], inside

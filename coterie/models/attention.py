@@ -108,6 +108,7 @@ def attend(
 ) -> Tensor:
     """A layer's attention by the layout that acts: q, k, v [1, H or K, T, E] -> [1, T, H, E]."""
     settings = AttentionSettings(q.shape[-1] ** -0.5 if scaling is None else scaling, window, softcap, sinks, slopes)
+    q, k = q.to(v.dtype), k.to(v.dtype)  # rotary positions in float32 widen those of mixed precision
     return _acting.get()[0].attend(int(module.layer_idx), q, k, v, settings)
 
 

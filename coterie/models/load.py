@@ -31,8 +31,6 @@ from coterie.recipe import Recipe, load_recipe
 from coterie.recipe.paths import is_local_path
 from coterie.recipe.settings import ModelShape
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 def quiet_transformers() -> None:
     """Keep transformers' progress bars and advice out of a command's own output."""
@@ -131,24 +129,23 @@ def _generation_ends(home: str) -> int | list[int] | None:
 
 def start_model(recipe: Recipe, codec: Codec, device: torch.device) -> PreTrainedModel:
     """The model that training starts from. A fresh one depends on the recipe's seed alone."""
-    dtype = DTYPES[recipe.dtype]
     if isinstance(recipe.model, str):
-        return load_model(recipe.model, device, dtype)
+        return load_model(recipe.model, device)
     highest = max(codec.tokenizer.get_vocab().values())  # ids may have gaps
     config = _fresh_config(recipe.model, vocab_size=max(len(codec.tokenizer), highest + 1))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(recipe.seed, "weights") % 2**63)
         model = AutoModelForCausalLM.from_config(config)
-    return model.to(device=device, dtype=dtype)
+    return model.to(device=device, dtype=torch.float32)
 
 
-def load_model(source: str, device: torch.device, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_model(source: str, device: torch.device) -> PreTrainedModel:
     """A model from a folder or the hub, from safetensors only."""
     source = model_folder(source)
     for name in _config_of(source).architectures or ():
         if name.endswith("ForSequenceClassification"):
             raise UserError(f"model: {source} gives scores ({name}) and writes no text; it is a reward model")
-    return _from_hub(AutoModelForCausalLM, source, dtype=dtype, use_safetensors=True).to(device)
+    return _from_hub(AutoModelForCausalLM, source, dtype=torch.float32, use_safetensors=True).to(device)
 
 
 def check_scorer(source: str) -> str:

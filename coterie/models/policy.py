@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ class Policy:
     lengths: which sequences may be run together, where positions depend on how long a sequence is.
     adapter: the LoRA matrices that it computes with, and that are trained in place of the model's weights.
     recomputes: whether a backward pass computes each layer again, from its inputs alone.
+    mixed: whether products are of bfloat16 numbers, by weights that are float32.
 
     `body_of`, `layout` and `head_logprobs` are plain here: the model's own forward pass, dense blocks, chunks of logits.
     A run's policy, `coterie.Policy`, overrides these three with faster ones, in `fast/serve.py`.
@@ -51,6 +52,7 @@ class Policy:
     lengths: Lengths = field(default_factory=Lengths)
     adapter: Adapter | None = None
     recomputes: bool = False
+    mixed: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -77,7 +79,9 @@ class Policy:
         """The model's head, with what some architectures do after it: [..., D] -> [..., V]."""
         if self.served == "padded":
             return head_inputs
-        logits, config = self.model.get_output_embeddings()(head_inputs), self.model.config.get_text_config()
+        with self._precision():
+            logits, config = self.model.get_output_embeddings()(head_inputs), self.model.config.get_text_config()
+        logits = logits.float() if self.mixed else logits
         for name, act in AFTER_HEAD.items():
             if (setting := getattr(config, name, None)) is not None:
                 logits = act(logits, setting)
@@ -124,8 +128,13 @@ class Policy:
     def acting(self, layout: Layout | None = None) -> Iterator[None]:
         """The surroundings of a forward pass: the policy's adapter, and our attention where a layout is given."""
         adapter = self.adapter.acting() if self.adapter is not None else nullcontext()
-        with adapter, stream_attention(self.model, layout, self.windows) if layout is not None else nullcontext():
+        attention = stream_attention(self.model, layout, self.windows) if layout is not None else nullcontext()
+        with adapter, attention, self._precision():
             yield
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """In mixed precision products are of bfloat16 numbers. Source: torch.autocast, which says what is and what is not."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.mixed else nullcontext()
 
     def _keeping_inputs(self, layout: Layout | None = None) -> AbstractContextManager[None]:
         """With activation checkpointing on, each layer keeps only its inputs: the backward pass computes the rest again."""
@@ -159,6 +168,15 @@ class Policy:
     def with_adapter(self, settings: Lora, seed: int) -> Self:
         """The same model, to be trained through LoRA matrices that are put into it. They do nothing yet."""
         return replace(self, adapter=add_adapter(self.model, settings, seed))
+
+    def in_mixed_precision(self) -> Self:
+        """The same policy with products of bfloat16 numbers, of weights that stay what they are."""
+        return replace(self, mixed=True, body=None)
+
+    @property
+    def epsilon(self) -> float:
+        """The distance between 1 and the next number, of those that its products give."""
+        return torch.finfo(torch.bfloat16 if self.mixed else self.model.dtype).eps
 
     def recomputing(self) -> Self:
         """The same policy with activation checkpointing."""

@@ -11,7 +11,7 @@ from typing import Any
 from coterie.errors import UserError
 
 # A section or a setting by its dotted name, and the name that it has now
-RENAMED = {"redraw": "dynamic_sampling", "value.trace": "value.gae_lambda"}
+RENAMED = {"dtype": "precision", "redraw": "dynamic_sampling", "value.trace": "value.gae_lambda"}
 MOVED = {"coterie.rewards.steps": "coterie.tasks.equation_rewards"}  # by module, where its functions are now
 
 

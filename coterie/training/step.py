@@ -94,6 +94,9 @@ def take_step(
         )  # the one place of the update where the host waits for the device
         if takes:
             optimiser.step()
+            torch.autograd.graph.increment_version(
+                parameters
+            )  # which the fused optimiser leaves out: copies of them are made again
             tally.add("optimiser/grad_norm", norm)
     tally.add("optimiser/skipped_share", 0.0 if takes else 1.0)
     return tally

@@ -163,7 +163,7 @@ def _start(run: Session, problem: Problem) -> Policy:
     """The model that the recipe begins with, as a policy, and what has to be known of it and of the problem said."""
     recipe, console, device = run.recipe, run.console, choose_device(run.recipe.device)
     model = start_model(recipe, problem.codec, device)
-    policy = tried_policy(model, console)
+    policy = tried_policy(model, console, recipe)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     console.say(f"run {run.folder}: {type(model).__name__}, {num_parameters:,} parameters, on {device}")
     if device.type == "cpu" and (why := why_missing(torch.float32)) is not None:
@@ -178,11 +178,6 @@ def _start(run: Session, problem: Problem) -> Policy:
     policy = policy.recomputing() if recipe.optimiser.activation_checkpointing else policy
     if recipe.scores:
         Scorer.check(policy)  # an architecture that has no form with a score is refused before anything is trained
-    if recipe.dtype == "bfloat16" and (recipe.lora is None or (recipe.cold_start and not recipe.cold_start_adapts)):
-        console.warn(
-            "dtype: bfloat16 weights keep 8 bits, and small updates are rounded away; float32 learns what a low learning "
-            "rate asks for"
-        )
     return policy
 
 
@@ -206,9 +201,12 @@ def _stand_at_start(run: Session, stage: str, policy: Policy) -> None:
     load_checkpoint(start, TrainState({"model": policy.model}))
 
 
-def tried_policy(model: PreTrainedModel, console: Console) -> Policy:
-    """The model as a policy, once it has been tried on a few tokens in training and in sampling, with what is to be known of it."""
+def tried_policy(model: PreTrainedModel, console: Console, recipe: Recipe | None = None) -> Policy:
+    """The model as a policy, in a recipe's precision, once it has been tried on a few tokens in training and in sampling, with what is to be
+    known of it."""
     policy = console.warning_of(lambda: serve.Policy.of(model))
+    if recipe is not None and recipe.precision == "mixed":
+        policy = policy.in_mixed_precision()
     console.warning_of(lambda: make_engine(policy))
     config = model.config.get_text_config()
     weight = getattr(config, "router_aux_loss_coef", None)

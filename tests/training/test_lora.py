@@ -214,14 +214,10 @@ def test_check_says_how_much_is_trained(tiny_recipe, capsys):
     assert f"{2 * 2 * (64 + 80)} parameters are trained" in capsys.readouterr().out
 
 
-def test_a_bfloat16_model_learns_through_float32_matrices(train, capsys):
-    settings = ("preset=grpo", "dtype=bfloat16", "cold_start=", "checkpoint={every: 4}")
-    folder = train("lora", *settings, LORA)
-    assert "keep 8 bits" not in capsys.readouterr().out
-    assert {matrix.dtype for matrix in saved(folder, 4).values()} == {torch.float32}
-    assert {weight.dtype for weight in saved(folder, 0).values()} == {torch.bfloat16}
-    train("whole", *settings)
-    assert "keep 8 bits" in capsys.readouterr().out
+def test_in_mixed_precision_what_is_saved_is_float32(train):
+    folder = train("lora", "preset=grpo", "precision=mixed", "cold_start=", "checkpoint={every: 4}", LORA)
+    for step in (0, 4):
+        assert {weight.dtype for weight in saved(folder, step).values()} == {torch.float32}
 
 
 def test_a_start_says_which_weights_get_no_matrices(tmp_path, monkeypatch, capsys):

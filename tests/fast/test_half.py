@@ -1,0 +1,161 @@
+"""Mixed precision: products of bfloat16 numbers, and what they change."""
+
+import copy
+import ctypes
+from dataclasses import replace
+
+import pytest
+import torch
+from small_streams import policy_of, stream_of
+
+from coterie.fast.half import Halves, has_half_products, product
+from coterie.fast.kernels.build import library
+from coterie.fast.native import NativeEngine
+from coterie.fast.serve import make_engine
+from coterie.models.logprobs import token_logprobs
+from coterie.models.policy import Policy as PlainPolicy
+from coterie.recipe.settings import Lora, Optimiser, Sampling
+from coterie.rollouts.pack import Row, make_stream
+from coterie.rollouts.padded import PaddedEngine
+from coterie.training.step import make_optimiser, take_step
+
+compiled = pytest.mark.skipif(not has_half_products(), reason="no AVX512-BF16 and no AMX here")
+GROUPS = [([5, 9, 3, 7], [[8, 2, 4], [6, 6], [1, 30, 12, 44, 2]]), ([11, 12], [[3], [9, 8, 7, 6, 5, 4, 3]])]
+
+
+def rounded(x):
+    return x.to(torch.bfloat16).float()
+
+
+@compiled
+@pytest.mark.parametrize("rows", [1, 7, 16, 17, 33, 64])
+@pytest.mark.parametrize(("inner", "outer"), [(16, 16), (31, 1), (128, 161), (577, 96)])
+def test_products_are_those_of_rounded_numbers(rows, inner, outer):
+    generator = torch.Generator().manual_seed(rows)
+    x, weight = (torch.randn(n, inner, generator=generator) for n in (rows, outer))
+    wanted = rounded(x).double() @ rounded(weight).double().t()
+    found = product(x, Halves().packed(weight), slice(0, outer))
+    assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+@compiled
+def test_what_decoding_calls_writes_its_outputs_and_nothing_else():
+    """As BLAS's product: rounded, and added to what is there where beta is 1."""
+    weight, x, around = torch.randn(45, 70), torch.randn(19, 70), torch.full((19 * 45 + 32,), 7.0)
+    packed, y = Halves().packed(weight), around[: 19 * 45]
+    numbers = [ctypes.byref(ctypes.c_int(n)) for n in (45, 19, 70)]
+    for beta in (0.0, 1.0):
+        y.fill_(0.5)
+        addresses = [ctypes.c_void_p(t.data_ptr()) for t in (packed, x, y)]
+        library(torch.float32).half_gemm(
+            *(None, None, *numbers, None, addresses[0], None, addresses[1], None),
+            *(ctypes.byref(ctypes.c_float(beta)), addresses[2], None, ctypes.c_size_t(1), ctypes.c_size_t(1)),
+        )
+        wanted = rounded(product(x, packed, slice(0, 45))) + 0.5 * beta
+        assert torch.equal(y.view(19, 45), wanted)
+    assert (around[19 * 45 :] == 7).all()
+
+
+@compiled
+def test_a_weight_that_is_no_number_stays_none():
+    weight = torch.ones(32, 32)
+    weight[3, 4] = torch.nan
+    weight[5, 6] = torch.inf
+    found = product(torch.ones(2, 32), Halves().packed(weight), slice(0, 32))
+    assert found[:, 3].isnan().all()
+    assert (found[:, 5] == torch.inf).all()
+    assert found[:, [0, 1, 2, 4, 6]].isfinite().all()
+
+
+def test_copies_follow_a_weight_that_an_optimiser_changed(make_model):
+    policy = policy_of(make_model("qwen3")).in_mixed_precision()
+    stream, optimiser = stream_of(GROUPS), make_optimiser(policy, Optimiser(learning_rate=1e-2))
+    before = token_logprobs(policy, stream).detach()
+    take_step(optimiser, [stream], lambda n, s: -token_logprobs(policy, s).mean(), policy.device, 1.0)
+    after = token_logprobs(policy, stream).detach()
+    fresh = token_logprobs(policy_of(copy.deepcopy(policy.model)).in_mixed_precision(), stream).detach()
+    assert (after - before).abs().max() > 1e-3
+    assert torch.equal(after, fresh)
+
+
+def gradients(policy, stream):
+    policy.model.zero_grad()
+    logprobs = token_logprobs(policy, stream)
+    logprobs.mean().backward()
+    return logprobs.detach(), {name: p.grad.clone() for name, p in policy.model.named_parameters()}
+
+
+@compiled
+@pytest.mark.parametrize("architecture", ["qwen3", "qwen2", "llama", "mistral"])
+def test_loops_are_as_exact_as_autocast(make_model, architecture):
+    """Against float64, the fast pass is no further off than the model's own layers in autocast are."""
+    plain = policy_of(make_model(architecture))
+    stream = stream_of(GROUPS)
+    exact = gradients(replace(policy_of(copy.deepcopy(plain.model).double()), body=None), stream)
+    fast, slow = plain.in_mixed_precision(), PlainPolicy.in_mixed_precision(plain)
+    assert fast.body.halves is not None
+    assert slow.body is None
+
+    def off(found):
+        return (found[0] - exact[0]).norm() / exact[0].norm(), max(
+            ((grad - exact[1][name]).norm() / exact[1][name].norm()).item() for name, grad in found[1].items()
+        )
+
+    (mine, mine_of_grads), (theirs, theirs_of_grads) = off(gradients(fast, stream)), off(gradients(slow, stream))
+    assert mine < 1.5 * theirs + 1e-4
+    assert mine_of_grads < 1.5 * theirs_of_grads + 1e-3
+    assert mine_of_grads < 0.05
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt2"])
+def test_sampler_and_trainer_agree_up_to_rounding(make_model, architecture):
+    policy = policy_of(make_model(architecture)).in_mixed_precision()
+    engine = make_engine(policy)
+    assert isinstance(engine, NativeEngine)
+    prompts = [[5, 9, 3, 7], [11, 12]]
+    made = engine.generate(prompts, torch.arange(8).view(2, 4), Sampling(max_new_tokens=12), [])
+    rows = [[Row(one.tokens, one.logprobs) for one in of_prompt] for of_prompt in made]
+    stream = make_stream(list(zip(prompts, rows, strict=True)))
+    gap = (token_logprobs(policy, stream).detach() - stream.sampler_logprobs).abs()
+    assert gap.max() < 0.05
+    again = engine.generate(prompts, torch.arange(8).view(2, 4), Sampling(max_new_tokens=12), [])
+    assert [[one.tokens for one in of] for of in again] == [[one.tokens for one in of] for of in made]
+
+
+def test_a_model_that_runs_padded_runs_in_mixed_precision_too(make_model):
+    policy = replace(policy_of(make_model("llama")), served="padded", body=None).in_mixed_precision()
+    stream = stream_of(GROUPS)
+    exact = token_logprobs(replace(policy, mixed=False), stream)
+    found = token_logprobs(policy, stream)
+    assert found.dtype == torch.float32
+    assert 0 < (found - exact).abs().max() < 0.05
+    made = PaddedEngine(policy).generate([[5, 9]], torch.arange(2).view(1, 2), Sampling(max_new_tokens=3), [])
+    assert all(len(one.tokens) == 3 for one in made[0])
+
+
+def test_gradients_are_sums_over_micro_batches(make_model):
+    """In float32: cut in two, a batch gives what it gives at once, up to the rounding of products."""
+    policy = policy_of(make_model("qwen3")).in_mixed_precision()
+    found = []
+    for streams in ([stream_of(GROUPS)], [stream_of([group]) for group in GROUPS]):
+        for parameter in policy.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for stream in streams:
+            token_logprobs(policy, stream).sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in policy.model.parameters()]))
+    assert found[0].dtype == torch.float32
+    assert (found[0] - found[1]).norm() < 0.01 * found[0].norm()
+
+
+def test_an_adapter_acts_in_mixed_precision(make_model):
+    policy = policy_of(make_model("llama")).with_adapter(Lora(rank=2), seed=0).in_mixed_precision()
+    stream = stream_of(GROUPS)
+    before = token_logprobs(policy, stream).detach()
+    for _, parameter in policy.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(1))
+    after = token_logprobs(policy, stream)
+    assert (after - before).abs().max() > 0.01
+    after.sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for _, parameter in policy.named_parameters())
+    exact = token_logprobs(replace(policy, mixed=False, body=None), stream)
+    assert (after - exact).abs().max() < 0.1
