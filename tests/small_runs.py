@@ -88,6 +88,8 @@ METHODS = {  # what makes the tiny recipe one of each preset, method and option 
     "dpo": ["preset=dpo", "group_size=", "rewards="],
     "reward_model": ["preset=reward_model", "group_size=", "sampling=", "rewards=", "evaluation={prompts: 50, every: 2}"],
     "sft": ["preset=sft", "cold_start=", "group_size=", "rewards=", "evaluation={prompts: 8, samples: 1}"],
+    "mixed": ["preset=grpo", "precision=mixed", "loss={kl_weight: 0.01}"],
+    "mixed_ppo": ["preset=ppo", "precision=mixed", "value.learning_rate=1.0e-3"],
     "replaced": ["preset=grpo", "reference={kind: replaced, every: 2}"],
     "adaptive": [
         "preset=grpo", "kl={target: 0.001}", "entropy={weight: 0.01, target: 5.0}", "loss={kl_weight: 0.1}",

@@ -94,9 +94,8 @@ def take_step(
         )  # the one place of the update where the host waits for the device
         if takes:
             optimiser.step()
-            torch.autograd.graph.increment_version(
-                parameters
-            )  # which the fused optimiser leaves out: copies of them are made again
+            # The fused optimiser does not count its changes, by which copies of weights are known to be old.
+            torch.autograd.graph.increment_version(parameters)
             tally.add("optimiser/grad_norm", norm)
     tally.add("optimiser/skipped_share", 0.0 if takes else 1.0)
     return tally
