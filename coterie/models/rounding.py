@@ -12,9 +12,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from coterie.models.policy import Policy
 from coterie.noise import key
 
 TIMES = 2  # how much further two right ways may be apart than a few trials, each of whose roundings is larger than real ones, found
+
+
+def epsilon_of(policy: Policy) -> float:
+    """The distance between 1 and the next of the numbers that a policy's products give."""
+    return torch.finfo(torch.bfloat16 if policy.mixed else policy.model.dtype).eps
 
 
 @torch.no_grad()

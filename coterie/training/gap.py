@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coterie.models.logprobs import token_logprobs
 from coterie.models.policy import Policy
-from coterie.models.rounding import TIMES, rounding_of
+from coterie.models.rounding import TIMES, epsilon_of, rounding_of
 from coterie.rollouts.pack import Row, make_stream
 from coterie.types import Stream
 
@@ -27,7 +27,7 @@ def rounding_at_the_gap(
     gaps: [N] for each stream. The row that has this token is run by itself through the unmodified model, as it is and with each
     result rounded otherwise. Nothing where even the largest gap is too small to ask: a hundredth, or what half precision makes of a small model.
     """
-    worth = max(0.01, 64 * policy.epsilon)
+    worth = max(0.01, 64 * epsilon_of(policy))
     largest = [gap.max().item() if len(gap) else 0.0 for gap in gaps]
     if not largest or not math.isfinite(sum(largest)) or max(largest) <= worth:
         return {}
