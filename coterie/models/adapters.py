@@ -202,7 +202,9 @@ def _read_directly(model: PreTrainedModel, linear: set[Any]) -> set[Any]:
     """Linear layers whose weight the model reads around them, as Mamba does, so that matrices beside them would do nothing. By a trial."""
     if model.device.type == "meta":
         return set()
-    watched = {module.weight: module for module in linear}
+    watched: dict[nn.Parameter, set[nn.Module]] = {}  # layers that share a weight are any of them
+    for module in linear:
+        watched.setdefault(module.weight, set()).add(module)
     inside: list[nn.Module] = []
     found: set[Any] = set()
 
@@ -210,8 +212,9 @@ def _read_directly(model: PreTrainedModel, linear: set[Any]) -> set[Any]:
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             given = func(*args, **(kwargs or {}))
             if isinstance(given, Tensor):
-                read = [watched[x] for x in args if isinstance(x, nn.Parameter) and x in watched]
-                found.update(module for module in read if module not in inside)
+                for x in args:
+                    if isinstance(x, nn.Parameter) and watched.get(x, set()).isdisjoint(inside):
+                        found.update(watched.get(x, ()))
             return given
 
     def leave(*_: object) -> None:
