@@ -117,10 +117,12 @@ def _meant(now: Mapping[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in now.items():
         section, dot, key = name.partition(".")
-        if dot and "." not in key and not name.endswith(_CONTENT):
-            found.setdefault(section, {})[key] = json.loads(value)
-        elif not dot and not name.endswith(_CONTENT):
+        if name.endswith(_CONTENT) or name == "run.db":  # which are files
+            continue
+        if not dot:
             found[name] = json.loads(value)
+        elif "." not in key:
+            found.setdefault(section, {})[key] = json.loads(value)
     return found
 
 
