@@ -53,7 +53,8 @@ def _found(module: str, beside: list[str]) -> list[tuple[str, Path, list[str]]]:
     for number in range(1, len(parts) + 1):
         name = ".".join(parts[:number])
         try:
-            spec = PathFinder.find_spec(name, where)
+            # By its whole name, a folder without __init__.py would be looked for in a parent that is imported.
+            spec = PathFinder.find_spec(parts[number - 1], where)
         except (ImportError, ValueError):
             spec = None
         if spec is None:

@@ -255,3 +255,15 @@ def test_a_run_that_began_before_modules_were_noted_goes_on(inputs, own_package)
     before = {name: value for name, value in now.items() if " > " not in name}
     assert len(before) < len(now)
     assert check_inputs(before, now, []) == []
+
+
+def test_folders_without_init_are_followed(inputs, tmp_path, monkeypatch):
+    """Packages inside of packages that nobody has imported yet."""
+    inner = tmp_path / "outer" / "inner"
+    inner.mkdir(parents=True)
+    (inner / "deep.py").write_text("def f(completions):\n    return [0.0] * len(completions)\n")
+    (tmp_path / "mine.py").write_text(
+        "def f(completions):\n    from outer.inner import deep\n    return deep.f(completions)\n"
+    )
+    names = inputs(rewards=[{"function": f"{tmp_path}/mine.py:f", "name": "own"}])
+    assert any("outer.inner.deep" in name for name in names)
