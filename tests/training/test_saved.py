@@ -111,6 +111,7 @@ def test_a_missing_checkpoint_is_answered_with_those_there_are(run_of, tmp_path,
         sample_model(str(run_of("scorer")), "Solve x = 3", 1, {}, None, 0, step=2)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
+    monkeypatch.chdir(tmp_path)  # where there is no runs/equations
     for arguments, words in (
         (["export", run, "--to", str(tmp_path / "taken")], "is in use"),
         (["export", run, "--to", str(tmp_path / "x"), "--step", "2", "--best"], "choose one checkpoint"),
