@@ -93,14 +93,11 @@ class FastBody:
         stream = stream + self._linears(attended, attention.o_proj)[0]
         inner = self._norm(stream, layer.post_attention_layernorm)
         gate, up = self._linears(inner, mlp.gate_proj, mlp.up_proj)
-        gated = swiglu(gate, up) if self.halves is None else half.swiglu(gate, up)
-        return stream + self._linears(gated, mlp.down_proj)[0]
+        return stream + self._linears(swiglu(gate, up), mlp.down_proj)[0]
 
     def _norm(self, x: Tensor, norm: Any) -> Tensor:
         """x / sqrt(mean(x^2) + epsilon) * weight, over the last dimension, for the products that follow."""
-        if self.halves is not None:
-            return half.rms_norm(x, norm.weight, norm.variance_epsilon)
-        return rms_norm(x, norm.weight, norm.variance_epsilon)
+        return rms_norm(x, norm.weight, norm.variance_epsilon, half=self.halves is not None)
 
     def _linears(self, x: Tensor, *modules: Any) -> Sequence[Tensor]:
         """The outputs of layers that read the same. Anything but a plain one, an adapter say, is called."""

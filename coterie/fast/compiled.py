@@ -13,10 +13,10 @@ from torch import Tensor
 from coterie.fast.kernels.calls import Groups, call, rooms, served
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """x / sqrt(mean(x^2) + epsilon) * weight, over the last dimension: x [T, D], weight [D]."""
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, half: bool = False) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * weight, over the last dimension: x [T, D], weight [D]. half: in bfloat16, as mixed precision takes it."""
     assert served(x, weight)
-    return _RMSNorm.apply(x.contiguous(), weight, epsilon)
+    return _RMSNorm.apply(x.contiguous(), weight, epsilon, half)
 
 
 def rope(x: Tensor, weight: Tensor | None, epsilon: float, cos: Tensor, sin: Tensor) -> Tensor:
@@ -29,8 +29,8 @@ def rope(x: Tensor, weight: Tensor | None, epsilon: float, cos: Tensor, sin: Ten
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up."""
-    assert served(gate, up)
+    """silu(gate) * up; both in bfloat16 in mixed precision."""
+    assert gate.dtype is torch.bfloat16 or served(gate, up)
     return _Swiglu.apply(gate.contiguous(), up.contiguous())
 
 
@@ -40,11 +40,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, groups: Groups, scaling: float, wind
     return _Attention.apply(q.contiguous(), k.contiguous(), v.contiguous(), groups, scaling, window)
 
 
+def _prefix(x: Tensor) -> str:
+    """What the names of kernels begin with that give or take bfloat16 numbers."""
+    return "half_" if x.dtype is torch.bfloat16 else ""
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        out, scale = torch.empty_like(x), x.new_empty(len(x))  # scale: what each row was multiplied with
-        call("rms_norm_forward", x, weight, float(epsilon), out, scale, *x.shape)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, half: bool) -> Tensor:
+        out = torch.empty_like(x, dtype=torch.bfloat16 if half else x.dtype)
+        scale = x.new_empty(len(x))  # what each row was multiplied with
+        call(f"{_prefix(out)}rms_norm_forward", x, weight, float(epsilon), out, scale, *x.shape)
         ctx.save_for_backward(x, weight, scale)
         return out
 
@@ -52,9 +58,9 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         x, weight, scale = ctx.saved_tensors
         grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-        inputs, outputs = (grads[0].contiguous(), x, weight, scale), (grad_x, grad_weight)
+        inputs, outputs = (grads[0].to(x.dtype).contiguous(), x, weight, scale), (grad_x, grad_weight)
         call("rms_norm_backward", *inputs, *outputs, rooms(x, len(weight)), *x.shape)
-        return grad_x, grad_weight, None
+        return grad_x, grad_weight, None, None
 
 
 class _Rope(torch.autograd.Function):
@@ -81,7 +87,7 @@ class _Swiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         out = torch.empty_like(gate)
-        call("swiglu_forward", gate, up, out, gate.numel())
+        call(f"{_prefix(gate)}swiglu_forward", gate, up, out, gate.numel())
         ctx.save_for_backward(gate, up)
         return out
 
@@ -89,7 +95,7 @@ class _Swiglu(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         gate, up = ctx.saved_tensors
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-        call("swiglu_backward", grads[0].contiguous(), gate, up, grad_gate, grad_up, gate.numel())
+        call(f"{_prefix(gate)}swiglu_backward", grads[0].contiguous(), gate, up, grad_gate, grad_up, gate.numel())
         return grad_gate, grad_up
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from coterie.fast.kernels.build import library
-from coterie.fast.kernels.calls import call, rooms
+from coterie.fast.kernels.calls import call
 
 
 @cache
@@ -84,53 +84,10 @@ def product(x: Tensor, packed: Tensor, columns: slice) -> Tensor:
     return out
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """x / sqrt(mean(x^2) + epsilon) * weight, as what products take: x [T, D], weight [D] -> [T, D] in bfloat16."""
-    return _RMSNorm.apply(x.contiguous(), weight, epsilon)
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, [T, F] in bfloat16."""
-    return _Swiglu.apply(gate, up)
-
-
 def linears(x: Tensor, modules: Sequence[nn.Linear], halves: Halves) -> tuple[Tensor, ...]:
     """The outputs of layers that read the same: x [T, in] -> [T, out] each, all in bfloat16."""
     weights = [parameter for module in modules for parameter in (module.weight, module.bias)]
     return _Linears.apply(x.to(torch.bfloat16), halves, *weights)
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        out, scale = torch.empty_like(x, dtype=torch.bfloat16), x.new_empty(len(x))
-        call("half_rms_norm", x, weight, float(epsilon), out, scale, *x.shape)
-        ctx.save_for_backward(x, weight, scale)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        x, weight, scale = ctx.saved_tensors
-        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-        inputs, outputs = (grads[0].float().contiguous(), x, weight, scale), (grad_x, grad_weight)
-        call("rms_norm_backward", *inputs, *outputs, rooms(x, len(weight)), *x.shape)
-        return grad_x, grad_weight, None
-
-
-class _Swiglu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        out = torch.empty_like(gate)
-        call("half_swiglu", gate, up, out, gate.numel())
-        ctx.save_for_backward(gate, up)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        gate, up = ctx.saved_tensors
-        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-        call("half_swiglu_backward", grads[0].contiguous(), gate, up, grad_gate, grad_up, gate.numel())
-        return grad_gate, grad_up
 
 
 class _Linears(torch.autograd.Function):

@@ -27,7 +27,7 @@ static inline float widen(half x) {
 }
 
 /* RMS norm: x [T, D], weight [D] -> out [T, D], and scale [T], what each row was multiplied with. */
-int half_rms_norm(const float *x, const float *weight, double epsilon, half *out, float *scale, long rows, long width) {
+int half_rms_norm_forward(const float *x, const float *weight, double epsilon, half *out, float *scale, long rows, long width) {
 #pragma omp parallel for schedule(static) if (rows * width > WORTH_THREADS)
     for (long t = 0; t < rows; t++) {
         const float *in = x + t * width, s = inverse_rms(in, width, epsilon);
@@ -38,7 +38,7 @@ int half_rms_norm(const float *x, const float *weight, double epsilon, half *out
 }
 
 /* silu(gate) * up, n elements, and its gradients. */
-int half_swiglu(const half *gate, const half *up, half *out, long n) {
+int half_swiglu_forward(const half *gate, const half *up, half *out, long n) {
 #pragma omp parallel for simd schedule(static) if (n > WORTH_THREADS)
     for (long i = 0; i < n; i++) {
         float g = widen(gate[i]);
