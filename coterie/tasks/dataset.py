@@ -49,7 +49,8 @@ class Dataset(Task):
                 text = f"task.evaluation: {num_shared} of its {len(self.heldout)} prompts are also trained on"
                 self.notes.append(Note("overlap", text))
         for reason, count in self.left_out.items():
-            self.notes.append(Note("rows_left_out", f"task.data: {count} rows are left out: {reason}"))
+            rows = "1 row is" if count == 1 else f"{count} rows are"
+            self.notes.append(Note("rows_left_out", f"task.data: {rows} left out: {reason}"))
         self.examples = (self.heldout or self.train)[:2]
 
     def _prompts(self, settings: DatasetTask, named: str = "task.data") -> Iterator[Prompt]:
