@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from coterie.models.codec import Codec
 from coterie.noise import key, permutation
 from coterie.rewards.maths.extract import final_answer
+from coterie.rewards.maths.values import equal
 from coterie.tasks.base import Encoded, Task
 from coterie.tasks.draw import draw
 from coterie.tasks.words import make_word_tokenizer
@@ -102,8 +103,14 @@ class Arithmetic(Task):
         return {"answer": str(problem.answer), "worked": problem.worked}
 
     def judge(self, scored: Scored) -> Mapping[str, list[bool]]:
-        """Whether the number that a completion gives as its answer is right."""
-        return {"accuracy": [final_answer(c.text) == p.columns["answer"] for p, c in entries_of(scored.groups)]}
+        """Whether a completion gives the right answer, alone or behind its sum (`47 + 38 = 85`), as the reward `answer` reads it."""
+        told = [(p.columns["answer"], final_answer(c.text)) for p, c in entries_of(scored.groups)]
+        return {"accuracy": [equal(right, answer.rpartition("=")[2], _is_no_number) for right, answer in told]}
+
+
+def _is_no_number(right: str, answer: str) -> bool:
+    """What only algebra could compare with a number is none: `47 + 38`."""
+    return False
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -39,6 +39,10 @@ def test_the_last_answer_of_a_completion_is_judged(task):
         f"First 3, so the answer is {right}": True,
         "": False,
         f"-{right}": False,
+        prompt.columns["worked"]: True,
+        prompt.columns["worked"] + ".": True,
+        prompt.columns["worked"] + "1": False,
+        prompt.columns["worked"].partition(" =")[0]: False,
     }
     made = [Completion([1], torch.zeros(1), torch.zeros(1), "stop", text) for text in texts]
     scored = Scored([Group(prompt, made)], torch.zeros(1, len(made)), {}, [])
