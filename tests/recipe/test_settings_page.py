@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import pytest
-import transformers
 
 from coterie.recipe.kinds import Place
 from coterie.recipe.methods import METHODS
@@ -20,13 +19,25 @@ def test_the_page_gives_range_and_default():
     assert "| `evaluation` | text | none | rows to evaluate on" in page
 
 
+def rows(config):
+    """What stands in the left column of the tables of one of TRL's classes."""
+    text = (PAGE.parent / "from_trl.md").read_text(encoding="utf-8")
+    tables = [table for table in text.split("\n\n") if table.startswith(f"| `{config}` |")]
+    return re.findall(r"`(\w+)`", " ".join(line.split("|")[1] for table in tables for line in table.splitlines()[2:]))
+
+
 def test_every_argument_of_trl_s_grpo_has_its_line():
     trl = pytest.importorskip("trl")
-    own = {field.name for field in dataclasses.fields(trl.GRPOConfig)}
-    own -= {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
-    lines = (PAGE.parent / "from_trl.md").read_text(encoding="utf-8").splitlines()
-    named = set(re.findall(r"`(\w+)`", " ".join(line.split("|")[1] for line in lines if line.startswith("| `"))))
-    assert own <= named, sorted(own - named)
+    fields = [field.name for field in dataclasses.fields(trl.GRPOConfig)]
+    assert sorted(rows("GRPOConfig")) == sorted(fields)
+
+
+@pytest.mark.parametrize("config", ["DPOConfig", "SFTConfig"])
+def test_what_trl_s_other_trainers_add_has_its_line(config):
+    trl = pytest.importorskip("trl")
+    fields = {field.name for field in dataclasses.fields(getattr(trl, config))}
+    assert set(rows(config)) <= fields
+    assert fields <= {*rows(config), *rows("GRPOConfig")}
 
 
 def test_the_settings_that_the_page_for_trl_names_exist():
