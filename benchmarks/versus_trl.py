@@ -5,7 +5,8 @@ weights, prompts, reward, lengths, learning rate and precision. Each trainer is 
 four steps, so that a slow minute of the machine meets both, and the first step of a turn, which finds the caches full of the
 other's data, is not timed. A step is everything from its prompts to its new weights; ours also writes every completion to
 run.db. Before the comparison, TRL's own settings for speed are tried, and the fastest is
-what it is compared at. Writes benchmarks/results/versus_trl.json and versus_trl.md.
+what it is compared at. Writes benchmarks/results/versus_trl.json and versus_trl.md. `--real`, with options of its own, is the
+same on a pretrained model: versus_trl_real.py.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +112,9 @@ class Turns:
         self._seconds = time.perf_counter() - self._started
 
     def done(self, **found: Any) -> None:
-        megabytes = (_memory("VmHWM") - self.base) / 1e6
-        print(
-            json.dumps({"seconds": self._seconds, "peak_megabytes": megabytes, **found}), file=self._answer, flush=True
-        )
+        peak = _memory("VmHWM")
+        memory = {"peak_megabytes": (peak - self.base) / 1e6, "process_megabytes": peak / 1e6}
+        print(json.dumps({"seconds": self._seconds, **memory, **found}), file=self._answer, flush=True)
 
 
 def _memory(name: str) -> int:
@@ -122,13 +123,8 @@ def _memory(name: str) -> int:
 
 
 def run_ours(folder: Path, workload: dict[str, Any], steps: int, seed: int) -> None:
-    import coterie
-    from coterie.recipe import make_recipe
-    from coterie.runs.recorder import Recorder
-    from coterie.training.session import Session
-
-    turns = Turns()
-    recipe = make_recipe(
+    train_ours(
+        folder,
         {
             "preset": "grpo",
             "task": {"data": str(folder / "prompts.jsonl"), "heldout": 0.01},
@@ -142,63 +138,102 @@ def run_ours(folder: Path, workload: dict[str, Any], steps: int, seed: int) -> N
             "optimiser": {"learning_rate": LEARNING_RATE, "warmup_steps": 0},
             "checkpoint": {"every": steps},
             "seed": seed,
-        }
+        },
     )
+
+
+def train_ours(folder: Path, recipe: dict[str, Any]) -> None:
+    """Train by a recipe, a step each turn."""
+    import coterie
+    from coterie.recipe import make_recipe
+    from coterie.runs.recorder import Recorder
+    from coterie.training.session import Session
+
+    turns = Turns()
     remaining, record = Session.remaining, Recorder.record
-    rewards: list[float] = []
+    recorded: list[dict[str, float]] = []
 
     def with_turns(run: Session, stage: str, num_steps: int) -> Any:
         for step in remaining(run, stage, num_steps):
             turns.wait()
             yield step
             turns.stop()
-            completions = run.store.read("SELECT COUNT(*) AS n FROM completions WHERE step = ?", step)[0]["n"]
-            turns.done(reward=rewards[-1], tokens=_metric(run, step, "completion/num_tokens"), kept=completions)
+            kept = run.store.read("SELECT prompt, reward FROM completions WHERE step = ?", step)
+            turns.done(
+                reward=recorded[-1]["reward/mean"],
+                tokens=recorded[-1]["completion/num_tokens"],
+                kept=len(kept),
+                rewards=[row["reward"] for row in kept],
+                silent_share=recorded[-1]["group/no_signal_share"],
+                sample_seconds=recorded[-1]["time/sample_seconds"],
+            )
 
     def remember(recorder: Recorder, stage: str, step: int, metrics: Any, *others: Any) -> None:
         record(recorder, stage, step, metrics, *others)
-        rewards.append(metrics["reward/mean"])
+        recorded.append(metrics)
 
     Session.remaining, Recorder.record = with_turns, remember  # type: ignore[method-assign]
-    coterie.train(recipe, out=str(folder / f"run-{os.getpid()}"))
-
-
-def _metric(run: Any, step: int, name: str) -> float:
-    return run.store.read("SELECT value FROM metrics WHERE step = ? AND name = ?", step, name)[0]["value"]
+    coterie.train(make_recipe(recipe), out=str(folder / f"run-{os.getpid()}"))
 
 
 def run_theirs(folder: Path, workload: dict[str, Any], steps: int, seed: int, settings: dict[str, Any]) -> None:
+    given = {
+        "bf16": False, "seed": seed, "max_steps": steps, "per_device_train_batch_size": PROMPTS * GROUP,
+        "num_generations": GROUP, "max_completion_length": workload["lengths"][1] + 8, "learning_rate": LEARNING_RATE,
+        "adam_beta2": 0.95,
+    }  # fmt: skip
+    train_theirs(folder, given | settings, vowels)
+
+
+def train_theirs(folder: Path, settings: dict[str, Any], reward: Callable[..., list[float]], **others: Any) -> None:
+    """Train with TRL, a step each turn. others: further arguments of its trainer."""
     warnings.filterwarnings("ignore")
     import datasets
+    import torch
     import trl
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
     turns = Turns()
+    sampling: list[float] = []  # seconds, of the step under way
 
     class TakeTurns(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
+            sampling.clear()
             turns.wait()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             turns.stop()
             found = {name: values[-1] for name, values in trainer._metrics["train"].items() if values}
-            tokens = found["completions/mean_length"] * PROMPTS * GROUP
-            turns.done(reward=found["reward"], tokens=tokens)
+            turns.done(
+                reward=found["reward"],
+                tokens=found["completions/mean_length"] * num_rows,
+                rewards=list(trainer._logs["rewards"][reward.__name__])[-num_rows:],
+                silent_share=found["frac_reward_zero_std"],
+                sample_seconds=sum(sampling),
+            )
+
+    class Trainer(trl.GRPOTrainer):
+        def _generate(self, *arguments: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return super()._generate(*arguments)
+            finally:
+                sampling.append(time.perf_counter() - started)
 
     config = trl.GRPOConfig(
-        output_dir=str(folder / "trl"), use_cpu=True, bf16=False, report_to=[], save_strategy="no", seed=seed,
-        logging_strategy="no", disable_tqdm=True, max_steps=steps, per_device_train_batch_size=PROMPTS * GROUP,
-        num_generations=GROUP, max_completion_length=workload["lengths"][1] + 8, learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0, adam_beta2=0.95, optim="adamw_torch_fused",
+        output_dir=str(folder / "trl"), use_cpu=True, report_to=[], save_strategy="no", logging_strategy="no",
+        disable_tqdm=True, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch_fused",
         beta=0.0, loss_type="grpo", epsilon=0.2, temperature=1.0, gradient_checkpointing=False, **settings,
     )  # fmt: skip
-    trainer = trl.GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder / "model"),
-        reward_funcs=vowels,
+    num_rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    trainer = Trainer(
+        model=AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32),
+        reward_funcs=reward,
         args=config,
         train_dataset=datasets.Dataset.from_json(str(folder / "prompts.jsonl")),
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
         callbacks=[TakeTurns()],
+        **others,
     )
     trainer.train()
 
@@ -209,8 +244,8 @@ def run_theirs(folder: Path, workload: dict[str, Any], steps: int, seed: int, se
 class Side:
     """A trainer in a process of its own."""
 
-    def __init__(self, name: str, folder: Path, workload: str, steps: int, seed: int, settings: str) -> None:
-        command = [sys.executable, __file__, "--worker", name, str(folder), workload, str(steps), str(seed), settings]
+    def __init__(self, name: str, folder: Path, *work: object, program: str = __file__) -> None:
+        command = [sys.executable, program, "--worker", name, str(folder), *map(str, work)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         self._errors = (folder / f"{name}.log").open("w")
         self._process = subprocess.Popen(
@@ -321,6 +356,11 @@ def table(results: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
+    if "--real" in sys.argv:
+        from versus_trl_real import main as compare_on_a_real_model
+
+        compare_on_a_real_model()
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=2)
@@ -328,6 +368,7 @@ def main() -> None:
     parser.add_argument("--peer", choices=list(PEER_SETTINGS), help="TRL's settings, instead of trying them all")
     parser.add_argument("--quick", action="store_true", help="three steps of the short work: whether it runs")
     parser.add_argument("--dry", action="store_true", help="print, and write no results")
+    parser.add_argument("--real", action="store_true", help="on a pretrained model; --real --help says more")
     parser.add_argument("--worker", nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:

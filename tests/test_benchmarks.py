@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from benchmark_code import load
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from coterie.tasks.arithmetic import make_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -89,6 +92,76 @@ def test_steps_of_both_trainers_are_measured_in_turn(tmp_path):
     judged = versus.judged([found], {"speed_up": 1e9})
     assert judged["speed_up"] == pytest.approx(found["trl"]["step_seconds"] / found["coterie"]["step_seconds"])
     assert judged["speed_up_held"] is False
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_pretrained_model_is_trained_by_both_trainers_on_equal_work(tmp_path):
+    pytest.importorskip("trl", reason="the extra bench is not installed")
+    out = tmp_path / "out"
+    out.mkdir()
+    make_folder(tmp_path / "model")
+
+    def run(*options):
+        command = [
+            sys.executable,
+            "benchmarks/versus_trl.py",
+            "--real",
+            "--model",
+            str(tmp_path / "model"),
+            "--out",
+            str(out),
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [*command, "--workloads", "32", "--precision", "mixed", *options], cwd=ROOT, env=environment, capture_output=True,
+            text=True, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads((out / "versus_trl_real.json").read_text())["parts"]
+
+    run("--rounds", "2", "--signal", "half", "--settings", "16", "8")
+    run("--rounds", "1", "--warmup", "0", "--signal", "all", "--settings", "16", "--lora")
+    parts = run("--curves", "--steps", "1", "--settings", "16")
+    half, adapted = parts["mixed, 32 tokens, half"], parts["mixed, LoRA, 32 tokens, all"]
+    assert all({"command", "commit", "versions", "hardware"} <= part.keys() for part in parts.values())
+    for part, silent in ((half, 0.5), (adapted, 0.0)):
+        for side in ("trl", "coterie"):
+            found = part["result"][side]
+            assert found["tokens_per_completion"] == 32  # none ends early
+            assert found["silent_share"] == silent
+            assert 0 < found["sampling_share"] < 1
+            assert found["process_megabytes"] > found["peak_megabytes"] > 0
+    assert len(half["result"]["speed_up_by_round"]) == 2
+    assert half["result"]["held"].keys() == {"speed_up", "memory_share"}
+    assert half["settings"] in parts["TRL's settings: mixed, 32 tokens, half"]["tried"]
+    curves = parts["curves: mixed, 32 tokens, answers"]["curves"]
+    for side in ("trl", "coterie"):
+        assert len(curves[side]["rewards"]) == 1
+        assert curves[side]["last"]["count"] == 64
+    rows = (out / "versus_trl_real.md").read_text().splitlines()
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| mixed, 32 tokens, half", "| mixed, LoRA, 32 tokens, all"]
+
+
+def make_folder(folder):
+    """A tiny Llama that never writes its end token, in Hugging Face format, with a tokenizer that has a chat template."""
+    tokenizer = make_tokenizer()
+    settings = dict(
+        load("measure").SIZES["tiny"],
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", **settings, bos_token_id=None, pad_token_id=0)
+    )
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 0] = (
+            10.0  # every hidden state points there, and the end token's row away
+        )
+        model.get_output_embeddings().weight[tokenizer.eos_token_id, 0] = -10.0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def test_growth_is_fitted():
