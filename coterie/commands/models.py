@@ -59,7 +59,7 @@ def check_recipe(recipe: Recipe) -> None:
         shown = _check_pair(recipe, codec, task, policy)
     elif isinstance(recipe, SFT):
         prompt, answer = task.demonstrations(1, seed=recipe.seed, step=1)[0]
-        shown = [f"--- a demonstration\n{codec.decode(prompt)}{codec.decode(answer)}"]
+        shown = [f"--- a demonstration\n{codec.as_read([*prompt, *answer])}"]
     else:
         assert isinstance(recipe, Sampled)
         with closing_all(rewards):
@@ -82,7 +82,8 @@ def _check_group(recipe: Sampled, rewards: Sequence[Reward], codec: Codec, task:
         advantages = make_advantages(recipe, rewards)(scored)[0].tolist()
     else:
         Scorer.from_policy(policy)
-    return [*_lines_of(scored, advantages), *_what_teaches_nothing(scored)]
+    read = f"--- the prompt, as the model reads it\n{codec.as_read(prompts[0].tokens)}"
+    return [read, *_lines_of(scored, advantages), *_what_teaches_nothing(scored)]
 
 
 _GOES_ON = "A run in which that goes on is ended"
@@ -114,7 +115,7 @@ def _check_pair(recipe: Recipe, codec: Codec, task: Task, policy: Policy) -> lis
         (stream,) = pair_streams(pair, recipe.optimiser.micro_batch_tokens)
         Scorer.from_policy(policy).scores(stream.to(policy.device))
     names = ("prompt", "chosen", "rejected")
-    return [f"--- {name}\n{codec.decode(tokens)}" for name, tokens in zip(names, pair[0], strict=True)]
+    return [f"--- {name}\n{codec.as_read(tokens)}" for name, tokens in zip(names, pair[0], strict=True)]
 
 
 def evaluate_model(

@@ -148,14 +148,15 @@ def _rows_of_file(recipe: Recipe, path: Path) -> list[Candidate]:
     """One row for each completion. Raises UserError with file:line for a line that can't be used."""
     if not path.is_file():
         raise UserError(f"score: {path} is neither a file nor a run folder")
-    named = recipe.task.prompt if isinstance(recipe.task, DatasetTask) else "prompt"
+    task = recipe.task
+    named, chat = (task.prompt, task.chat) if isinstance(task, DatasetTask) else ("prompt", False)
     rows = []
     for origin, columns in jsonl_rows(path):
         with standing_at(origin):
             if isinstance(columns, BadRowError):
                 raise columns
             column = named if named in columns else "prompt"
-            content, texts = prompt_of(columns, column), _texts(columns)
+            content, texts = prompt_of(columns, column, chat and column == named), _texts(columns)
         others = {name: v for name, v in columns.items() if name not in (column, "completion", "completions")}
         prompt = Prompt(0, content, _UNKNOWN, others, origin)
         group = json.dumps(content, sort_keys=True)

@@ -99,8 +99,11 @@ class Codec:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text as it was written, special tokens by name, without what ends a turn."""
-        written = [token for token in tokens if token not in self.end_tokens]
-        return str(self.tokenizer.decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return self.as_read([token for token in tokens if token not in self.end_tokens])
+
+    def as_read(self, tokens: Sequence[int]) -> str:
+        """All of the text that these tokens stand for, every special token by name."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """Each token's own text, special tokens by name, for showing them side by side."""
@@ -127,9 +130,16 @@ class Codec:
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
-    def _opened(self, messages: Messages) -> str:
+    def check_chats(self, what: str) -> None:
+        """Raises UserError where the tokenizer has no chat template, which `what` needs: a base model has none."""
         if not self.template.exists:
-            raise UserError("the tokenizer has no chat template, which chat messages need; give the prompt as text")
+            raise UserError(
+                f"{what}: the tokenizer {self.tokenizer.name_or_path!r} has no chat template, as of a base model; give the prompts as "
+                "text, or name the tokenizer of a chat model with the same vocabulary: tokenizer: ..."
+            )
+
+    def _opened(self, messages: Messages) -> str:
+        self.check_chats("a list of chat messages")
         return self.template.opened(messages)
 
     def _continued(self, content: str, prompt: list[int], answer: str) -> list[int]:

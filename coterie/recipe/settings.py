@@ -53,6 +53,7 @@ class DatasetTask(Settings):
 
     data: str = Field(description="a .jsonl or .parquet file, or a hub data set id")
     prompt: str = Field("prompt", description="the column that holds the prompt: text, or a list of chat messages")
+    chat: bool = Field(False, description="a text is what a user says in a chat: it goes through the chat template")
     answer: str | None = Field(None, description="the column with the answer to learn, for sft and a cold start")
     chosen: str | None = Field(None, description="the column with the preferred answer, for dpo and reward_model")
     rejected: str | None = Field(None, description="the column with the other answer of the pair")

@@ -34,6 +34,8 @@ class Dataset(Task):
     def __init__(self, settings: DatasetTask, codec: Codec) -> None:
         super().__init__(codec)
         self._settings = settings
+        if settings.chat:
+            codec.check_chats("task.chat")
         self._answers = [name for name in (settings.answer, settings.chosen, settings.rejected) if name]
         self.notes: list[Note] = []
         self.left_out: Counter[str] = Counter()  # rows by the reason they can't be used for
@@ -85,7 +87,7 @@ class Dataset(Task):
         settings = self._settings
         if isinstance(row, BadRowError):
             raise row
-        content = prompt_of(row, settings.prompt)
+        content = prompt_of(row, settings.prompt, settings.chat)
         asked = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
         answers = [answer_of(row, column) for column in self._answers]
         for column, text in zip((settings.prompt, *self._answers), (asked, *answers), strict=True):

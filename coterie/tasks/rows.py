@@ -170,13 +170,15 @@ def _column(row: Mapping[str, Any], column: str) -> Any:
     return row[column]
 
 
-def prompt_of(row: Mapping[str, Any], column: str) -> Any:
-    """The prompt of a row: text, or a list of messages."""
+def prompt_of(row: Mapping[str, Any], column: str, chat: bool = False) -> Any:
+    """The prompt of a row: text, or a list of messages; `chat` makes of a text a list of one."""
     content = _column(row, column)
     if isinstance(content, str):
         if not content.strip():
             raise BadRowError("empty", f"the prompt in column {column!r} is empty")
-        return content
+        return [{"role": "user", "content": content}] if chat else content
+    if chat and isinstance(content, list):
+        raise BadRowError("chats already", f"column {column!r} holds a chat already; leave task.chat out")
     if not isinstance(content, list):
         wrong = f"{content!r:.60}, {type(content).__name__}; text or chat messages are allowed"
         raise BadRowError("of a wrong type", f"column {column!r} holds {wrong}")

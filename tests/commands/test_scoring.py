@@ -119,6 +119,13 @@ def test_chats_are_scored_as_in_training(write, capsys):
     assert table(capsys.readouterr().out, "2 completions")["chat"][:5] == ["1", "3.5", "0.7071", "3", "4"]
 
 
+def test_texts_that_a_recipe_makes_chats_of_are_scored_as_chats(write, capsys):
+    task = {"data": "d", "prompt": "question", "chat": True}
+    recipe, rows = write({"chat": 1}, [{"question": "u", "completions": ["two", "four"]}], task=task)
+    score_completions(load_recipe(recipe), rows, None)
+    assert table(capsys.readouterr().out, "2 completions")["chat"][:5] == ["1", "3.5", "0.7071", "3", "4"]
+
+
 def test_no_share_is_given_where_no_prompt_has_two_completions(write, capsys):
     recipe, rows = write({"length": 1}, [{"prompt": "p", "completion": "ab"}, {"prompt": "q", "completion": "c"}])
     score_completions(load_recipe(recipe), rows, None)
