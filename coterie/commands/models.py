@@ -15,6 +15,7 @@ from coterie.models.gguf import PACKAGED
 from coterie.models.heads import Scorer
 from coterie.models.load import choose_device, model_folder, quiet_transformers, start_model
 from coterie.models.policy import Policy
+from coterie.models.quantised import num_weights
 from coterie.models.template import Chat
 from coterie.recipe import DPO, GRPO, SFT, Recipe, RewardModel, Sampled, load_recipe
 from coterie.recipe.settings import Sampling
@@ -50,9 +51,8 @@ def check_recipe(recipe: Recipe) -> None:
     model = start_model(recipe, codec, choose_device(recipe.device))
     policy = tried_policy(model, console, recipe)
     policy = policy.recomputing() if recipe.optimiser.activation_checkpointing else policy
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     console.say(
-        f"model: {type(model).__name__}, {num_parameters:,} parameters, prompts are shared: {policy.served == 'stream'}"
+        f"model: {type(model).__name__}, {num_weights(model):,} parameters, prompts are shared: {policy.served == 'stream'}"
     )
     policy = as_trained(policy, recipe, console)
     if isinstance(recipe, DPO | RewardModel):

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from coterie.errors import UserError
+from coterie.models.quantised import FORMS, Quantised
 from coterie.noise import key
 from coterie.recipe.settings import ALL_LINEAR, Lora
 
@@ -94,11 +95,19 @@ class Adapter:
             yield f"{place}.lora_B", layer.lora_B[self.name].weight
 
     def merge(self) -> None:
-        """Add B A * alpha / rank to the model's own weights, and take every set out: the model is a plain one again."""
+        """Add B A * alpha / rank to the model's own weights, and take every set out: the model is a plain one again.
+
+        Weights that were kept in few bits are floats then, and the model is on the CPU, where there is room for them.
+        """
+        if any(isinstance(layer.base_layer, Quantised) for layer in self.layers.values()):
+            self.model.cpu()
         for layer in self.layers.values():
+            if isinstance(layer.base_layer, Quantised):
+                layer.base_layer = layer.base_layer.plain()
             if self.name is not None:
                 layer.merge(adapter_names=[self.name])
         _put(self.model, {layer: layer.get_base_layer() for layer in self.layers.values()})
+        dequantise(self.model)
         self.model.requires_grad_(True)
 
 
@@ -108,6 +117,7 @@ def add_adapter(model: PreTrainedModel, settings: Lora, seed: int) -> Adapter:
     A is random, by the seed, and B is zero: the model computes what it did before, to the bit. Both are float32, whatever
     the model's own weights are, so that small updates are not rounded away.
     """
+    quantise(model, settings.base)
     targets = target_layers(model, settings)
     model.requires_grad_(False)
     plain = {place: modules[0] for place, modules in targets.items()}
@@ -116,13 +126,36 @@ def add_adapter(model: PreTrainedModel, settings: Lora, seed: int) -> Adapter:
     return Adapter(model, settings, seed, layers, POLICY)
 
 
+@torch.no_grad()
+def quantise(model: PreTrainedModel, base: str) -> None:
+    """Keep the weights of all linear layers below the head in this form, if they are not yet. Whatever else has weights, embeddings, norms,
+    the head, stays as it is. The model can't be trained then but through an adapter."""
+    if base == "float32" or any(isinstance(module, Quantised) for module in model.modules()):
+        return
+    targets = target_layers(model, Lora())
+    while targets:  # a layer's floats go before the next one is packed
+        _, modules = targets.popitem()
+        if isinstance(modules[0], nn.Linear):
+            _put(model, dict.fromkeys(modules, FORMS[base](modules[0])))
+
+
+def dequantise(model: PreTrainedModel) -> None:
+    """Let a model that `quantise` has packed have float weights throughout, on the CPU."""
+    packed = [module for module in model.modules() if isinstance(module, Quantised)]
+    if packed:
+        model.cpu()
+        _put(model, {module: module.plain() for module in packed})
+
+
 def num_in_experts(model: PreTrainedModel) -> int:
     """The number of weights in stacks of experts, which are no linear layers and get no matrices."""
     stacks = {
         parameter
         for name, module in model.base_model.named_modules()
         for parameter in module.parameters(recurse=False)
-        if parameter.dim() > 2 and "expert" in f"{name} {type(module).__name__}".lower()
+        if parameter.dim() > 2
+        and not isinstance(module, Quantised)
+        and "expert" in f"{name} {type(module).__name__}".lower()
     }
     return sum(stack.numel() for stack in stacks)
 
@@ -132,7 +165,11 @@ def check_lora(config: PretrainedConfig, settings: Lora) -> None:
     if find_spec("peft") is None:
         raise UserError("lora: needs the package peft: pip install 'coterie[lora]'")
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        target_layers(AutoModelForCausalLM.from_config(config), settings)
+        model = AutoModelForCausalLM.from_config(config)
+        target_layers(model, settings)
+    layers = target_layers(model, Lora()).values()
+    if settings.base != "float32" and not any(isinstance(modules[0], nn.Linear) for modules in layers):
+        raise UserError(f"lora.base: {type(model).__name__} has no linear layers that can be kept in {settings.base}")
 
 
 def target_layers(model: PreTrainedModel, settings: Lora) -> dict[str, list[nn.Module]]:
@@ -156,7 +193,7 @@ def target_layers(model: PreTrainedModel, settings: Lora) -> dict[str, list[nn.M
     # One weight in several layers is one weight more to train, not several
     of_weight: dict[nn.Parameter, list[str]] = {}
     for name, module in linear.items():
-        of_weight.setdefault(module.weight, []).append(name)
+        of_weight.setdefault(_weight(module), []).append(name)
     wanted = {place for places in chosen.values() for place in places}
     groups = [names for names in of_weight.values() if not wanted.isdisjoint(names)]
     return {names[0]: [linear[name] for name in names] for names in groups}
@@ -171,18 +208,24 @@ def _linear_layers(model: PreTrainedModel) -> dict[str, Any]:
     elsewhere = {p for module in model.modules() if module not in own for p in module.parameters(recurse=False)}
     biases: dict[nn.Parameter, set[nn.Parameter | None]] = {}
     for module in own:
-        biases.setdefault(module.weight, set()).add(module.bias)
+        biases.setdefault(_weight(module), set()).add(module.bias)
     return {
         f"{prefix}{name}": module
         for name, module in linear.items()
-        if module in own and module.weight not in elsewhere and len(biases[module.weight]) == 1
+        if module in own and _weight(module) not in elsewhere and len(biases[_weight(module)]) == 1
     }
+
+
+def _weight(module: Any) -> nn.Parameter:
+    """What holds a linear layer's weight, as floats or packed: one and the same where layers share it."""
+    held: nn.Parameter = module.codes if isinstance(module, Quantised) else module.weight
+    return held
 
 
 @torch.no_grad()
 def _is_linear(module: nn.Module) -> bool:
     """Whether it is a linear layer, or gives just what one gives. A router that derives from one gives more, as its choices."""
-    if type(module) in (nn.Linear, Conv1D):
+    if type(module) in (nn.Linear, Conv1D, *FORMS.values()):
         return True
     if not isinstance(module, nn.Linear):
         return False
@@ -204,7 +247,7 @@ def _read_directly(model: PreTrainedModel, linear: set[Any]) -> set[Any]:
         return set()
     watched: dict[nn.Parameter, set[nn.Module]] = {}  # layers that share a weight are any of them
     for module in linear:
-        watched.setdefault(module.weight, set()).add(module)
+        watched.setdefault(_weight(module), set()).add(module)
     inside: list[nn.Module] = []
     found: set[Any] = set()
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coterie.errors import UserError, first_line
+from coterie.models.adapters import dequantise
 from coterie.models.attention import UnservedModelError
 from coterie.models.lengths import Lengths, context_length_of, side_by_side
 from coterie.models.observe import observed
@@ -117,7 +118,9 @@ def _specimen(model: PreTrainedModel) -> PreTrainedModel:
     """The model that is tried: a copy with larger weights in float32 where that is cheap, else itself."""
     if not _is_small(model):
         return model
-    specimen = copy.deepcopy(model).float()
+    specimen = copy.deepcopy(model)
+    dequantise(specimen)
+    specimen.float().to(model.device)
     generator = torch.Generator().manual_seed(_SEED)
     with torch.no_grad():
         for parameter in specimen.parameters():

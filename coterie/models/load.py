@@ -22,9 +22,11 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from coterie.errors import UserError, first_line, nearest
+from coterie.models.adapters import quantise
 from coterie.models.codec import Codec
 from coterie.models.gguf import model_home
 from coterie.models.hub import hub_reason, why_unreachable
+from coterie.models.quantised import Quantised
 from coterie.models.template import Chat
 from coterie.noise import key
 from coterie.recipe import Recipe, load_recipe
@@ -130,7 +132,7 @@ def _generation_ends(home: str) -> int | list[int] | None:
 def start_model(recipe: Recipe, codec: Codec, device: torch.device) -> PreTrainedModel:
     """The model that training starts from. A fresh one depends on the recipe's seed alone."""
     if isinstance(recipe.model, str):
-        return load_model(recipe.model, device)
+        return load_model(recipe.model, device, recipe.lora.base if recipe.lora is not None else "float32")
     highest = max(codec.tokenizer.get_vocab().values())  # ids may have gaps
     config = _fresh_config(recipe.model, vocab_size=max(len(codec.tokenizer), highest + 1))
     with torch.random.fork_rng(devices=[]):
@@ -139,13 +141,21 @@ def start_model(recipe: Recipe, codec: Codec, device: torch.device) -> PreTraine
     return model.to(device=device, dtype=torch.float32)
 
 
-def load_model(source: str, device: torch.device) -> PreTrainedModel:
-    """A model from a folder or the hub, from safetensors only."""
+def load_model(source: str, device: torch.device, base: str = "float32") -> PreTrainedModel:
+    """A model from a folder or the hub, from safetensors only. base: as `lora.base`; whatever it does not name is float32."""
     source = model_folder(source)
     for name in _config_of(source).architectures or ():
         if name.endswith("ForSequenceClassification"):
             raise UserError(f"model: {source} gives scores ({name}) and writes no text; it is a reward model")
-    return _from_hub(AutoModelForCausalLM, source, dtype=torch.float32, use_safetensors=True).to(device)
+    if base == "float32":
+        return _from_hub(AutoModelForCausalLM, source, dtype=torch.float32, use_safetensors=True).to(device)
+    model = _from_hub(AutoModelForCausalLM, source, dtype="auto", use_safetensors=True)  # no wider than the file
+    quantise(model, base)
+    for module in model.modules():
+        if not isinstance(module, Quantised):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.float()
+    return model.to(device)
 
 
 def check_scorer(source: str) -> str:

@@ -93,6 +93,16 @@ class Recipe(Settings):
             for column in self.learns_from:
                 if not getattr(self.task, column):
                     raise ValueError(f"task.{column}: method {self.method} learns from it; name the data's column")
+        if self.lora is not None and self.lora.base != "float32":
+            if not isinstance(self.model, str):
+                raise ValueError(
+                    f"lora.base: {self.lora.base} keeps a pretrained model's weights; a fresh one has none yet"
+                )
+            if self.cold_start is not None:
+                raise ValueError(
+                    f"lora.base: {self.lora.base} has no room for what a cold_start adds to the weights; run the cold start as "
+                    "a recipe of its own (preset: sft), and name its model here"
+                )
         if isinstance(self.task, of.ReasoningTask) and (self.cold_start is not None or self.learns_from):
             what = f"method {self.method} learns" if self.learns_from else "cold_start: learns"
             raise ValueError(f"{what} from answers that are given, and reasoning_gym has problems and verifiers alone")

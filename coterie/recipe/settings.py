@@ -282,6 +282,11 @@ class Lora(Settings):
         (ALL_LINEAR,),
         description="the layers' names, as q_proj or layers.0.mlp.up_proj; all-linear for every one below the head",
     )
+    base: Literal["float32", "int8", "int4"] = Field(
+        "float32",
+        description="what the frozen weights of linear layers are kept in: floats, 8 bits with a scale for each output, or 4 bits with a "
+        "scale and a lowest value for each 32 weights",
+    )
 
     @field_validator("targets")
     @classmethod

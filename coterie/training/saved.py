@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from coterie.errors import UserError
 from coterie.fast.serve import Policy
-from coterie.models.adapters import add_adapter
+from coterie.models.adapters import add_adapter, dequantise
 from coterie.models.codec import Codec
 from coterie.models.heads import Scorer
 from coterie.models.load import start_model
@@ -83,7 +83,8 @@ class Saved:
             _load(self.run, self.step, TrainState({"model": adapter or model}))
             if adapter is not None:
                 adapter.merge()
-        return model, codec
+        dequantise(model)
+        return model.to(device), codec
 
 
 _STEP = re.compile(r"step_(\d+)")

@@ -18,6 +18,7 @@ from coterie.models.adapters import num_in_experts
 from coterie.models.heads import Scorer
 from coterie.models.load import choose_device, quiet_transformers, start_model
 from coterie.models.policy import Policy
+from coterie.models.quantised import num_packed, num_weights
 from coterie.recipe import DPO, GRPO, PPO, SFT, Recipe, RewardModel, find_recipe, load_recipe
 from coterie.recipe.settings import ColdStart, DatasetTask, Reference
 from coterie.rewards.load import closing_all
@@ -164,8 +165,7 @@ def _start(run: Session, problem: Problem) -> Policy:
     recipe, console, device = run.recipe, run.console, choose_device(run.recipe.device)
     model = start_model(recipe, problem.codec, device)
     policy = tried_policy(model, console, recipe)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    console.say(f"run {run.folder}: {type(model).__name__}, {num_parameters:,} parameters, on {device}")
+    console.say(f"run {run.folder}: {type(model).__name__}, {num_weights(model):,} parameters, on {device}")
     if device.type == "cpu" and (why := why_missing(torch.float32)) is not None:
         console.say(f"{why}: tensor operations do what compiled loops would do, more slowly")
     console.say(recipe.in_short())
@@ -229,6 +229,8 @@ def as_trained(policy: Policy, recipe: Recipe, console: Console) -> Policy:
     console.say(
         f"lora: rank {recipe.lora.rank}, {', '.join(recipe.lora.targets)}: {num_trained:,} parameters are trained{left}"
     )
+    if (packed := num_packed(policy.model))[0]:
+        console.say(f"lora.base: {packed[0]:,} weights are kept in {recipe.lora.base}, {packed[1] / 1e6:,.1f} MB")
     return policy
 
 

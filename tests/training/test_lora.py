@@ -9,16 +9,18 @@ import pytest
 import torch
 from conftest import some_quick
 from safetensors.torch import load_file
-from small_runs import METHODS, digests, finished_on_letters, metrics, plan, recorded
+from small_runs import METHODS, TINY, digests, finished, finished_on_letters, metrics, plan, recorded
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import coterie
 from coterie.commands.models import check_recipe, evaluate_model, sample_model
 from coterie.errors import UserError
 from coterie.fast.serve import Policy
+from coterie.models.load import load_model
 from coterie.models.logprobs import token_logprobs
 from coterie.recipe import load_recipe
 from coterie.rollouts.pack import Row, make_stream
+from coterie.training.saved import Saved
 
 LORA = "lora={rank: 4, alpha: 8}"
 CHOSEN = ("grpo", "ppo", "dpo", "sft", "reward_model", "anchored", "replaced", "exact", "rloo")
@@ -81,6 +83,63 @@ def test_activation_checkpointing_ends_with_the_same_bits(train, method, lora):
     folder = train("recomputed", *METHODS[method], *lora, "optimiser.activation_checkpointing=true")
     assert digests(folder) == digests(plain)
     assert recorded(folder) == recorded(plain)
+
+
+@pytest.mark.parametrize(
+    ("base", "method"),
+    [
+        ("int8", "grpo"),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in (("int4", "grpo"), ("int8", "ppo"), ("int4", "reward_model"))
+        ),
+    ],
+)
+def test_a_base_in_few_bits_resumes_to_the_same_bits_and_ends_as_a_plain_model(train, base, method):
+    source = finished() / "model"
+    packed = f"lora={{rank: 4, alpha: 8, base: {base}}}"
+    more = (*METHODS[method], f"model={source}", "cold_start=null", "optimiser={learning_rate: 1.0e-2}", packed)
+    whole = train("whole", *more)
+    start = saved(whole, 0)
+    codes = [name for name in start if name.endswith(".codes")]
+    assert len(codes) == 14
+    assert all(start[name].dtype == (torch.int8 if base == "int8" else torch.uint8) for name in codes)
+    stopped = train("stopped", *more, stop_after=3)
+    coterie.train(resume=str(stopped))
+    assert digests(stopped) == digests(whole)
+    assert recorded(stopped) == recorded(whole)
+    if method != "grpo":
+        return
+    policy = Policy.of(load_model(str(source), torch.device("cpu"), base))
+    policy = policy.with_adapter(load_recipe(str(whole / "recipe.yaml")).lora, seed=0)
+    matrices = saved(whole, 4)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            parameter.copy_(matrices[name])
+    plain = AutoModelForCausalLM.from_pretrained(whole / "model")
+    assert {name for name, _ in plain.named_parameters()} == load_file(source / "model.safetensors").keys()
+    torch.testing.assert_close(some_logprobs(Policy.of(plain)), some_logprobs(policy), rtol=0, atol=1e-5)
+    for step in (0, 4):
+        exported, _ = Saved.of(str(whole), step).model(torch.device("cpu"))
+        assert {parameter.dtype for parameter in exported.parameters()} == {torch.float32}
+    torch.testing.assert_close(some_logprobs(Policy.of(exported)), some_logprobs(policy), rtol=0, atol=1e-5)
+
+
+def test_a_base_in_few_bits_is_said_and_has_to_be_pretrained(capsys):
+    source = finished() / "model"
+    more = [*TINY, f"model={source}", "cold_start=null", "lora={base: int4}"]
+    check_recipe(load_recipe("equations", more))
+    printed = capsys.readouterr().out
+    weights = sum(weight.numel() for weight in load_file(source / "model.safetensors").values())
+    assert f"model: Qwen3ForCausalLM, {weights:,} parameters" in printed
+    packed = 2 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 48)  # of both layers
+    assert f"lora.base: {packed:,} weights are kept in int4, 0.0 MB" in printed
+    with pytest.raises(
+        UserError, match=r"lora\.base: int4 keeps a pretrained model's weights; a fresh one has none yet"
+    ):
+        load_recipe("equations", [*TINY, "cold_start=null", "lora={base: int4}"])
+    with pytest.raises(UserError, match=r"lora\.base: int4 has no room for what a cold_start adds"):
+        load_recipe("equations", [*TINY, f"model={source}", "lora={base: int4}"])
 
 
 def test_the_first_step_starts_at_the_reference():
