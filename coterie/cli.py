@@ -206,7 +206,7 @@ def evaluate(
 
     Example: [bold]coterie eval runs/equations --samples 8[/bold]
 
-    Example: [bold]coterie eval runs/equations --step 65 --against runs/equations/checkpoints/step_000000[/bold]
+    Example: [bold]coterie eval runs/equations --step 20 --against runs/equations/checkpoints/step_000000[/bold]
     """
     from coterie.commands.models import evaluate_model
 
