@@ -245,9 +245,8 @@ def fetch_model(model: str) -> None:
         )
     quiet_transformers()
     folder = model_folder(model)
-    print(
-        f"{folder}\nIn a recipe it is `model: {model}`; to train it on sums: coterie train arithmetic --set model={model}"
-    )
+    named = "" if load_recipe("arithmetic").model == model else f" --set model={model}"
+    print(f"{folder}\nIn a recipe it is `model: {model}`; to train it on sums: coterie train arithmetic{named}")
 
 
 def export_model(run: str, to: Path, step: int | None, best: bool) -> None:

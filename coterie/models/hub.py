@@ -32,5 +32,5 @@ def hub_reason(error: Exception) -> str:
     """The reason why something of the hub can't be had, in one sentence."""
     unreachable = why_unreachable()
     if unreachable is not None:
-        return f"{unreachable}, and it is not among what was downloaded before"
+        return f"{unreachable}, and it is not among what was downloaded before; download it where there is a network, and name the folder"
     return first_line(error)

@@ -21,10 +21,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from coterie.errors import UserError, first_line, nearest
+from coterie.errors import UserError, closest, first_line, nearest
 from coterie.models.adapters import quantise
 from coterie.models.codec import Codec
-from coterie.models.gguf import model_home
+from coterie.models.gguf import PACKAGED, model_home
 from coterie.models.hub import hub_reason, why_unreachable
 from coterie.models.quantised import Quantised
 from coterie.models.template import Chat
@@ -248,6 +248,8 @@ def _from_hub(kind: Any, source: str, **options: Any) -> Any:
         logging.getLogger(__name__).debug("from_pretrained failed", exc_info=error)
         if local:
             raise UserError(f"model: {source} can't be loaded: {first_line(error)}") from error
+        meant = closest(source, PACKAGED, 0.8)
+        guess = f" (did you mean {meant!r}?)" if meant else ""
         raise UserError(
-            f"model: {source} is no folder here, and can't be loaded from the hub: {hub_reason(error)}"
+            f"model: {source} is no folder here{guess}, and can't be loaded from the hub: {hub_reason(error)}"
         ) from error
