@@ -162,15 +162,18 @@ def _chart(title: str, traces: Sequence[Any]) -> Markup:
         margin={"l": 10, "r": 10, "t": 40, "b": 10},
         legend={"orientation": "h", "xanchor": "left", "x": 0, "yanchor": "top", "y": -0.12, "font": {"size": 11}},
         xaxis={"exponentformat": "none", "automargin": True},
-        yaxis={"exponentformat": "none", "automargin": True, "range": _least_range(traces)},
+        yaxis={"exponentformat": "none", "automargin": True, "range": _range(traces)},
     )
     return figure_of(figure)
 
 
-def _least_range(traces: Sequence[Any]) -> list[float] | None:
-    """A range around 0 for values that are 0 but for rounding; None leaves it to the values."""
+def _range(traces: Sequence[Any]) -> list[float] | None:
+    """Around 0 for values that are 0 but for rounding, from 0 up for a learning rate, which else is too small to be told from 0; None
+    leaves it to the values."""
     largest = max((abs(value) for trace in traces for value in trace.y if value is not None), default=1.0)
-    return [-0.001, 0.001] if largest < 1e-6 and not any(trace.name == "learning rate" for trace in traces) else None
+    if any(trace.name == "learning rate" for trace in traces):
+        return [0.0, 1.1 * largest] if largest else None
+    return [-0.001, 0.001] if largest < 1e-6 else None
 
 
 def _curves(record: Reader, names: list[str]) -> list[Any]:
