@@ -111,7 +111,9 @@ def test_curves_have_plain_numbers_and_a_panel_for_each_part(tmp_path):
     assert {"Reward, the weighted sum", "Each part of the reward, unweighted", "Loss", "Learning rate"} <= charts.keys()
     assert all(chart["yaxis"]["exponentformat"] == "none" for chart in charts.values())
     assert charts["Loss"]["yaxis"]["range"] == [-0.001, 0.001]  # rounding is not blown up to a curve
-    assert charts["Learning rate"]["yaxis"]["range"] == pytest.approx([0, 1.1 * 3e-6])  # one that stays the same is told from 0
+    assert charts["Learning rate"]["yaxis"]["range"] == pytest.approx(
+        [0, 1.1 * 3e-6]
+    )  # one that stays the same is told from 0
 
 
 def layouts(page):
