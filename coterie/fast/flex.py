@@ -68,17 +68,18 @@ class FlexLayout:
 
     def _mask(self, window: int | None) -> BlockMask:
         sequence, trunk, position = self._sequence, self._trunk, self._position
+        before = (
+            position - window if window is not None else None
+        )  # a tensor: a number would be compiled for each window
 
         def reads(batch: Any, head: Any, query: Tensor, key: Tensor) -> Tensor:
             allowed = (sequence[key] == sequence[query]) | (sequence[key] == trunk[query])
             allowed = allowed & (key <= query)
-            return allowed if window is None else allowed & (position[query] - position[key] < window)
+            return allowed if before is None else allowed & (position[key] > before[query])
 
         places = torch.arange(len(sequence), device=sequence.device)
-        some, all_of = (
-            [],
-            [],
-        )  # of each tile of queries, about each tile of keys: whether any pair counts, whether all do
+        # Of each tile of queries, about each tile of keys: whether any pair counts, whether all do
+        some, all_of = list[Tensor](), list[Tensor]()
         for queries in places.split(_QUERIES):
             pairs = reads(None, None, queries[:, None], places).view(len(queries) // _TILE, _TILE, -1, _TILE)
             some.append(pairs.any(3).any(1))
@@ -100,6 +101,8 @@ def _call(device: str) -> Any:
     if device == "cpu":
         return flex_attention
     torch._dynamo.config.recompile_limit = max(_COMPILED, torch._dynamo.config.recompile_limit)
+    # Scaling and soft cap are constants of a kernel: compiled for any length, it would get them as numbers that it can't hold
+    torch._dynamo.config.specialize_float = True
     return torch.compile(flex_attention, dynamic=True)
 
 

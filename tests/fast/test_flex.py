@@ -1,8 +1,11 @@
 """FlexAttention over a stream gives what dense blocks give. On a CPU it computes with whole matrices; the masks are the same."""
 
+from functools import partial
+
 import pytest
 import torch
 
+from coterie.fast import flex
 from coterie.fast.flex import FlexLayout, flex_serves
 from coterie.fast.stream import StreamLayout
 from coterie.models.attention import AttentionSettings
@@ -50,6 +53,28 @@ def test_skipped_tiles_hold_nothing_and_whole_ones_everything(window):
             found[row, indices[0, 0, row, : int(counts[0, 0, row])].long()] = value
     assert torch.equal(found, expected)
     assert {0.0, 1.0, 2.0} <= set(expected.flatten().tolist()) or window is not None
+
+
+def test_kernels_are_compiled_for_any_length_and_no_number_is_left_open(monkeypatch):
+    """A GPU's kernel can't hold a scaling that comes as a number of a tensor. Compiled here are the graphs, and not the kernels."""
+    graphs = []
+
+    def seen(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=seen))
+    call = flex._call.__wrapped__("cuda")
+    monkeypatch.setattr(flex, "_call", lambda device: call)
+    for settings in (AttentionSettings(0.3, window, softcap) for window in (None, 7, 40) for softcap in (None, 2.0)):
+        for repeats in (1, 2, 4, 7, 30):
+            segments = [(40, (20, 30)), (5, (6,))] * repeats
+            tensors = [torch.randn(1, heads, 101 * repeats, 16) for heads in (4, 2, 2)]
+            found, plain = (kind(segments, "cpu").attend(0, *tensors, settings) for kind in (FlexLayout, DenseLayout))
+            torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+    assert len(graphs) <= 12  # of four kinds: for one tile, and for more
+    assert not [node for graph in graphs for node in graph.graph.nodes if node.target == "item"]
 
 
 def test_where_it_fails_it_is_said_and_dense_blocks_serve():
