@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coterie.fast.decoder import Decoder
 from coterie.fast.grid import DecodeLayout, Grid, PrefillLayout
-from coterie.fast.replay import ROOM, Replayer
+from coterie.fast.replay import ROOM, Pool, Replayer
 from coterie.fast.transcript import Transcript
 from coterie.models.policy import Policy
 from coterie.rollouts.engine import Ends, Engine, Job, SampledTokens, sample_tokens
@@ -35,6 +35,7 @@ class NativeEngine(Engine):
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy)
         self.replays = policy.device.type == "cuda"  # whether steps are in static shapes, recorded and replayed
+        self.recordings = Pool()
         self._bytes_per_token: int | None = None  # of keys and values
 
     def sample(self, job: Job) -> list[list[Completion]]:
@@ -72,7 +73,7 @@ class _Sampling:
         self._engine, self._policy, self._job = engine, engine.policy, job
         self._ends, self._transcript = Ends(job), Transcript()
         self._decoder = Decoder.of(self._policy, longest + job.sampling.max_new_tokens)
-        self._replayer = Replayer(self._policy) if engine.replays and self._decoder is None else None
+        self._replayer = Replayer(self._policy, engine.recordings) if engine.replays and self._decoder is None else None
         # Whether compiled loops draw the tokens too, many at a time
         self._draws = self._decoder is not None and not self._ends.reads_text and not job.sampling.truncates
         self._look_every = 1 if self._draws else _LOOK_EVERY[device.type]

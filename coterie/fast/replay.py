@@ -28,12 +28,11 @@ class Replayer:
     Recording fails for a model that waits for the device in its forward pass; then `usable` is false from there on, after a warning.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, pool: Pool) -> None:
         self.usable = True
-        self._policy = policy
+        self._policy, self._pool = policy, pool
         self._step: _Step | None = None
         self._checked = False
-        self._pool: Any = None  # of memory, which one recording leaves to the next
 
     def feed(self, grid: Grid, tokens: Tensor, positions: Tensor) -> Tensor:
         """The logits after these tokens, [R] at positions [R], of rows that are in the grid: [R, V]."""
@@ -46,7 +45,6 @@ class Replayer:
 
     def _record(self, step: _Step, tokens: Tensor, positions: Tensor) -> None:
         try:
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
             expected = None if self._checked else step.run(tokens, positions)
             step.record(self._pool)
             if expected is not None:
@@ -83,29 +81,41 @@ class _Step:
         self.graph.replay()
         return self._logits
 
-    def record(self, pool: Any) -> None:
-        self.graph, self._logits = _capture(self._compute, pool)
+    def record(self, pool: Pool) -> None:
+        self.graph, self._logits = pool.capture(self._compute)
 
     def _compute(self) -> Tensor:
         layout = StaticLayout(self._grid, self._now)
         return self._policy.logits(self._policy.run(self._tokens, self._positions, layout))
 
 
-def _capture(compute: Callable[[], Tensor], pool: Any) -> tuple[Any, Tensor]:
-    """A recording of what `compute` launches, and the tensor that a replay fills.
+class Pool:
+    """Memory that one recording leaves to the next. torch gives it up for good with the last recording in it, so the newest is kept."""
 
-    This is torch.cuda.graph without the collection of garbage at its start, which takes longer than the steps that are saved.
-    """
-    graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        graph.capture_begin(pool=pool)
-        try:
-            out = compute()
-        finally:
-            graph.capture_end()
-    torch.cuda.current_stream().wait_stream(aside)
-    return graph, out
+    def __init__(self) -> None:
+        self._handle: Any = None
+        self._stream: Any = None  # for all recordings: each stream gets a room of its own for products, which stays
+        self._newest: Any = None
+
+    def capture(self, compute: Callable[[], Tensor]) -> tuple[Any, Tensor]:
+        """A recording of what `compute` launches, and the tensor that a replay fills.
+
+        This is torch.cuda.graph without what it does first, which takes longer than the steps that are saved: to collect garbage, and to
+        give memory back. What other threads do on the device meanwhile does not end it.
+        """
+        graph = torch.cuda.CUDAGraph()
+        self._handle = self._handle or torch.cuda.graph_pool_handle()
+        self._stream = self._stream or torch.cuda.Stream()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
+            try:
+                out = compute()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        self._newest = graph
+        return graph, out
 
 
 def _records_on(device: torch.device) -> bool:
