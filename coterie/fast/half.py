@@ -1,5 +1,6 @@
-"""Mixed precision on a CPU: products of bfloat16 numbers, and what stands between two of them in bfloat16; weights, norms, rotary
-positions, attention, the residual stream and log-probabilities in float32.
+"""Mixed precision: products of bfloat16 numbers. On a CPU that has them in compiled loops, with what stands between two of them in
+bfloat16; weights, norms, rotary positions, attention, the residual stream and log-probabilities in float32. Elsewhere what autocast leaves
+to be done: logits that are not rounded, and weights that are rounded once and not for every token.
 
 Legend: T tokens of a stream, D width, F width of the gated layer, V vocabulary.
 """
@@ -7,7 +8,8 @@ Legend: T tokens of a stream, D width, F width of the gated layer, V vocabulary.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -82,6 +84,33 @@ def product(x: Tensor, packed: Tensor, columns: slice) -> Tensor:
     out = x.new_empty(len(x), columns.stop - columns.start)
     call("half_product", x.contiguous(), packed, out, *x.shape, out.shape[1], columns.start)
     return out
+
+
+def head_product(x: Tensor, weight: Tensor, halves: Halves, columns: slice) -> Tensor:
+    """Some outputs of a head, in float32 and not rounded: x [T, in], weight [out, in] -> [T, columns], the first a multiple of 32."""
+    if x.device.type == "cpu" and has_half_products():
+        return product(x, halves.packed(weight), columns)
+    x, rounded = x.to(torch.bfloat16), halves.rounded(weight)[columns].t()
+    if x.device.type == "cuda":
+        return torch.mm(x, rounded, out_dtype=torch.float32)
+    return x.float() @ rounded.float()
+
+
+@contextmanager
+def weights_rounded(model: nn.Module, but: nn.Module | None) -> Iterator[None]:
+    """Let the linear layers of a model, but one, hold bfloat16 copies of their weights, which autocast would make in every forward pass:
+    in sampling, for every token."""
+    modules = [module for module in model.modules() if type(module) is nn.Linear and module is not but]
+    places = [(module._parameters, name) for module in modules for name in ("weight", "bias")]
+    held = [parameters[name] for parameters, name in places]
+    copies = {one: one.detach().to(torch.bfloat16) for one in held if one is not None}  # layers may share a weight
+    try:
+        for (parameters, name), one in zip(places, held, strict=True):
+            parameters[name] = copies[one] if one is not None else None
+        yield
+    finally:
+        for (parameters, name), one in zip(places, held, strict=True):
+            parameters[name] = one
 
 
 def linears(x: Tensor, modules: Sequence[nn.Linear], halves: Halves) -> tuple[Tensor, ...]:

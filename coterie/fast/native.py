@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from coterie.fast.decoder import Decoder
 from coterie.fast.grid import DecodeLayout, Grid, PrefillLayout
+from coterie.fast.half import weights_rounded
 from coterie.fast.replay import ROOM, Pool, Replayer
+from coterie.fast.tiles import plain_head
 from coterie.fast.transcript import Transcript
 from coterie.models.policy import Policy
 from coterie.rollouts.engine import Ends, Engine, Job, SampledTokens, sample_tokens
@@ -40,8 +43,10 @@ class NativeEngine(Engine):
 
     def sample(self, job: Job) -> list[list[Completion]]:
         made: dict[int, list[Completion]] = {}
-        for chosen in self.policy.lengths.alike([len(prompt) for prompt in job.prompts]):
-            made |= dict(zip(chosen, _Sampling(self, _part(job, chosen)).run(), strict=True))
+        own_layers = self.policy.mixed and self.policy.body is None
+        with weights_rounded(self.policy.model, plain_head(self.policy)) if own_layers else nullcontext():
+            for chosen in self.policy.lengths.alike([len(prompt) for prompt in job.prompts]):
+                made |= dict(zip(chosen, _Sampling(self, _part(job, chosen)).run(), strict=True))
         return [made[number] for number in range(len(job.prompts))]
 
     def kv_bytes(self, token: int) -> int:

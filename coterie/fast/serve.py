@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from coterie.fast.body import FastBody
-from coterie.fast.half import Halves, has_half_products, product
+from coterie.fast.half import Halves, has_half_products, head_product
 from coterie.fast.native import NativeEngine
 from coterie.fast.stream import StreamLayout
 from coterie.fast.tiles import TiledLogprobs, plain_head
@@ -33,9 +33,15 @@ from coterie.rollouts.padded import PaddedEngine
 _ALLOWED_GAP = 1e-3  # nats, in float32; a row that lost its keys is off by more
 
 
+@dataclass(frozen=True)
 class Policy(PlainPolicy):
     """A policy with the fast forms of its forward pass: our own of the Llama family, attention that copies no prompt, and logits in
-    tiles."""
+    tiles.
+
+    head_halves: in mixed precision through the model's own layers, the bfloat16 copy of its head.
+    """
+
+    head_halves: Halves | None = None
 
     @classmethod
     def body_of(cls, model: nn.Module, settings: Mapping[int, AttentionSettings]) -> FastBody | None:
@@ -45,29 +51,31 @@ class Policy(PlainPolicy):
         return StreamLayout(segments, self.device)
 
     def in_mixed_precision(self) -> Policy:
-        """On a CPU that has products of bfloat16 numbers, in compiled loops; elsewhere in the model's own layers."""
-        body = self.body.in_half() if isinstance(self.body, FastBody) and has_half_products() else None
-        return replace(self, mixed=True, body=body)
+        """On a CPU that has products of bfloat16 numbers, in compiled loops; elsewhere in the model's own layers, but for its head."""
+        if isinstance(self.body, FastBody) and has_half_products():
+            return replace(self, mixed=True, body=self.body.in_half())
+        return replace(self, mixed=True, body=None, head_halves=Halves())
 
     def logits(self, head_inputs: Tensor) -> Tensor:
-        head, halves = plain_head(self), self._halves
+        head, halves = plain_head(self), self.halves
         if head is None or halves is None or torch.is_grad_enabled():
             return super().logits(head_inputs)
-        rows = product(
-            head_inputs.reshape(-1, head_inputs.shape[-1]), halves.packed(head.weight), slice(0, len(head.weight))
+        rows = head_product(
+            head_inputs.reshape(-1, head_inputs.shape[-1]), head.weight, halves, slice(0, len(head.weight))
         )
         logits = rows.view(*head_inputs.shape[:-1], -1)
         return logits if head.bias is None else logits + head.bias
 
     @property
-    def _halves(self) -> Halves | None:
-        return self.body.halves if isinstance(self.body, FastBody) else None
+    def halves(self) -> Halves | None:
+        """The bfloat16 copies of weights, in mixed precision."""
+        return self.body.halves if isinstance(self.body, FastBody) else self.head_halves
 
     def head_logprobs(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor | None:
         head = plain_head(self)
         if head is None or not len(targets):
             return None
-        return TiledLogprobs.apply(hidden, head.weight, head.bias, targets, temperature, self._halves)
+        return TiledLogprobs.apply(hidden, head.weight, head.bias, targets, temperature, self.halves)
 
 
 def load_policy(source: str, device: torch.device, chat: Chat | None = None) -> tuple[Policy, Codec]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coterie.fast.half import Halves, product
+from coterie.fast.half import Halves, head_product
 from coterie.models.policy import AFTER_HEAD, Policy
 
 # Logits of a tile, and how many of the vocabulary it covers
@@ -19,11 +19,11 @@ TILE_LOGITS = {"cpu": (1 << 20, 2048), "cuda": (1 << 24, 8192)}
 
 
 def plain_head(policy: Policy) -> nn.Linear | None:
-    """A policy's head, where it is one product, of float32 numbers or in compiled loops, and nothing follows it."""
+    """A policy's head, where it is one product, of float32 weights, and nothing follows it."""
     head, config = policy.model.get_output_embeddings(), policy.model.config.get_text_config()
     follows = any(getattr(config, name, None) is not None for name in AFTER_HEAD)
     plain = type(head) is nn.Linear and head.weight.dtype in (torch.float32, torch.float64)
-    plain &= not policy.mixed or getattr(policy.body, "halves", None) is not None
+    plain &= not policy.mixed or getattr(policy, "halves", None) is not None
     return head if plain and not follows and policy.served == "stream" else None
 
 
@@ -101,7 +101,7 @@ class _Tiles:
         if self._halves is None:
             logits = F.linear(hidden, self._weight[columns], bias)
         else:
-            logits = product(hidden, self._halves.packed(self._weight), columns)
+            logits = head_product(hidden, self._weight, self._halves, columns)
             logits = logits if bias is None else logits.add_(bias)
         return logits if self._temperature == 1 else logits.div_(self._temperature)
 

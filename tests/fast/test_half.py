@@ -2,16 +2,19 @@
 
 import copy
 import ctypes
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from small_streams import policy_of, stream_of
 
-from coterie.fast.half import Halves, has_half_products, product
+from coterie.fast import native
+from coterie.fast.half import Halves, has_half_products, product, weights_rounded
 from coterie.fast.kernels.build import library
 from coterie.fast.native import NativeEngine
 from coterie.fast.serve import make_engine
+from coterie.fast.tiles import plain_head
 from coterie.models.logprobs import token_logprobs
 from coterie.models.policy import Policy as PlainPolicy
 from coterie.recipe.settings import Lora, Optimiser, Sampling
@@ -120,6 +123,47 @@ def test_sampler_and_trainer_agree_up_to_rounding(make_model, architecture):
     assert gap.max() < 0.05
     again = engine.generate(prompts, torch.arange(8).view(2, 4), Sampling(max_new_tokens=12), [])
     assert [[one.tokens for one in of] for of in again] == [[one.tokens for one in of] for of in made]
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma"])
+def test_logits_are_not_rounded_where_the_model_s_own_layers_run(make_model, architecture):
+    """As on a GPU. What comes of it is as exact as autocast, and logits are products of rounded numbers, as float32 has them."""
+    plain, stream = policy_of(make_model(architecture)), stream_of(GROUPS)
+    exact = gradients(replace(policy_of(copy.deepcopy(plain.model).double()), body=None), stream)
+    ours, autocast = plain.in_mixed_precision(), PlainPolicy.in_mixed_precision(plain)
+    assert ours.body is None
+    assert plain_head(ours) is not None
+
+    def off(found):
+        grads = [(found[1][name] - exact[1][name]).norm() / exact[1][name].norm() for name in found[1]]
+        return (found[0] - exact[0]).norm().item(), max(grads).item()
+
+    mine, theirs = off(gradients(ours, stream)), off(gradients(autocast, stream))
+    assert mine[0] < 1.5 * theirs[0] + 1e-4
+    assert mine[1] < 1.5 * theirs[1] + 1e-3
+    hidden = ours.head_inputs(stream).detach()
+    head = ours.model.get_output_embeddings()
+    with torch.no_grad():
+        logits = ours.logits(hidden)
+    torch.testing.assert_close(logits, rounded(hidden) @ rounded(head.weight).t(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_weights_that_are_rounded_once_sample_the_same_bits(make_model, monkeypatch, lora):
+    policy = replace(policy_of(make_model("qwen2")), body=None).in_mixed_precision()
+    policy = policy.with_adapter(Lora(rank=2), seed=0) if lora else policy
+    before = [(parameter, parameter.clone()) for parameter in policy.model.parameters()]
+    found = []
+    for rounds in (weights_rounded, lambda model, but: nullcontext()):
+        monkeypatch.setattr(native, "weights_rounded", rounds)
+        made = NativeEngine(policy).generate(
+            [[5, 9, 3, 7], [11, 12]], torch.arange(8).view(2, 4), Sampling(max_new_tokens=12), []
+        )
+        found.append([(one.tokens, one.logprobs.tolist()) for of_prompt in made for one in of_prompt])
+    assert found[0] == found[1]
+    for (parameter, held), now in zip(before, policy.model.parameters(), strict=True):
+        assert now is parameter
+        assert torch.equal(now, held)
 
 
 def test_a_model_that_runs_padded_runs_in_mixed_precision_too(make_model):
