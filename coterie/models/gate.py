@@ -283,17 +283,17 @@ def _check_isolated(policy: Policy, sample: _Sample) -> None:
     The gradient of what is computed for one with respect to the embeddings of the others is exactly zero, whatever the rounding.
     """
     model = policy.model
-    leaves: list[Tensor] = []
-    with torch.enable_grad(), _embeddings_kept(model, leaves):
-        layout = policy.layout(sample.segments)
-        states = policy.run(torch.cat(sample.tokens), sample.positions.to(model.device), layout)
-        generator = torch.Generator().manual_seed(_SEED)
-        projected = (states * torch.randn(states.shape, generator=generator).to(states)).sum(1)  # [T]
-    (leaf,) = leaves
     owner = torch.arange(len(sample.tokens)).repeat_interleave(torch.tensor([len(part) for part in sample.tokens]))
     for sequence, allowed in ((2, (0, 2)), (4, (3, 4))):  # of a prompt, two completions, a prompt, and one
-        wanted = (owner == sequence).to(projected)
-        (gradient,) = torch.autograd.grad(projected, leaf, wanted, retain_graph=True)
+        leaves: list[Tensor] = []
+        with torch.enable_grad(), _embeddings_kept(model, leaves):
+            layout = policy.layout(sample.segments)
+            states = policy.run(torch.cat(sample.tokens), sample.positions.to(model.device), layout)
+            generator = torch.Generator().manual_seed(_SEED)
+            projected = (states * torch.randn(states.shape, generator=generator).to(states)).sum(1)  # [T]
+        (leaf,) = leaves
+        # Each time from a pass of its own: what torch compiles has no gradient twice
+        (gradient,) = torch.autograd.grad(projected, leaf, (owner == sequence).to(projected))
         touched = set(owner[(gradient.view(len(owner), -1) != 0).any(1).cpu()].tolist())
         if not touched <= set(allowed):
             raise UnservedModelError("what stands in one sequence reaches another one")

@@ -8,6 +8,7 @@ from test_every_architecture import LOGPROBS, some_groups
 
 from coterie.errors import UserError
 from coterie.fast.serve import Policy
+from coterie.fast.stream import StreamLayout
 from coterie.fast.tiles import plain_head
 from coterie.models.logprobs import token_logprobs
 
@@ -130,3 +131,22 @@ def test_windows_are_those_of_their_layers_alone(architecture):
     policy = Policy.of(tiny_model(architecture, layer_types=kinds))
     assert policy.windows == {0: None, 1: 5, 2: None}
     assert difference(policy) < LOGPROBS
+
+
+class Once(torch.autograd.Function):
+    """Has a gradient once, as what torch compiles for a GPU."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        assert not torch._C._autograd._get_current_graph_task_keep_graph()
+        return grad
+
+
+def test_attention_that_has_a_gradient_once_is_served(make_model, monkeypatch):
+    attend = StreamLayout.attend
+    monkeypatch.setattr(StreamLayout, "attend", lambda *arguments: Once.apply(attend(*arguments)))
+    assert Policy.of(make_model("qwen3")).served == "stream"
