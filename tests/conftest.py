@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from small_runs import TINY, trained_on_letters
+from small_streams import DEVICE
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coterie.fast.kernels.build import library
@@ -90,7 +91,7 @@ def make_model():
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-        return model.eval()
+        return model.eval().to(DEVICE)
 
     return build
 

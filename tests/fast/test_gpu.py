@@ -13,6 +13,7 @@ from coterie.fast.native import NativeEngine
 from coterie.fast.serve import Policy
 from coterie.models.attention import AttentionSettings
 from coterie.models.layout import DenseLayout
+from coterie.recipe.settings import Sampling
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 DEVICE = "cuda"
@@ -52,9 +53,19 @@ def test_recorded_steps_sample_the_same_tokens(make_model, sampling):
     assert tokens[0] == tokens[1]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_trains_and_its_sampler_is_its_trainer(train, dtype):
-    folder = train("run", f"device={DEVICE}", f"dtype={dtype}", "preset=dr_grpo", "loss.kl_weight=0.04")
+@pytest.mark.parametrize("precision", ["float32", "mixed"])
+def test_one_recording_follows_another(make_model, precision):
+    """When rows outgrow the room for their keys, and in the next job."""
+    policy = Policy.of(make_model("qwen3", max_position_embeddings=1024).to(DEVICE))
+    engine = NativeEngine(policy.in_mixed_precision() if precision == "mixed" else policy)
+    for number in range(3):
+        engine.generate(some_prompts(4 + number), some_keys(4 + number, 3), Sampling(max_new_tokens=400), ())
+        assert engine.replays
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed"])
+def test_a_run_trains_and_its_sampler_is_its_trainer(train, precision):
+    folder = train("run", f"device={DEVICE}", f"precision={precision}", "preset=dr_grpo", "loss.kl_weight=0.04")
     for step in range(1, 5):
         found = metrics(folder, step)
         assert all(math.isfinite(value) for value in found.values()), found

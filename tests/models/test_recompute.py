@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import SHAPES, some_quick
-from small_streams import policy_of, stream_of
+from small_streams import DEVICE, policy_of, stream_of
 from test_stream import random_groups
 
 import coterie
@@ -22,7 +22,7 @@ from coterie.recipe.settings import Lora
 
 def loss_and_gradients(policy):
     stream = stream_of(random_groups())
-    weights = torch.randn(stream.targets.shape, generator=torch.Generator().manual_seed(2))
+    weights = torch.randn(stream.targets.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     policy.model.zero_grad()
     loss = (token_logprobs(policy, stream, temperature=0.8) * weights).mean()
     loss.backward()

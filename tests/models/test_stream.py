@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import SHAPES
-from small_streams import plain_logprobs, stream_of
+from small_streams import DEVICE, plain_logprobs, stream_of
 
 from coterie.fast import tiles
 from coterie.fast.serve import Policy
@@ -26,7 +26,7 @@ def test_logprobs_loss_and_every_gradient_equal_the_plain_run(make_model, archit
     model, groups = make_model(architecture), random_groups()
     policy = Policy.of(model)
     assert policy.served == "stream"
-    weights = torch.randn(stream_of(groups).targets.shape, generator=torch.Generator().manual_seed(2))
+    weights = torch.randn(stream_of(groups).targets.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE)
 
     plain = plain_logprobs(model, groups, temperature=0.8)
     (plain * weights).mean().backward()
@@ -76,7 +76,7 @@ def test_a_completion_does_not_see_its_siblings(make_model):
 
 def test_the_model_is_its_plain_self_afterwards(make_model):
     model = make_model("llama")
-    tokens = torch.randint(61, (2, 9))
+    tokens = torch.randint(61, (2, 9)).to(DEVICE)
     before = model(tokens).logits
     token_logprobs(Policy.of(model), stream_of(random_groups()))
     assert torch.equal(model(tokens).logits, before)
@@ -85,9 +85,9 @@ def test_the_model_is_its_plain_self_afterwards(make_model):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_chunked_logprobs_and_gradients_equal_whole_ones(make_model, monkeypatch, temperature):
     policy = Policy.of(make_model("gemma2"))
-    hidden = torch.randn(37, 32, requires_grad=True)
-    targets = torch.randint(61, (37,))
-    support = [torch.cat([target[None], torch.randperm(61)[:9]]).unique() for target in targets]
+    hidden = torch.randn(37, 32).to(DEVICE).requires_grad_()
+    targets = torch.randint(61, (37,)).to(DEVICE)
+    support = [torch.cat([target[None], torch.randperm(61)[:9]]).unique() for target in targets.cpu()]
     results = []
     for chunk_logits in (10**9, 61 * 5):
         hidden.grad = None
@@ -106,13 +106,13 @@ def test_chunked_logprobs_and_gradients_equal_whole_ones(make_model, monkeypatch
 def test_a_plain_head_s_gradients_in_tiles_are_whole_logits_ones(
     make_model, monkeypatch, architecture, temperature, tile
 ):
-    monkeypatch.setitem(tiles.TILE_LOGITS, "cpu", tile)
+    monkeypatch.setitem(tiles.TILE_LOGITS, torch.device(DEVICE).type, tile)
     policy = Policy.of(make_model(architecture))
     head = tiles.plain_head(policy)
     assert head is not None
     policy.model.double()
-    hidden = torch.randn(37, 32, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(61, (37,))
+    hidden = torch.randn(37, 32, dtype=torch.float64).to(DEVICE).requires_grad_()
+    targets = torch.randint(61, (37,)).to(DEVICE)
     inputs = [hidden, *head.parameters()]
     found = head_statistics(policy, hidden, targets, temperature=temperature).logprobs
     whole = (head(hidden) / temperature).log_softmax(1)[torch.arange(37), targets]
@@ -130,7 +130,7 @@ def test_a_head_with_something_after_it_is_not_plain(make_model, architecture):
 
 def test_truncated_logprobs_are_those_of_the_kept_tokens(make_model):
     policy = Policy.of(make_model("qwen3"))
-    hidden, targets = torch.randn(3, 32), torch.tensor([4, 9, 60])
+    hidden, targets = torch.randn(3, 32).to(DEVICE), torch.tensor([4, 9, 60]).to(DEVICE)
     support = [torch.tensor([4]), torch.tensor([1, 9]), torch.arange(61)]
     with torch.no_grad():
         got = head_statistics(policy, hidden, targets, support).logprobs

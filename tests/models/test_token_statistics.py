@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_streams import DEVICE
 
 from coterie.fast.serve import Policy
 from coterie.models import logprobs
@@ -15,7 +16,7 @@ def stream(support=None):
     def row(tokens):
         return Row(tokens, torch.zeros(len(tokens)), support=support and [torch.tensor([*support, t]) for t in tokens])
 
-    return make_stream([(prompt, [row(c) for c in completions]) for prompt, completions in GROUPS])
+    return make_stream([(prompt, [row(c) for c in completions]) for prompt, completions in GROUPS]).to(DEVICE)
 
 
 def tables(policy, temperature, support):
@@ -23,7 +24,7 @@ def tables(policy, temperature, support):
     rows = []
     for prompt, completions in GROUPS:
         for completion in completions:
-            logits = policy.model(torch.tensor([prompt + completion])).logits[0].double() / temperature
+            logits = policy.model(torch.tensor([prompt + completion], device=DEVICE)).logits[0].double() / temperature
             for n, token in enumerate(completion):
                 at = logits[len(prompt) + n - 1]
                 if support:
@@ -52,7 +53,7 @@ def test_entropy_and_exact_kl_with_every_gradient(make_model, monkeypatch, suppo
     torch.testing.assert_close(found.exact_kls, kls.float(), rtol=1e-4, atol=1e-5)
     assert kls.min() > 1e-4
     parameters = list(policy.model.parameters())
-    weights = torch.linspace(-1, 1, len(kls))
+    weights = torch.linspace(-1, 1, len(kls), device=DEVICE)
     expected = torch.autograd.grad(((entropies + 2 * kls) * weights).sum(), parameters)
     got = torch.autograd.grad(((found.entropies + 2 * found.exact_kls) * weights).sum(), parameters)
     for ours_of, theirs_of in zip(got, expected, strict=True):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_streams import DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coterie.algorithms.advantages import group_advantages
@@ -164,7 +165,7 @@ def test_the_loss_is_the_formula_written_out(batch):
         for c, completion in enumerate(group.completions):
             if math.isnan(scored.rewards[p, c]):
                 continue
-            row = torch.tensor([group.prompt.tokens + completion.tokens])
+            row = torch.tensor([group.prompt.tokens + completion.tokens], device=DEVICE)
             start, total = len(group.prompt.tokens), 0.0
             with torch.no_grad():
                 ours, theirs = (m.model(row).logits[0].double().log_softmax(-1) for m in (policy, reference))
@@ -194,14 +195,14 @@ def test_a_correction_weighs_the_ratio_by_the_sampler_s_distance(exact_batch, ki
     advantages = group_advantages(scored.rewards)
     streams, totals = pack(scored, advantages, max_length=20, micro_batch_tokens=10**6, drop_silent=False)
     policy.model.zero_grad()
-    for stream in streams:
+    for stream in (stream.to(DEVICE) for stream in streams):
         logprobs = token_logprobs(policy, stream)
         gaps = (logprobs.detach() - stream.sampler_logprobs).tolist()
         rows = stream.row.tolist()
         of_row = {row: sum(gap for gap, its in zip(gaps, rows, strict=True) if its == row) for row in rows}
         ratios = [math.exp(of_row[row] if level == "sequence" else gap) for gap, row in zip(gaps, rows, strict=True)]
         weights = [min(r, limit) if kind == "truncate" else r * (1 / limit <= r <= limit) for r in ratios]
-        weighed = torch.tensor(weights, dtype=torch.float64) * stream.advantages[stream.row]
+        weighed = torch.tensor(weights, dtype=torch.float64, device=DEVICE) * stream.advantages[stream.row]
         (-(weighed * logprobs).sum() / totals.num_tokens).backward()
     for name, parameter in policy.model.named_parameters():
         torch.testing.assert_close(
@@ -323,7 +324,7 @@ def test_sft_is_the_mean_negative_log_likelihood_of_the_answers(make_model):
     pairs = [([3, 4, 5], [6, 7, 8, 9]), ([10], [11, 12]), ([3, 4, 5], [20])]
     logprobs = []
     for prompt, answer in pairs:
-        table = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+        table = model(torch.tensor([prompt + answer], device=DEVICE)).logits[0].log_softmax(-1)
         logprobs += [table[len(prompt) + n - 1, token] for n, token in enumerate(answer)]
     expected = -torch.stack(logprobs).mean()
     gradients = torch.autograd.grad(expected, list(model.parameters()))
