@@ -47,6 +47,8 @@ SIZES = {
              "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
     "1.7b": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
              "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
+    "4b": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
 }  # fmt: skip
 RECIPE = make_recipe({"preset": "dr_grpo", "model": "none", "task": "equations", "rewards": ["none:none"]})
 WEIGHTS = first_loss_weights(RECIPE)

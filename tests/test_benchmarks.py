@@ -237,6 +237,46 @@ def test_end_tokens_leave_half_and_tokens_are_compared_by_place():
 
 
 @pytest.mark.slow
+def test_what_is_to_run_on_a_gpu_runs_whole_on_a_cpu(tmp_path):
+    """Every part writes its figures, and what only CUDA can do is said to be missing; so no minute on a GPU is spent on a slip."""
+    command = [sys.executable, "benchmarks/gpu.py", "--tiny", "--out", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert {"command", "commit", "versions", "hardware"} <= found.keys()
+    measured = found["measured"]
+    assert measured.keys() == load("gpu").LIMITS.keys()
+    for part, figures in measured.items():
+        failures = {name: one for name, one in figures.items() if isinstance(one, dict) and "failure" in one}
+        assert not failures, part
+        assert figures["process"].keys() == {"seconds"}, part
+        assert len(figures) > 1
+    assert measured["machine"]["gpu"] == measured["recompilation"]["flex attention"] == "not on a CPU"
+    for size in ("0.6b", "1.7b", "4b"):
+        assert measured[size]["training"]["of_matrix_rate"] > 0
+        assert measured[size]["decoding"]["tokens_per_second"] > 0
+        assert measured[size]["steps"]["steps"] == 2
+    assert max(measured["equations"]["float32"]["policy/sampler_gap_max"]) < 1e-3
+    assert measured["equal"]["stream beside rows, float32"]["gradient"] < 1e-4
+    assert 1e-4 < measured["equal"]["stream beside rows, mixed"]["gradient"] < 0.1
+
+
+def test_a_part_that_hangs_or_fails_loses_no_figure(tmp_path):
+    gpu = load("gpu")
+    figures = gpu.Figures(tmp_path / "gpu.json", "part")
+    figures.put("first", 1)
+    with figures.trying("second"):
+        raise ValueError("for this reason")
+    given = argparse.Namespace(out=tmp_path, device="cpu", tiny=True)
+    gpu.in_process("machine", given, tmp_path / "gpu.json", 0.2)
+    measured = json.loads((tmp_path / "gpu.json").read_text())["measured"]
+    assert measured["part"]["first"] == 1
+    assert measured["part"]["second"]["failure"][-1] == "ValueError: for this reason"
+    assert "0 seconds" in measured["machine"]["process"]["exit"]
+
+
+@pytest.mark.slow
 def test_rewards_holds_its_figures_against_targets(tmp_path):
     parts = ["programs", "pairs", "cheating", "failing"]
     command = [sys.executable, "benchmarks/rewards.py", "--quick", "--rounds", "1", "--out", str(tmp_path)]
