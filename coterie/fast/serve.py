@@ -75,6 +75,7 @@ class Policy(PlainPolicy):
         head = plain_head(self)
         if head is None or not len(targets):
             return None
+        hidden = hidden.float() if self.mixed else hidden  # some models end with a product
         return TiledLogprobs.apply(hidden, head.weight, head.bias, targets, temperature, self.halves)
 
 
