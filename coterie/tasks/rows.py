@@ -34,7 +34,9 @@ def read_rows(settings: DatasetTask, named: str = "task.data") -> Rows:
     if not path.exists() and not is_local_path(settings.data):
         return _hub_rows(settings, named)
     if not path.is_file():
-        wrong = "is a folder; name a file in it" if path.is_dir() else "does not exist"
+        wrong = (
+            "is a folder; name a file in it" if path.is_dir() else f"does not exist; name another: --set {named}=FILE"
+        )
         raise UserError(f"{named}: {'' if path.is_dir() else 'the file '}{settings.data} {wrong}")
     if path.suffix == ".parquet":
         return _parquet_rows(path)

@@ -446,7 +446,9 @@ def test_rows_of_their_own_to_evaluate_on(jsonl):
     overlapping = dataset(path, evaluation=jsonl({"prompt": "a", "n": 1}, {"prompt": "x"}, name="o.jsonl"))
     assert ["1 of its 2 prompts are also trained on" in note.text for note in overlapping.notes] == [True]
     assert "test.jsonl:2" in refused(path, evaluation=jsonl({"prompt": "c"}, {"prompt": 3}, name="test.jsonl"))
-    assert refused(path, evaluation="nowhere.jsonl") == "task.evaluation: the file nowhere.jsonl does not exist"
+    assert refused(path, evaluation="nowhere.jsonl") == (
+        "task.evaluation: the file nowhere.jsonl does not exist; name another: --set task.evaluation=FILE"
+    )
     folder = path.rpartition("/")[0]
     assert refused(path, evaluation=folder) == f"task.evaluation: {folder} is a folder; name a file in it"
     broken = jsonl({"prompt": "c"}, *["{"] * 3, *({"prompt": f"p{n}"} for n in range(96)), name="broken.jsonl")
