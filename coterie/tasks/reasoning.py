@@ -74,14 +74,14 @@ def _entries(generators: Mapping[str, Mapping[str, Any]], count: int, seed: int)
     for name, settings in generators.items():
         size = max(1, round(count * settings.get("weight", 1) / total))
         seen: set[str] = set()
-        for entry in _generator(name, settings, size, seed):
+        for entry in _made(name, settings, size, seed):
             if entry["question"] not in seen:
                 seen.add(entry["question"])
                 yield entry
 
 
-def _generator(name: str, settings: Mapping[str, Any], size: int, seed: int) -> Any:
-    """One of reasoning-gym's. Raises UserError where it, or one of its settings, does not exist."""
+def _made(name: str, settings: Mapping[str, Any], size: int, seed: int) -> list[dict[str, Any]]:
+    """Problems of one generator. Raises UserError where it, or one of its settings, does not exist, or can't be used."""
     try:
         from reasoning_gym.factory import DATASETS, create_dataset
     except ImportError:
@@ -94,7 +94,7 @@ def _generator(name: str, settings: Mapping[str, Any], size: int, seed: int) -> 
         if key not in known or key in ("seed", "size"):
             raise UserError(f"task.reasoning_gym: {name} has no setting {key!r}; {nearest(key, known)}")
     try:
-        return create_dataset(name, **own, size=size, seed=seed % _SEEDS)
+        return list(create_dataset(name, **own, size=size, seed=seed % _SEEDS))  # some settings fail at a problem only
     except Exception as error:  # each generator checks its settings in its own way
         raise UserError(
             f"task.reasoning_gym: {name} refuses these settings: {error or type(error).__name__}"

@@ -58,6 +58,7 @@ def test_a_generator_has_its_own_settings():
         ({"chain_sum": {"min_term": 2}}, "chain_sum has no setting 'min_term'; did you mean 'min_terms'"),
         ({"chain_sum": {"seed": 2}}, "chain_sum has no setting 'seed'"),
         ({"chain_sum": {"min_terms": 9, "max_terms": 2}}, "chain_sum refuses these settings"),
+        ({"simple_equations": {"operators": ["+"]}}, "simple_equations refuses these settings: The number of weights"),
     ],
 )
 def test_a_wrong_generator_or_setting_is_named(given, words):
