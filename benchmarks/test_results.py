@@ -43,6 +43,7 @@ def test_every_file_says_how_it_was_measured(name):
         ("objectives", ["docs/objectives/measured.md"]),
         ("objectives_off_policy", ["docs/objectives/measured.md"]),
         ("versus_trl", ["docs/performance.md"]),
+        ("versus_trl_real", ["docs/performance.md"]),
         ("scaling", ["docs/performance.md"]),
         ("roofline", ["docs/performance.md"]),
         ("generation", ["docs/performance.md"]),
@@ -103,6 +104,14 @@ def test_both_trainers_took_the_same_steps_and_learned_alike():
             sum(of_seed[side]["tokens_per_completion"] for of_seed in result["seeds"]) for side in ("trl", "coterie")
         ]
         assert lengths[0] == pytest.approx(lengths[1], rel=0.1), work
+
+
+def test_both_trainers_did_the_same_work_on_the_real_model():
+    compared = [part["result"] for part in read("versus_trl_real")["parts"].values() if "result" in part]
+    assert compared
+    for result in compared:
+        for what in ("silent_share", "tokens_per_completion"):
+            assert result["trl"][what] == pytest.approx(result["coterie"][what], rel=0.01)
 
 
 def test_what_rewards_withstand_held_as_root_and_as_a_plain_user():

@@ -8,7 +8,7 @@ is measured on both sides.
 
 Each trainer is a process of its own. They take turns, so that a slow minute of the machine meets both: a step that is not timed
 each, then `--rounds` rounds of `--steps` steps. Where several of TRL's settings are given, each is tried first for as many steps
-(and a step that is not timed), and the fastest is compared with. What is found is written after every round, into its part of
+(and a step that is not timed), and the fastest is compared with. What is found is written after every turn, into its part of
 benchmarks/results/versus_trl_real.json and the table beside it; parts of other work stay.
 
 `--curves` compares what both learn instead: the arithmetic task with the reward `answer`, completions ending as they will.
@@ -23,7 +23,9 @@ import statistics
 import sys
 import tempfile
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +42,9 @@ SETTINGS: dict[str, dict[str, Any]] = {  # of TRL's: rows of a micro-batch, what
     "16": {"per_device_train_batch_size": 16},
     "64": {"per_device_train_batch_size": 64},
     "8-static-cache": {"per_device_train_batch_size": 8, "cache_implementation": "static"},
-    "16-static-cache": {"per_device_train_batch_size": 16, "cache_implementation": "static"},
-    "16-torch-compile": {"per_device_train_batch_size": 16, "torch_compile": True},
-    "16-continuous-batching": {
-        "per_device_train_batch_size": 16,
+    "8-torch-compile": {"per_device_train_batch_size": 8, "torch_compile": True},
+    "8-continuous-batching": {
+        "per_device_train_batch_size": 8,
         "use_transformers_continuous_batching": True,
         "transformers_continuous_batching_config": PAGES,
     },
@@ -116,7 +117,7 @@ def answered(completions: list[Any], answer: list[str], **columns: Any) -> list[
     return [float(value) for value in Answer()(completions, answer=answer)]  # type: ignore[arg-type]
 
 
-REWARDS = {"all": hashed, "half": half_hashed, "answers": answered}
+REWARDS: dict[str, Callable[..., list[float]]] = {"all": hashed, "half": half_hashed, "answers": answered}
 
 
 # What both trainers start from
@@ -224,11 +225,11 @@ def try_settings(folder: Path, work: Work, options: argparse.Namespace) -> dict[
     return found
 
 
-def compare(folder: Path, work: Work, settings: str, options: argparse.Namespace, keep: Any) -> dict[str, Any]:
-    """Rounds of both, in turn. A side begins when its first turn comes and is ended after its last one. keep: called after every round."""
+def compare(folder: Path, work: Work, settings: str, options: argparse.Namespace, keep: Any) -> None:
+    """Rounds of both, in turn. A side begins when its first turn comes and is ended after its last one. keep: given what there is
+    after every turn."""
     sides: dict[str, Side] = {}
-    rounds: dict[str, list[list[dict[str, Any]]]] = {"trl": [], "coterie": []}
-    result: dict[str, Any] = {}
+    rounds: dict[str, list[list[dict[str, Any]]]] = {"coterie": [], "trl": []}
     try:
         for number in range(options.rounds):
             for name, of_rounds in rounds.items():
@@ -238,12 +239,14 @@ def compare(folder: Path, work: Work, settings: str, options: argparse.Namespace
                 of_rounds.append([sides[name].step() for _ in range(num_steps)])
                 if number == options.rounds - 1:
                     sides[name].close()
-            result = judged(work, {name: of_side(found, options.warmup) for name, found in rounds.items()})
-            keep(result)
+                both = min(map(len, rounds.values()))
+                found = {
+                    side: of_side(turns[: both or None], options.warmup) for side, turns in rounds.items() if turns
+                }
+                keep(judged(work, found) if both else found)
     finally:
         for side in sides.values():
             side.close()
-    return result
 
 
 def of_side(rounds: list[list[dict[str, Any]]], warmup: int) -> dict[str, Any]:
@@ -340,10 +343,10 @@ def write(out: Path, part: str, values: dict[str, Any]) -> None:
 
     file = out / f"{RESULT}.json"
     parts = json.loads(file.read_text())["parts"] if file.exists() else {}
-    import trl
-
-    about = stamp(sys.argv)
-    about["versions"]["trl"] = trl.__version__
+    about = stamp(
+        [word for place, word in enumerate(sys.argv) if "--out" not in sys.argv[max(place - 1, 0) : place + 1]]
+    )
+    about["versions"]["trl"] = version("trl")
     parts[part] = {**about, **rounded(values)}
     write_json(RESULT, {"parts": parts}, out)
     (out / f"{RESULT}.md").write_text("\n".join(table(parts)) + "\n")
