@@ -91,8 +91,10 @@ class Work:
         """The least speed-up and the most memory that are aimed at."""
         if self.precision != "mixed":
             return {}
-        speed_up = {} if self.lora else {"speed_up": SPEED_UPS[self.workload, self.signal]}
-        return {**speed_up, "memory_share": 0.45 if self.lora else 0.7}
+        if self.lora:
+            return {"memory_share": 0.45}
+        speed_up = SPEED_UPS.get((self.workload, self.signal))
+        return {**({"speed_up": speed_up} if speed_up else {}), "memory_share": 0.7}
 
 
 # Rewards, of the signature that both trainers call
@@ -123,8 +125,9 @@ REWARDS: dict[str, Callable[..., list[float]]] = {"all": hashed, "half": half_ha
 # What both trainers start from
 
 
-def make_start(folder: Path, source: str, work: Work) -> None:
-    """The folder `model`, and `prompts.jsonl`. For a timing prompts are rendered beforehand, and completions never end early."""
+def make_start(folder: Path, source: str, work: Work) -> float:
+    """The folder `model`, and `prompts.jsonl`: how many tokens a prompt has on average. For a timing prompts are rendered beforehand,
+    and completions never end early."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     from coterie.tasks.arithmetic import sums
@@ -141,12 +144,10 @@ def make_start(folder: Path, source: str, work: Work) -> None:
     rows: list[dict[str, Any]] = [
         {"prompt": chat, "answer": str(p.answer)} for chat, p in zip(chats, sums()[0], strict=False)
     ]
+    tokenizer, config = AutoTokenizer.from_pretrained(source), AutoConfig.from_pretrained(source)
+    rendered = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     if work.signal != "answers":
-        tokenizer, config = AutoTokenizer.from_pretrained(source), AutoConfig.from_pretrained(source)
-        rows = [
-            {"prompt": tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)}
-            for chat in chats
-        ]
+        rows = [{"prompt": text} for text in rendered]
         tokenizer.chat_template = None
         if NEVER_WRITTEN in tokenizer.get_vocab():
             tokenizer.eos_token = NEVER_WRITTEN
@@ -158,6 +159,7 @@ def make_start(folder: Path, source: str, work: Work) -> None:
         for part in (tokenizer, config, settings):
             part.save_pretrained(target)
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return statistics.mean(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in rendered)
 
 
 # The two sides
@@ -357,22 +359,23 @@ def measure(work: Work, options: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home)
-        make_start(folder, model_home(options.model), work)
-        print(work.name, flush=True)
+        about = {"work": work.name, "prompt_tokens": make_start(folder, model_home(options.model), work)}
+        print(f"{work.name}, prompts of {about['prompt_tokens']:.0f}", flush=True)
+
+        def keep(part: str, **found: Any) -> None:
+            write(options.out, part, {**about, **found})
+
         settings = options.settings[0]
         if options.curves:
-            curves(folder, work, settings, options, lambda found: write(
-                options.out, f"curves: {work.name}", {"work": work.name, "settings": settings, "curves": found}
-            ))  # fmt: skip
+            name = f"curves: {work.name}"
+            curves(folder, work, settings, options, lambda found: keep(name, settings=settings, curves=found))
             return
         if len(options.settings) > 1:
             tried = try_settings(folder, work, options)
-            write(options.out, f"TRL's settings: {work.name}", {"work": work.name, "tried": tried})
+            keep(f"TRL's settings: {work.name}", tried=tried)
             ran = {name: found["step_seconds"] for name, found in tried.items() if isinstance(found, dict)}
             settings = min(ran, key=ran.__getitem__)
-        compare(folder, work, settings, options, lambda result: write(
-            options.out, work.name, {"work": work.name, "settings": settings, "result": result}
-        ))  # fmt: skip
+        compare(folder, work, settings, options, lambda result: keep(work.name, settings=settings, result=result))
 
 
 def main() -> None:
