@@ -1,9 +1,9 @@
 """How much memory training takes, by method: SmolLM2-135M, 8 prompts with 8 completions of exactly 64 tokens, signal in every group.
 
-`python benchmarks/memory.py` runs each method in a process of its own: it samples two steps, updates on them with random rewards, watches the
-KL with the reference on a group as a run does, and reads the kernel's high-water mark of the process after the model was loaded.
-Writes benchmarks/results/memory.json and memory.md: what was measured, and what follows from it by arithmetic for other models.
-`--only METHOD ...` measures some and keeps what the file says of the others.
+`python benchmarks/memory.py` runs each method in a process of its own: two updates on random completions with random rewards; before each of them
+the KL with the reference is watched on a group as a run does. It reads the kernel's high-water mark of the process after the model was loaded.
+With `--timed` the completions are sampled, and the second step is timed: alone on a machine. Writes benchmarks/results/memory.json and memory.md:
+what was measured, and what follows from it by arithmetic for other models. `--only METHOD ...` measures some and keeps what the file says of the others.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ WAYS = {  # activation checkpointing, tokens of a micro-batch
 }
 
 
-def measure(model: str, mixed: bool, base: str | None, again: bool, micro_batch_tokens: int) -> dict[str, float]:
+def measure(
+    model: str, mixed: bool, base: str | None, again: bool, micro_batch_tokens: int, timed: bool
+) -> dict[str, float]:
     """Peak memory of the process in megabytes, and the seconds of the last step."""
     device = torch.device("cpu")
     before = _resident()
@@ -64,23 +66,29 @@ def measure(model: str, mixed: bool, base: str | None, again: bool, micro_batch_
     for step in range(STEPS):
         began = time.perf_counter()
         prompts = random_prompts([PROMPT_TOKENS] * PROMPTS, policy.vocabulary_size, step)
-        keys = noise_keys(PROMPTS, GROUP, step)
-        groups = engine.generate(prompts, keys, Sampling(max_new_tokens=TOKENS), [])
-        sampled = time.perf_counter()
-        rows = [[Row(c.tokens, c.logprobs) for c in group] for group in groups]
-        logprobs_of(reference, [make_stream([(prompts[0], rows[0])])], temperature=1.0)
         generator = torch.Generator().manual_seed(step)
+        sampler_logprobs = None
+        completions = torch.randint(policy.vocabulary_size, (PROMPTS, GROUP, TOKENS), generator=generator).tolist()
+        if timed:
+            keys = noise_keys(PROMPTS, GROUP, step)
+            groups = engine.generate(prompts, keys, Sampling(max_new_tokens=TOKENS), [])
+            completions = [[c.tokens for c in group] for group in groups]
+            sampler_logprobs = [[c.logprobs for c in group] for group in groups]
+        sampled = time.perf_counter()
+        watched = make_stream([(prompts[0], [Row.written(tokens) for tokens in completions[0]])])
+        logprobs_of(reference, [watched], temperature=1.0)
         coterie.update(
             policy,
             optimiser,
             prompts=prompts,
-            completions=[[c.tokens for c in group] for group in groups],
-            sampler_logprobs=[[c.logprobs for c in group] for group in groups],
+            completions=completions,
+            sampler_logprobs=sampler_logprobs,
             rewards=torch.rand(PROMPTS, GROUP, generator=generator),
             preset="dr_grpo",
             settings=settings,
         )
-        found |= {"sample_seconds": sampled - began, "step_seconds": time.perf_counter() - began}
+        if timed:
+            found |= {"sample_seconds": sampled - began, "step_seconds": time.perf_counter() - began}
     return {**found, "start_megabytes": start, "peak_megabytes": start + training.megabytes()}
 
 
@@ -89,9 +97,9 @@ def _resident() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) * 1024 / 1e6
 
 
-def measure_apart(model: str, method: str, way: str) -> dict[str, float]:
+def measure_apart(model: str, method: str, way: str, timed: bool) -> dict[str, float]:
     """The same in a process of its own, whose memory is nobody else's."""
-    words = [sys.executable, __file__, "--model", model, "--one", method, way]
+    words = [sys.executable, __file__, "--model", model, "--one", method, way, *(["--timed"] if timed else [])]
     found = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
     measured: dict[str, float] = json.loads(found.splitlines()[-1])
     return measured
@@ -183,9 +191,10 @@ def write_tables(parts: dict[str, dict]) -> None:
     """memory.md: the methods as they were measured, and the largest models by arithmetic."""
     cells = []
     for method in METHODS:
-        found = [parts.get(f"{method}; {way}") for way in WAYS]
-        seconds = [f"{one['step_seconds']:.1f}" if one else "-" for one in found]
-        peaks = [f"{one['peak_megabytes'] / 1e3:.2f}" if one else "-" for one in found]
+        peaks, seconds = (
+            [f"{one[key] / scale:.2f}" if (one := parts.get(f"{method}; {way}{timed}")) else "-" for way in WAYS]
+            for key, scale, timed in (("peak_megabytes", 1e3, ""), ("step_seconds", 1, "; timed"))
+        )
         cells.append([method, *(x for pair in zip(peaks, seconds, strict=True) for x in pair)])
     lines = table(["SmolLM2-135M, measured", *(f"{way}: {unit}" for way in WAYS for unit in ("GB", "s"))], cells)
     way = "recomputed, small micro-batches"
@@ -205,19 +214,25 @@ def main() -> None:
         "--only", nargs="+", help="some methods; what the file says of the others stays", default=METHODS
     )
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--timed", action="store_true", help="sample, and time the second step")
     parser.add_argument("--one", nargs=2, metavar=("METHOD", "WAY"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
         again, tokens = WAYS[given.one[1]]
-        print(json.dumps(measure(given.model, **METHODS[given.one[0]], again=again, micro_batch_tokens=tokens)))
+        print(
+            json.dumps(
+                measure(given.model, **METHODS[given.one[0]], again=again, micro_batch_tokens=tokens, timed=given.timed)
+            )
+        )
         return
     file = RESULTS / "memory.json"
-    parts = json.loads(file.read_text())["parts"] if file.is_file() else {}
     for method in given.only:
         for way in given.ways:
-            found = measure_apart(given.model, method, way)
-            parts[f"{method}; {way}"] = {**stamp(sys.argv), **rounded(found)}
-            print(method, way, found, flush=True)
+            found = {**stamp(sys.argv), **rounded(measure_apart(given.model, method, way, given.timed))}
+            parts = json.loads(file.read_text())["parts"] if file.is_file() else {}
+            name = f"{method}; {way}" + ("; timed" if given.timed else "")
+            parts[name] = found
+            print(name, {key: value for key, value in found.items() if "_" in key}, flush=True)
             write_json("memory", {"parts": parts})
             write_tables(parts)
 
