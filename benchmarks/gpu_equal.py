@@ -118,7 +118,7 @@ def tiles(setting: Setting, precision: str) -> dict[str, float]:
         return [out.detach(), *torch.autograd.grad((out * direction).sum(), leaves)]
 
     found = of(lambda x, w: TiledLogprobs.apply(x, w, None, targets, 0.8, halves), torch.float32)
-    whole = of(lambda x, w: (x @ w.t() / 0.8).log_softmax(1)[torch.arange(rows), targets], torch.float64)
+    whole = of(lambda x, w: (x @ w.t() / 0.8).log_softmax(1).gather(1, targets[:, None])[:, 0], torch.float64)
     return {name: error(x, y) for name, x, y in zip(("logprobs", "hidden", "weight"), found, whole, strict=True)}
 
 
