@@ -20,12 +20,14 @@ class Stopwatch:
 
     A section within another counts only where it refines it, as "sample/draw" does "sample"; else the outer one keeps the
     time: what an evaluation samples belongs to "evaluate". What is in no section is "other".
+    products: by section, the multiplications and additions of those matrix products that are counted.
     on_turn: called with the section that begins, before the clock is read.
     """
 
     def __init__(self, on_turn: Callable[[str], None] | None = None) -> None:
         self.nanoseconds: dict[str, int] = {OTHER: 0}
         self.calls: dict[str, int] = {}
+        self.products: dict[str, float] = {}
         self._on_turn = on_turn
         self._inside = [OTHER]
         if on_turn is not None:
@@ -45,6 +47,12 @@ class Stopwatch:
         inner = self._inside.pop()
         if inner != self._inside[-1]:
             self._turn(inner, self._inside[-1])
+
+    def count_products(self, forward: float, backward: float) -> None:
+        """See `count_products`."""
+        here = self._inside[-1]
+        for name, count in ((here, forward), (here.replace("/forward", "/backward"), backward)):
+            self.products[name] = self.products.get(name, 0.0) + count
 
     def stop(self) -> None:
         """Add the time since the last turn to the section under way."""
@@ -80,6 +88,13 @@ class Section(ContextDecorator):
 def section(name: str) -> Section:
     """Name the time that a block or a function takes: `with section("score"):`, or `@section("score")`."""
     return Section(name)
+
+
+def count_products(forward: float, backward: float = 0.0) -> None:
+    """Note the multiplications and additions of matrix products in the section under way, and of their backward pass in that of its own."""
+    stopwatch = _running.get()
+    if stopwatch is not None:
+        stopwatch.count_products(forward, backward)
 
 
 @contextmanager

@@ -10,17 +10,17 @@ Legend: T tokens of a stream, H heads, E width of a head, D width of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coterie.fast import half
 from coterie.fast.compiled import rms_norm, rope, swiglu
 from coterie.fast.kernels.calls import rope_fits, served
 from coterie.models.attention import AttentionSettings, Layout
+from coterie.sections import count_products
 
 _PARTS = {
     "model": {"embed_tokens", "layers", "norm", "rotary_emb"},
@@ -33,18 +33,12 @@ _PARTS = {
 class FastBody:
     """A model below its head, run layer by layer: norm, attention, sum, norm, gated MLP, sum.
 
-    settings: what the model calls each layer's attention with. halves: the bfloat16 copies of its weights, in mixed precision.
+    settings: what the model calls each layer's attention with.
     """
 
-    def __init__(
-        self, model: nn.Module, settings: Mapping[int, AttentionSettings], halves: half.Halves | None = None
-    ) -> None:
-        self.settings, self.halves = dict(settings), halves
-        self._model: Any = model
-
-    def in_half(self) -> FastBody:
-        """The same in mixed precision."""
-        return FastBody(self._model, self.settings, half.Halves())
+    def __init__(self, model: nn.Module, settings: Mapping[int, AttentionSettings]) -> None:
+        self.settings = dict(settings)
+        self.model: Any = model
 
     @classmethod
     def of(cls, model: nn.Module, settings: Mapping[int, AttentionSettings]) -> FastBody | None:
@@ -68,44 +62,31 @@ class FastBody:
     ) -> Tensor:
         """tokens [T], positions [T] -> [T, D], or of some places of the stream, [M]: [M, D]. Of the rest the last layer computes
         what they read, and no more. `recompute(function, *arguments)` calls a layer, and again for its gradient."""
-        model = self._model
+        model = self.model
+        count_of(model.layers.parameters(), len(tokens))
         stream = model.embed_tokens(tokens)  # [T, D]
         rotary = Rotary(*model.rotary_emb(stream[None], positions[None]))
         for index in range(len(model.layers)):
             arguments = (index, stream, rotary, layout, places if index == len(model.layers) - 1 else None)
             stream = self._layer(*arguments) if recompute is None else recompute(self._layer, *arguments)
-        return rms_norm(stream, model.norm.weight, model.norm.variance_epsilon)
+        return _norm(stream, model.norm)
 
     def _layer(
         self, index: int, stream: Tensor, rotary: Rotary, layout: Layout, places: Tensor | None = None
     ) -> Tensor:
         """[T, D] -> [T, D], or [M, D]."""
-        layer = self._model.layers[index]
+        layer = self.model.layers[index]
         attention, mlp = layer.self_attn, layer.mlp
-        inner = self._norm(stream, layer.input_layernorm)
-        q, k, v = self._linears(inner, attention.q_proj, attention.k_proj, attention.v_proj)
-        q, k, v = (x.to(stream.dtype) for x in (q, k, v))
+        inner = _norm(stream, layer.input_layernorm)
+        q, k, v = (_linear(inner, module) for module in (attention.q_proj, attention.k_proj, attention.v_proj))
         q, k = (rotary.rope(x, getattr(attention, name, None)) for x, name in ((q, "q_norm"), (k, "k_norm")))
         q, k, v = (x.view(1, len(x), -1, rotary.width).transpose(1, 2) for x in (q, k, v))  # [1, H, T, E]
         attended = layout.attend(index, q, k, v, self.settings[index]).reshape(len(stream), -1)
         if places is not None:
             attended, stream = attended.index_select(0, places), stream.index_select(0, places)
-        stream = stream + self._linears(attended, attention.o_proj)[0]
-        inner = self._norm(stream, layer.post_attention_layernorm)
-        gate, up = self._linears(inner, mlp.gate_proj, mlp.up_proj)
-        return stream + self._linears(swiglu(gate, up), mlp.down_proj)[0]
-
-    def _norm(self, x: Tensor, norm: Any) -> Tensor:
-        """x / sqrt(mean(x^2) + epsilon) * weight, over the last dimension, for the products that follow."""
-        return rms_norm(x, norm.weight, norm.variance_epsilon, half=self.halves is not None)
-
-    def _linears(self, x: Tensor, *modules: Any) -> Sequence[Tensor]:
-        """The outputs of layers that read the same. Anything but a plain one, an adapter say, is called."""
-        if self.halves is None:
-            return [_linear(x, module) for module in modules]
-        if all(type(module) is nn.Linear for module in modules):
-            return half.linears(x, modules, self.halves)
-        return [module(x) for module in modules]  # in autocast
+        stream = stream + _linear(attended, attention.o_proj)
+        inner = _norm(stream, layer.post_attention_layernorm)
+        return stream + _linear(swiglu(_linear(inner, mlp.gate_proj), _linear(inner, mlp.up_proj)), mlp.down_proj)
 
 
 def _parts(module: nn.Module) -> set[str]:
@@ -134,9 +115,21 @@ def _is_norm(module: nn.Module, width: int | None = None) -> bool:
     return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
 
 
+def _norm(x: Tensor, norm: Any) -> Tensor:
+    return rms_norm(x, norm.weight, norm.variance_epsilon)
+
+
 def _linear(x: Tensor, module: Any) -> Tensor:
     """A plain layer's product without the detour through its call; anything else, an adapter say, is called."""
     return F.linear(x, module.weight, module.bias) if type(module) is nn.Linear else module(x)
+
+
+def count_of(weights: Iterable[Tensor], tokens: int) -> None:
+    """Count the products of some tokens with weights, those that are matrices, and of their gradients where there are any."""
+    matrices, learns = [weight for weight in weights if weight.dim() == 2], torch.is_grad_enabled()
+    forward = 2.0 * tokens * sum(weight.numel() for weight in matrices)
+    own = 2.0 * tokens * sum(weight.numel() for weight in matrices if weight.requires_grad)
+    count_products(forward, forward + own if learns else 0.0)
 
 
 class Rotary:

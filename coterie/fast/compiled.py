@@ -29,8 +29,8 @@ def rope(x: Tensor, weight: Tensor | None, epsilon: float, cos: Tensor, sin: Ten
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up; both in bfloat16 in mixed precision."""
-    assert gate.dtype is torch.bfloat16 or served(gate, up)
+    """silu(gate) * up."""
+    assert served(gate, up)
     return _Swiglu.apply(gate.contiguous(), up.contiguous())
 
 
@@ -40,17 +40,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, groups: Groups, scaling: float, wind
     return _Attention.apply(q.contiguous(), k.contiguous(), v.contiguous(), groups, scaling, window)
 
 
-def _prefix(x: Tensor) -> str:
-    """What the names of kernels begin with that give or take bfloat16 numbers."""
-    return "half_" if x.dtype is torch.bfloat16 else ""
-
-
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, half: bool) -> Tensor:
         out = torch.empty_like(x, dtype=torch.bfloat16 if half else x.dtype)
         scale = x.new_empty(len(x))  # what each row was multiplied with
-        call(f"{_prefix(out)}rms_norm_forward", x, weight, float(epsilon), out, scale, *x.shape)
+        call("half_rms_norm_forward" if half else "rms_norm_forward", x, weight, float(epsilon), out, scale, *x.shape)
         ctx.save_for_backward(x, weight, scale)
         return out
 
@@ -58,8 +53,9 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         x, weight, scale = ctx.saved_tensors
         grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-        inputs, outputs = (grads[0].to(x.dtype).contiguous(), x, weight, scale), (grad_x, grad_weight)
-        call("rms_norm_backward", *inputs, *outputs, rooms(x, len(weight)), *x.shape)
+        inputs, outputs = (grads[0].contiguous(), x, weight, scale), (grad_x, grad_weight)
+        name = "half_rms_norm_backward" if grads[0].dtype is torch.bfloat16 else "rms_norm_backward"
+        call(name, *inputs, *outputs, rooms(x, 2 * len(weight)), *x.shape)
         return grad_x, grad_weight, None, None
 
 
@@ -87,7 +83,7 @@ class _Swiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         out = torch.empty_like(gate)
-        call(f"{_prefix(gate)}swiglu_forward", gate, up, out, gate.numel())
+        call("swiglu_forward", gate, up, out, gate.numel())
         ctx.save_for_backward(gate, up)
         return out
 
@@ -95,7 +91,7 @@ class _Swiglu(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         gate, up = ctx.saved_tensors
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-        call(f"{_prefix(gate)}swiglu_backward", grads[0].contiguous(), gate, up, grad_gate, grad_up, gate.numel())
+        call("swiglu_backward", grads[0].contiguous(), gate, up, grad_gate, grad_up, gate.numel())
         return grad_gate, grad_up
 
 

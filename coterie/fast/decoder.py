@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coterie.fast.body import FastBody, Rotary
+from coterie.fast.body import FastBody, Rotary, count_of
 from coterie.fast.grid import Grid
 from coterie.fast.half import Halves, half_gemms
 from coterie.fast.kernels.build import library, matrix_product
@@ -46,6 +46,7 @@ class Decoder:
         read = halves.packed if halves is not None else Tensor.detach
         layers = (_layer(one, settings[i], read) for i, one in enumerate(model.layers))
         self._layers = (LayerWeights * len(settings))(*layers)
+        self._matrices = [head.weight, *model.layers.parameters()]
         gemm, head_gemm = half_gemms() if halves is not None else [matrix_product(self._dtype)] * 2
         rotary = Rotary(*model.rotary_emb(head.weight[:1, None], torch.arange(longest)[None]))
         self._rotary = rotary.cos.to(self._dtype), rotary.sin.to(self._dtype)
@@ -80,7 +81,7 @@ class Decoder:
         plain &= all(settings.plain for settings in body.settings.values())
         if not plain or matrix_product(head.weight.dtype) is None:
             return None
-        return cls(model, head, body.settings, longest, body.halves)
+        return cls(model, head, body.settings, longest, getattr(body, "halves", None))
 
     def draw(
         self, grid: Grid, keys: Tensor, sampling: Sampling, ends: Tensor, num_steps: int
@@ -110,6 +111,7 @@ class Decoder:
             was_live=_at(live),
             ended=_at(ended),
         )
+        count_of(self._matrices, int(live.sum()))
         return live, ended, SampledTokens(tokens, logprobs, entropies)
 
     def feed(self, grid: Grid, tokens: Tensor) -> None:

@@ -8,7 +8,7 @@ Legend: T tokens of a stream, D width, F width of the gated layer, V vocabulary.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -45,29 +45,54 @@ class Halves:
         """Of other weights, which have none yet."""
         return Halves()
 
-    def rounded(self, weight: Tensor) -> Tensor:
-        """A weight's own shape."""
-        return _up_to_date(self._rounded, weight, _rounded)
+    def rounded(self, *weights: Tensor) -> Tensor:
+        """Weights of layers that read the same, [out, in] each, one below the other: [sum of out, in]."""
+        return _up_to_date(self._rounded, weights, _rounded)
 
     def packed(self, weight: Tensor) -> Tensor:
         """[out, in] as compiled products read it."""
-        return _up_to_date(self._packed, weight, _packed)
+        return _up_to_date(self._packed, (weight,), _packed)
+
+    def forget_packed(self, weights: Iterable[Tensor]) -> None:
+        for weight in weights:
+            self._packed.pop(weight, None)
+
+    def product(self, x: Tensor, weights: Sequence[Any], biases: Sequence[Tensor | None]) -> Tensor:
+        """The outputs of such layers side by side: x [T, in] in bfloat16 -> [T, sum of out], in bfloat16."""
+        weight, given = self.rounded(*weights).t(), [bias for bias in biases if bias is not None]
+        if len(given) == len(biases):
+            return torch.addmm(self.rounded(*given), x, weight)
+        out = x @ weight
+        for bias, part in zip(biases, out.split([len(weight) for weight in weights], 1), strict=True):
+            if bias is not None:
+                part += self.rounded(bias)
+        return out
 
 
-def _up_to_date(copies: Any, weight: Tensor, make: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
-    version, copy = copies.get(weight, (None, None))
-    if version != weight._version:
-        copy = make(weight.detach(), copy)
-        copies[weight] = (weight._version, copy)
+def _up_to_date(
+    copies: Any, weights: Sequence[Tensor], make: Callable[[Sequence[Tensor], Tensor | None], Tensor]
+) -> Tensor:
+    """What is kept by the first of the weights, made again where any has changed."""
+    versions, copy = copies.get(weights[0], (None, None))
+    now = [weight._version for weight in weights]
+    if versions != now:
+        copy = make([weight.detach() for weight in weights], copy)
+        copies[weights[0]] = (now, copy)
     found: Tensor = copy
     return found
 
 
-def _rounded(weight: Tensor, into: Tensor | None) -> Tensor:
-    return weight.to(torch.bfloat16) if into is None else into.copy_(weight)
+def _rounded(weights: Sequence[Tensor], into: Tensor | None) -> Tensor:
+    sizes = [len(weight) for weight in weights]
+    if into is None:
+        into = weights[0].new_empty(sum(sizes), *weights[0].shape[1:], dtype=torch.bfloat16)
+    for weight, part in zip(weights, into.split(sizes), strict=True):
+        part.copy_(weight)
+    return into
 
 
-def _packed(weight: Tensor, into: Tensor | None) -> Tensor:
+def _packed(weights: Sequence[Tensor], into: Tensor | None) -> Tensor:
+    (weight,) = weights
     out, of = weight.shape
     if into is None:
         compiled = library(torch.float32)
@@ -113,49 +138,6 @@ def weights_rounded(model: nn.Module, but: nn.Module | None) -> Iterator[None]:
             parameters[name] = one
 
 
-def linears(x: Tensor, modules: Sequence[nn.Linear], halves: Halves) -> tuple[Tensor, ...]:
-    """The outputs of layers that read the same: x [T, in] -> [T, out] each, all in bfloat16."""
-    weights = [parameter for module in modules for parameter in (module.weight, module.bias)]
-    return _Linears.apply(x.to(torch.bfloat16), halves, *weights)
-
-
-class _Linears(torch.autograd.Function):
-    """x [T, in], then a weight [out, in] and a bias [out], or None, of each layer -> [T, out] each.
-
-    A weight's gradient is added to what it has from other micro-batches at once, in float32, without an array of its own for each.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, halves: Halves, *weights: Tensor | None) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x, *weights)
-        ctx.halves = halves
-        pairs = zip(weights[::2], weights[1::2], strict=True)
-        return tuple(_product(x, halves, weight, bias) for weight, bias in pairs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        x, *weights = ctx.saved_tensors
-        grad_x = torch.zeros(x.shape) if ctx.needs_input_grad[0] else None
-        found: list[Tensor | None] = []
-        for number, grad in enumerate(grads):
-            weight = weights[2 * number]
-            if grad_x is not None:
-                grad_x += grad @ ctx.halves.rounded(weight)
-            found += [
-                _added(weight, grad.t() @ x) if ctx.needs_input_grad[2 + 2 * number] else None,
-                grad.float().sum(0) if ctx.needs_input_grad[3 + 2 * number] else None,
-            ]
-        return grad_x.to(torch.bfloat16) if grad_x is not None else None, None, *found
-
-
-def _product(x: Tensor, halves: Halves, weight: Tensor, bias: Tensor | None) -> Tensor:
-    rounded = halves.rounded(weight)
-    return x @ rounded.t() if bias is None else torch.addmm(halves.rounded(bias), x, rounded.t())
-
-
-def _added(weight: Tensor, grad: Tensor) -> Tensor | None:
-    """A gradient as autograd takes it; or none, and it is added here."""
-    if weight.grad is None:
-        return grad.float()
-    weight.grad += grad
-    return None
+def add_half(to: Tensor, x: Tensor) -> None:
+    """Add bfloat16 numbers to float32 ones, in place."""
+    call("half_add", to, x, to, x.numel())

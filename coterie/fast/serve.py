@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from coterie.fast.body import FastBody
+from coterie.fast.body import FastBody, count_of
 from coterie.fast.half import Halves, has_half_products, head_product
+from coterie.fast.half_body import HalfBody
+from coterie.fast.half_head import HalfLogprobs
 from coterie.fast.native import NativeEngine
 from coterie.fast.stream import StreamLayout
 from coterie.fast.tiles import TiledLogprobs, plain_head
@@ -52,9 +54,8 @@ class Policy(PlainPolicy):
 
     def in_mixed_precision(self) -> Policy:
         """On a CPU that has products of bfloat16 numbers, in compiled loops; elsewhere in the model's own layers, but for its head."""
-        if isinstance(self.body, FastBody) and has_half_products():
-            return replace(self, mixed=True, body=self.body.in_half())
-        return replace(self, mixed=True, body=None, head_halves=Halves())
+        body = HalfBody.beside(self.body) if isinstance(self.body, FastBody) and has_half_products() else None
+        return replace(self, mixed=True, body=body, head_halves=Halves() if body is None else None)
 
     def logits(self, head_inputs: Tensor) -> Tensor:
         head, halves = plain_head(self), self.halves
@@ -69,14 +70,17 @@ class Policy(PlainPolicy):
     @property
     def halves(self) -> Halves | None:
         """The bfloat16 copies of weights, in mixed precision."""
-        return self.body.halves if isinstance(self.body, FastBody) else self.head_halves
+        return self.body.halves if isinstance(self.body, HalfBody) else self.head_halves
 
     def head_logprobs(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor | None:
         head = plain_head(self)
         if head is None or not len(targets):
             return None
         hidden = hidden.float() if self.mixed else hidden  # some models end with a product
-        return TiledLogprobs.apply(hidden, head.weight, head.bias, targets, temperature, self.halves)
+        count_of([head.weight], len(targets))
+        inputs = (hidden, head.weight, head.bias, targets, temperature, self.halves)
+        compiled = self.halves is not None and hidden.device.type == "cpu" and has_half_products()
+        return HalfLogprobs.apply(*inputs) if compiled else TiledLogprobs.apply(*inputs)
 
 
 def load_policy(source: str, device: torch.device, chat: Chat | None = None) -> tuple[Policy, Codec]:

@@ -41,11 +41,12 @@ class StreamLayout:
             return self._dense.attend(layer, q, k, v, settings)
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, heads, E]
         if compiled:
-            return attend(q, k, v, self._groups, settings.scaling, settings.window)[None]
+            return attend(q, k, v, self.groups, settings.scaling, settings.window)[None]
         return self._cascade.attend(q, k, v, settings.scaling)[None]
 
     @cached_property
-    def _groups(self) -> Groups:
+    def groups(self) -> Groups:
+        """As compiled loops read them."""
         return Groups.of(self._segments)
 
     @cached_property

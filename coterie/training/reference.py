@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import torch
 
+from coterie.fast.half_body import HalfBody
 from coterie.models.policy import Policy
 from coterie.recipe.settings import Reference
 
 
-def make_reference(policy: Policy, settings: Reference) -> Policy:
-    """The policy as it is now, without gradients.
+def make_reference(policy: Policy, settings: Reference, *, only_read: bool = False) -> Policy:
+    """The policy as it is now, without gradients. only_read: nothing is made of its weights but log-probabilities.
 
     A copy, unless the policy learns through an adapter, which at the start does nothing. Then the reference is the same
     model without it, or, where it moves, with a second adapter of its own.
@@ -20,6 +21,8 @@ def make_reference(policy: Policy, settings: Reference) -> Policy:
     if policy.adapter is None:
         reference = copy.deepcopy(policy)
         reference.model.requires_grad_(False)
+        if only_read and not settings.moves and isinstance(reference.body, HalfBody):
+            reference.body.keep_halves_alone()
         return reference
     return replace(policy, adapter=policy.adapter.copied("reference") if settings.moves else policy.adapter.off())
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from small_streams import policy_of, stream_of
 
-from coterie.fast import native
+from coterie.fast import half_head, native
 from coterie.fast.half import Halves, has_half_products, product, weights_rounded
+from coterie.fast.half_head import HalfLogprobs
 from coterie.fast.kernels.build import library
 from coterie.fast.native import NativeEngine
 from coterie.fast.serve import make_engine
@@ -24,6 +25,10 @@ from coterie.training.step import make_optimiser, take_step
 
 compiled = pytest.mark.skipif(not has_half_products(), reason="no AVX512-BF16 and no AMX here")
 GROUPS = [([5, 9, 3, 7], [[8, 2, 4], [6, 6], [1, 30, 12, 44, 2]]), ([11, 12], [[3], [9, 8, 7, 6, 5, 4, 3]])]
+LONGER = [
+    ([(7 * g + i) % 60 for i in range(20)], [[(g * r + i) % 59 for i in range(9 + 5 * r)] for r in range(5)])
+    for g in range(4)
+]
 
 
 def rounded(x):
@@ -81,6 +86,36 @@ def test_copies_follow_a_weight_that_an_optimiser_changed(make_model):
     assert torch.equal(after, fresh)
 
 
+@compiled
+@pytest.mark.parametrize(("rows", "inner", "outer"), [(1, 16, 5), (33, 40, 61), (150, 96, 1100)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("has_gradient", [True, False])
+def test_a_head_s_softmax_is_that_of_its_logits(rows, inner, outer, temperature, has_bias, has_gradient, monkeypatch):
+    """And its gradients, of columns that are taken in parts, added to what the weight has."""
+    monkeypatch.setattr(half_head, "COLUMNS", 512)
+    generator = torch.Generator().manual_seed(rows)
+    hidden, weight, bias = (
+        torch.randn(*shape, generator=generator) for shape in ((rows, inner), (outer, inner), (outer,))
+    )
+    targets, grad = torch.randint(0, outer, (rows,), generator=generator), torch.randn(rows, generator=generator)
+    before = torch.randn(outer, inner, generator=generator) if has_gradient else None
+    exact = [rounded(hidden).double(), rounded(weight).double(), bias.double()]
+    leaves = [hidden, weight, bias]
+    for leaf in (*leaves, *exact):
+        leaf.requires_grad_()
+    weight.grad = before.clone() if has_gradient else None
+    logits = exact[0] @ exact[1].t() + (exact[2] if has_bias else 0)
+    wanted = (logits / temperature).log_softmax(1).gather(1, targets[:, None])[:, 0]
+    found = HalfLogprobs.apply(hidden, weight, bias if has_bias else None, targets, temperature, Halves())
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    found.backward(grad)
+    wanted.backward(grad.double())
+    for leaf, of_exact in zip(leaves[: 2 + has_bias], exact, strict=False):
+        mine = leaf.grad - before if leaf is weight and has_gradient else leaf.grad
+        assert (mine - of_exact.grad).norm() < 0.01 * of_exact.grad.norm()
+
+
 def gradients(policy, stream):
     policy.model.zero_grad()
     logprobs = token_logprobs(policy, stream)
@@ -89,11 +124,12 @@ def gradients(policy, stream):
 
 
 @compiled
+@pytest.mark.parametrize("groups", [GROUPS, LONGER], ids=["few", "many"])
 @pytest.mark.parametrize("architecture", ["qwen3", "qwen2", "llama", "mistral"])
-def test_loops_are_as_exact_as_autocast(make_model, architecture):
+def test_loops_are_as_exact_as_autocast(make_model, architecture, groups):
     """Against float64, the fast pass is no further off than the model's own layers in autocast are."""
     plain = policy_of(make_model(architecture))
-    stream = stream_of(GROUPS)
+    stream = stream_of(groups)
     exact = gradients(replace(policy_of(copy.deepcopy(plain.model).double()), body=None), stream)
     fast, slow = plain.in_mixed_precision(), PlainPolicy.in_mixed_precision(plain)
     assert fast.body.halves is not None

@@ -1,62 +1,11 @@
-/* Mixed precision: numbers that stand between two products are kept in bfloat16, everything in between is computed in float32, and
-   products add up in float32.
+/* Mixed precision: products of bfloat16 numbers, which add up in float32.
 
-   The products are for processors with AVX512-BF16 or AMX; elsewhere `half_kind` says that there are none. A weight [out, in] is
+   They are for processors with AVX512-BF16 or AMX; elsewhere `half_kind` says that there are none. A weight [out, in] is
    packed once: in blocks of 16 outputs, and in them pairs of inputs, so that a vector holds one pair of each output, and 16 of them
    are one tile. Inputs are padded with zeros to whole tiles. */
 #include "kernels.h"
 
 enum { NONE, VECTORS, TILES };
-
-#if !DOUBLE
-typedef uint16_t half; /* a bfloat16: the upper half of a float */
-
-/* The nearest bfloat16, ties to even. What is not a number stays none. */
-static inline half narrow(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return (half)(x == x ? rounded : 0x7fc0);
-}
-
-static inline float widen(half x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float found;
-    memcpy(&found, &bits, sizeof found);
-    return found;
-}
-
-/* RMS norm: x [T, D], weight [D] -> out [T, D], and scale [T], what each row was multiplied with. */
-int half_rms_norm_forward(const float *x, const float *weight, double epsilon, half *out, float *scale, long rows, long width) {
-#pragma omp parallel for schedule(static) if (rows * width > WORTH_THREADS)
-    for (long t = 0; t < rows; t++) {
-        const float *in = x + t * width, s = inverse_rms(in, width, epsilon);
-        scale[t] = s;
-        for (long i = 0; i < width; i++) out[t * width + i] = narrow(in[i] * s * weight[i]);
-    }
-    return DONE;
-}
-
-/* silu(gate) * up, n elements, and its gradients. */
-int half_swiglu_forward(const half *gate, const half *up, half *out, long n) {
-#pragma omp parallel for simd schedule(static) if (n > WORTH_THREADS)
-    for (long i = 0; i < n; i++) {
-        float g = widen(gate[i]);
-        out[i] = narrow(g * sigmoid(g) * widen(up[i]));
-    }
-    return DONE;
-}
-
-int half_swiglu_backward(const half *grad, const half *gate, const half *up, half *grad_gate, half *grad_up, long n) {
-#pragma omp parallel for simd schedule(static) if (n > WORTH_THREADS)
-    for (long i = 0; i < n; i++) {
-        float g = widen(gate[i]), s = sigmoid(g), scaled = widen(grad[i]) * s;
-        grad_up[i] = narrow(scaled * g);
-        grad_gate[i] = narrow(scaled * widen(up[i]) * (1 + g * (1 - s)));
-    }
-    return DONE;
-}
-#endif
 
 #if DOUBLE || !defined(__AVX512BF16__)
 int half_kind(void) { return NONE; }
@@ -98,15 +47,81 @@ static void narrow_rows(const float *x, long rows, long in, long deep, half *to)
     }
 }
 
-/* What is done with the sums [rows, 32] of a block of outputs: rounded to bfloat16 where `rounds`, added to y where `add`. */
+/* A head's logits, of which softmax is all that is wanted, or its gradient. None of them is kept. */
+typedef struct {
+    const float *bias; /* of these columns of the vocabulary, or none */
+    const int64_t *targets;
+    float temperature;
+    long first;                    /* of the columns */
+    float *most, *total, *chosen;  /* forward: [rows, 16] each, of every sixteenth logit; [rows] */
+    const float *normaliser, *grad; /* backward: [rows] */
+    half *grad_logits, *across;    /* [rows, columns], [columns, all rows] */
+    long all_rows;
+} Head;
+
+/* What is done with the sums [rows, 32] of a block of outputs: rounded to bfloat16 where `rounds`, added to y where `add`; or handed to
+   the softmax of a head. */
 typedef struct {
     float *y;
     long stride, out;
     int add, rounds;
+    const Head *head;
 } Output;
+
+/* Two vectors of a row's logits, those that are not there masked. */
+static inline void logits_of(const Head *h, const float *sums, long first, long width, vec *two) {
+    for (long part = 0; part < 2; part++) {
+        long at = part * BLOCK;
+        vec x = load(sums + at);
+        if (h->bias) {
+            float bias[BLOCK] = {0};
+            for (long i = 0; i < BLOCK && at + i < width; i++) bias[i] = h->bias[first + at + i];
+            x += load(bias);
+        }
+        for (long i = max_(0, width - at); i < BLOCK; i++) x[i] = MASKED;
+        two[part] = x / h->temperature;
+    }
+}
+
+static void softmax_block(const Head *h, const float *sums, long row, long rows, long first, long width) {
+    for (long r = 0; r < rows; r++) {
+        vec x[2];
+        float *most_at = h->most + (row + r) * BLOCK, *total_at = h->total + (row + r) * BLOCK;
+        logits_of(h, sums + r * 2 * BLOCK, first, width, x);
+        vec before = load(most_at), most = choose((whole_vec)(x[0] > before), x[0], before);
+        most = choose((whole_vec)(x[1] > most), x[1], most);
+        store(total_at, load(total_at) * exp_vec(before - most) + exp_vec(x[0] - most) + exp_vec(x[1] - most));
+        store(most_at, most);
+        long target = h->targets[row + r] - h->first - first;
+        if (target >= 0 && target < width) h->chosen[row + r] = x[target / BLOCK][target % BLOCK];
+    }
+}
+
+static void grad_block(const Head *h, const float *sums, long row, long rows, long first, long width, long columns) {
+    half found[2 * BLOCK * 2 * BLOCK];
+    for (long r = 0; r < rows; r++) {
+        vec x[2];
+        float grads[2 * BLOCK], grad = h->grad[row + r];
+        logits_of(h, sums + r * 2 * BLOCK, first, width, x);
+        for (long part = 0; part < 2; part++) store(grads + part * BLOCK, exp_vec(x[part] - h->normaliser[row + r]) * -grad);
+        long target = h->targets[row + r] - h->first - first;
+        if (target >= 0 && target < width) grads[target] += grad;
+        for (long i = 0; i < 2 * BLOCK; i++) found[r * 2 * BLOCK + i] = narrow(grads[i]);
+        memcpy(h->grad_logits + (row + r) * columns + first, found + r * 2 * BLOCK, width * sizeof(half));
+    }
+    for (long i = 0; i < width; i++)
+        for (long r = 0; r < rows; r++) h->across[(first + i) * h->all_rows + row + r] = found[r * 2 * BLOCK + i];
+}
 
 static inline void put(const Output *o, const float *sums, long row, long rows, long first) {
     long width = min_(2 * BLOCK, o->out - first);
+    if (o->head) {
+        if (o->head->grad)
+            grad_block(o->head, sums, row, rows, first, width, o->out);
+        else
+            softmax_block(o->head, sums, row, rows, first, width);
+        return;
+    }
     for (long r = 0; r < rows; r++) {
         float *to = o->y + (row + r) * o->stride + first;
         const float *from = sums + r * 2 * BLOCK;
@@ -216,19 +231,31 @@ int half_kind(void) {
 #endif
 }
 
+/* x [rows, deep] @ weight.T, of one thread. */
+static void narrowed_product(const half *x, long rows, long deep, const half *weight, const Output *to) {
+#ifdef __AMX_BF16__
+    if (half_kind() == TILES) {
+        rows_by_tiles(x, rows, deep, weight, to);
+        return;
+    }
+#endif
+    rows_by_vectors(x, rows, deep, weight, to);
+}
+
+/* x [rows, in], narrowed: none where there is no memory. */
+static half *narrowed(const float *x, long rows, long in) {
+    long deep = up_to(in, DEPTH);
+    half *found = malloc(rows * deep * sizeof(half) + 64);
+    if (found) narrow_rows(x, rows, in, deep, found);
+    return found;
+}
+
 /* y [rows, out] = x [rows, in] @ weight.T, of one thread. */
 static int product(const float *x, long rows, long in, const half *weight, const Output *to) {
-    long deep = up_to(in, DEPTH);
-    half *narrowed = malloc(rows * deep * sizeof(half) + 64);
-    if (!narrowed) return NO_MEMORY;
-    narrow_rows(x, rows, in, deep, narrowed);
-#ifdef __AMX_BF16__
-    if (half_kind() == TILES)
-        rows_by_tiles(narrowed, rows, deep, weight, to);
-    else
-#endif
-        rows_by_vectors(narrowed, rows, deep, weight, to);
-    free(narrowed);
+    half *narrow_x = narrowed(x, rows, in);
+    if (!narrow_x) return NO_MEMORY;
+    narrowed_product(narrow_x, rows, up_to(in, DEPTH), weight, to);
+    free(narrow_x);
     return DONE;
 }
 
@@ -253,15 +280,89 @@ void half_gemm_unrounded(const char *a, const char *b, const int *out, const int
     gemm(out, rows, in, weight, x, beta, y, 0);
 }
 
+/* Rows of whole blocks for each thread: from *first to what is returned. */
+static long share_of_rows(long rows, long *first) {
+    long last = share((rows + 2 * BLOCK - 1) / (2 * BLOCK), first);
+    *first *= 2 * BLOCK;
+    return min_(rows, last * 2 * BLOCK);
+}
+
 /* y [rows, out] = x [rows, in] @ weight.T over all threads, not rounded; of a weight's rows from `first` on, a multiple of 32. */
 int half_product(const float *x, const half *weight, float *y, long rows, long in, long out, long first) {
     int state = DONE;
     long deep = up_to(in, DEPTH);
 #pragma omp parallel if (rows * in * out > WORTH_THREADS * DEPTH)
     {
-        long from, to = share((rows + 2 * BLOCK - 1) / (2 * BLOCK), &from);
-        from *= 2 * BLOCK, to = min_(rows, to * 2 * BLOCK);
-        Output output = {y + from * out, out, out, 0, 0};
+        long from, to = share_of_rows(rows, &from);
+        Output output = {y + from * out, out, out};
+        if (from < to && product(x + from * in, to - from, in, weight + first * deep, &output) != DONE) {
+#pragma omp atomic write
+            state = NO_MEMORY;
+        }
+    }
+    return state;
+}
+
+#define TOGETHER_COLUMNS 1024 /* of the vocabulary, whose weights stay in a cache while all rows pass */
+
+/* The softmax of some rows: logits x [rows, in] @ weight.T, divided by the temperature. Of one thread. */
+static int softmax_of_rows(const float *x, const half *weight, const float *bias, Head h, float *logprobs, float *normaliser, long rows,
+                           long in, long out) {
+    long deep = up_to(in, DEPTH);
+    half *narrow_x = narrowed(x, rows, in);
+    float *sums = malloc(2 * rows * BLOCK * sizeof(float) + 64);
+    if (!narrow_x || !sums) {
+        free(narrow_x), free(sums);
+        return NO_MEMORY;
+    }
+    h.most = sums, h.total = sums + rows * BLOCK, h.chosen = logprobs;
+    for (long i = 0; i < rows * BLOCK; i++) h.most[i] = MASKED, h.total[i] = 0;
+    for (h.first = 0; h.first < out; h.first += TOGETHER_COLUMNS) {
+        h.bias = bias ? bias + h.first : 0;
+        Output output = {.out = min_(TOGETHER_COLUMNS, out - h.first), .head = &h};
+        narrowed_product(narrow_x, rows, deep, weight + h.first * deep, &output);
+    }
+    for (long r = 0; r < rows; r++) {
+        vec most = load(h.most + r * BLOCK);
+        float largest = max_vec(most), total = sum_vec(load(h.total + r * BLOCK) * exp_vec(most - largest));
+        normaliser[r] = largest + logf(total);
+        logprobs[r] -= normaliser[r];
+    }
+    free(narrow_x), free(sums);
+    return DONE;
+}
+
+/* A packed head's log-probabilities of the targets [rows], and the logarithm of each softmax's normaliser, [rows]. bias [out], or none. */
+int half_head_forward(const float *x, const half *weight, const float *bias, double temperature, const int64_t *targets,
+                      float *logprobs, float *normaliser, long rows, long in, long out) {
+    int state = DONE;
+#pragma omp parallel
+    {
+        long from, to = share_of_rows(rows, &from);
+        Head h = {.temperature = temperature, .targets = targets + from};
+        if (from < to &&
+            softmax_of_rows(x + from * in, weight, bias, h, logprobs + from, normaliser + from, to - from, in, out) != DONE) {
+#pragma omp atomic write
+            state = NO_MEMORY;
+        }
+    }
+    return state;
+}
+
+/* The gradient of the logits, whose log-probabilities have the gradients grad [rows], of the columns from `first` on, a multiple of 32:
+   grad_logits [rows, columns], and across, the same the other way, [columns, rows]. */
+int half_head_backward(const float *x, const half *weight, const float *bias, double temperature, const int64_t *targets,
+                       const float *normaliser, const float *grad, half *grad_logits, half *across, long rows, long in, long columns,
+                       long first) {
+    int state = DONE;
+    long deep = up_to(in, DEPTH);
+#pragma omp parallel
+    {
+        long from, to = share_of_rows(rows, &from);
+        Head h = {.bias = bias ? bias + first : 0, .targets = targets + from, .temperature = temperature, .first = first,
+                  .normaliser = normaliser + from, .grad = grad + from, .grad_logits = grad_logits + from * columns,
+                  .across = across + from, .all_rows = rows};
+        Output output = {.out = columns, .head = &h};
         if (from < to && product(x + from * in, to - from, in, weight + first * deep, &output) != DONE) {
 #pragma omp atomic write
             state = NO_MEMORY;

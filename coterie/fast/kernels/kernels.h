@@ -112,6 +112,25 @@ static inline real max_vec(vec v) {
     return largest;
 }
 
+#if !DOUBLE
+typedef uint16_t half; /* a bfloat16: the upper half of a float */
+
+/* The nearest bfloat16, ties to even. What is not a number stays none. */
+static inline half narrow(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (half)(x == x ? rounded : 0x7fc0);
+}
+
+static inline float widen(half x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float found;
+    memcpy(&found, &bits, sizeof found);
+    return found;
+}
+#endif
+
 static inline real sigmoid(real x) { return 1 / (1 + exp_(-x)); }
 
 /* What an RMS norm multiplies x [D] with, beside its weight. */
@@ -149,6 +168,41 @@ static inline void rope(const real *restrict in, const real *restrict weight, re
         memcpy(normal, in, width * sizeof(real));
     swap_halves(normal, swapped, width);
     for (long e = 0; e < width; e++) to[e] = normal[e] * cosine[e] + swapped[e] * sine[e];
+}
+
+/* The gradient of x = in * s * weight, an RMS norm: grad [D] -> to [D], and added to sums [D], the weight's. */
+static inline void rms_norm_row_backward(const real *restrict grad, const real *restrict in,
+                                         const real *restrict weight, real s, real *restrict to, real *restrict sums,
+                                         long width) {
+    real dot = 0;
+#pragma omp simd reduction(+ : dot)
+    for (long i = 0; i < width; i++) dot += grad[i] * weight[i] * in[i];
+    dot *= s * s / width;
+    for (long i = 0; i < width; i++) {
+        sums[i] += grad[i] * in[i] * s;
+        to[i] = (grad[i] * weight[i] - in[i] * dot) * s;
+    }
+}
+
+/* The threads' sums of a weight's gradient, one after another: parts [threads, width] -> total [width]. */
+static inline void add_up(const real *parts, long threads, long width, real *total) {
+    memset(total, 0, width * sizeof(real));
+    for (long t = 0; t < threads; t++)
+        for (long i = 0; i < width; i++) total[i] += parts[t * width + i];
+}
+
+/* The gradient of `rope`: grad [E] of its output -> to [E], and added to sums [E], the weight's. */
+static inline void rope_backward_row(const real *restrict grad, const real *restrict in, const real *restrict weight, real scale,
+                                     const real *restrict cosine, const real *restrict sine, real *restrict to,
+                                     real *restrict sums, long width) {
+    real rotated[MOST_WIDTH], normal[MOST_WIDTH];
+    for (long e = 0; e < width; e++) rotated[e] = grad[e] * sine[e];
+    swap_halves(rotated, normal, width);
+    for (long e = 0; e < width; e++) normal[e] += grad[e] * cosine[e];
+    if (weight)
+        rms_norm_row_backward(normal, in, weight, scale, to, sums, width);
+    else
+        memcpy(to, normal, width * sizeof(real));
 }
 
 /* Scores of ROWS queries [ROWS, wide] with the keys [E, size] at the places from `first` to `last`, multiples of LANES. */

@@ -4,32 +4,11 @@
 
 long max_threads(void) { return omp_get_max_threads(); }
 
-/* The threads' sums of a weight's gradient, one after another: parts [threads, width] -> total [width]. */
-static void add_up(const real *parts, long threads, long width, real *total) {
-    memset(total, 0, width * sizeof(real));
-    for (long t = 0; t < threads; t++)
-        for (long i = 0; i < width; i++) total[i] += parts[t * width + i];
-}
-
 /* RMS norm: x [T, D], weight [D] -> out [T, D], and scale [T], what each row was multiplied with. */
 int rms_norm_forward(const real *x, const real *weight, double epsilon, real *out, real *scale, long rows, long width) {
 #pragma omp parallel for schedule(static) if (rows * width > WORTH_THREADS)
     for (long t = 0; t < rows; t++) scale[t] = rms_norm_row(x + t * width, weight, epsilon, out + t * width, width);
     return DONE;
-}
-
-/* The gradient of x = in * s * weight, an RMS norm: grad [D] -> to [D], and added to sums [D], the weight's. */
-static inline void rms_norm_row_backward(const real *restrict grad, const real *restrict in,
-                                         const real *restrict weight, real s, real *restrict to, real *restrict sums,
-                                         long width) {
-    real dot = 0;
-#pragma omp simd reduction(+ : dot)
-    for (long i = 0; i < width; i++) dot += grad[i] * weight[i] * in[i];
-    dot *= s * s / width;
-    for (long i = 0; i < width; i++) {
-        sums[i] += grad[i] * in[i] * s;
-        to[i] = (grad[i] * weight[i] - in[i] * dot) * s;
-    }
 }
 
 /* grad, x, grad_x [T, D]; grad_weight [D]; room [threads, D]. */
@@ -74,21 +53,14 @@ int rope_backward(const real *grad, const real *x, const real *weight, const rea
 #pragma omp parallel if (tokens * heads * width > WORTH_THREADS)
     {
         long first, last = share(tokens, &first);
-        real *sums = room + omp_get_thread_num() * width, rotated[MOST_WIDTH], normal[MOST_WIDTH];
+        real *sums = room + omp_get_thread_num() * width;
         memset(sums, 0, width * sizeof(real));
 #pragma omp single
         threads = omp_get_num_threads();
         for (long head = first * heads; head < last * heads; head++) {
-            const real *g = grad + head * width;
-            const real *cos = cosine + head / heads * width, *sin = sine + head / heads * width;
-            for (long e = 0; e < width; e++) rotated[e] = g[e] * sin[e];
-            swap_halves(rotated, normal, width);
-            for (long e = 0; e < width; e++) normal[e] += g[e] * cos[e];
-            if (weight)
-                rms_norm_row_backward(normal, x + head * width, weight, scale[head], grad_x + head * width, sums,
-                                      width);
-            else
-                memcpy(grad_x + head * width, normal, width * sizeof(real));
+            long at = head * width, angle = head / heads * width;
+            rope_backward_row(grad + at, x + at, weight, weight ? scale[head] : 1, cosine + angle, sine + angle, grad_x + at, sums,
+                              width);
         }
     }
     if (weight) add_up(room, threads, width, grad_weight);
