@@ -36,13 +36,19 @@ def profile_table(folder: Path) -> tuple[str, list[str], list[list[str]]]:
     rows = [[name, *(_cell(sections.get(name)) for sections in of_stage)] for name in (*names, "other")]
     whole = [f"{duration(stage['step_seconds']):>8}" for stage in stages.values()]
     header = ["section", *(stage.replace("_", " ") for stage in stages)]
-    return "\nWhere a step goes: time, share, peak memory", header, [*rows, ["step", *whole]]
+    return (
+        "\nWhere a step goes: time, share, how much of it its products need, peak memory",
+        header,
+        [*rows, ["step", *whole]],
+    )
 
 
 def _cell(section: Mapping[str, Any] | None) -> str:
     if section is None:
         return ""
-    return f"{duration(section['seconds']):>8}  {section['share']:>5.1%}  {size(section['peak_bytes']):>8}"
+    products = section.get("product_seconds")
+    bound = f"{products / section['seconds']:>4.0%}" if products and section["seconds"] else "   –"
+    return f"{duration(section['seconds']):>8}  {section['share']:>5.1%}  {bound}  {size(section['peak_bytes']):>8}"
 
 
 def profile_panels(folder: Path) -> list[tuple[str, str, Markup, dict[str, Any]]]:

@@ -7,16 +7,20 @@ operator and allocation. So the profiler's own cost is in no section's seconds.
 from __future__ import annotations
 
 import json
+import math
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
+from coterie.models.load import load_config
+from coterie.recipe import Recipe
 from coterie.sections import OTHER, Stopwatch, timing
 
 MODES = ("untouched", "timed", "traced")
@@ -40,7 +44,7 @@ def plan(first: int, last: int) -> dict[int, str]:
 
 @dataclass(frozen=True)
 class Watched:
-    """A step that was watched. nanoseconds, calls: by section. peaks, operators: what torch.profiler saw, if it ran."""
+    """A step that was watched. nanoseconds, calls, products: by section. peaks, operators: what torch.profiler saw, if it ran."""
 
     step: int
     mode: str
@@ -48,6 +52,7 @@ class Watched:
     calls: Mapping[str, int]
     peaks: Mapping[str, int]
     operators: Sequence[Mapping[str, Any]]
+    products: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -60,10 +65,10 @@ class Watched:
 
 
 class Profiler:
-    """Watches a few steps of each stage of a run. A resumed run keeps what was written of stages that it does not touch."""
+    """Watches a few steps of each stage of a run. rate: see `product_rate`. A resumed run keeps what was written of stages that it does not touch."""
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        self._path, self._device = folder / "profile.json", device
+    def __init__(self, folder: Path, device: torch.device, rate: float | None = None) -> None:
+        self._path, self._device, self._rate = folder / "profile.json", device, rate
         self._stages = json.loads(self._path.read_text("utf-8"))["stages"] if self._path.is_file() else {}
         self._modes: dict[int, str] = {}
         self._watched: list[Watched] = []
@@ -91,9 +96,12 @@ class Profiler:
         )  # the one place that has allocations
         peaks = peak_memory(events, self._device.type)
         operators = slowest_operators(trace.key_averages() if trace is not None else (), NUM_OPERATORS)
-        self._watched.append(Watched(number, mode, stopwatch.nanoseconds, stopwatch.calls, peaks, operators))
-        self._stages[stage] = summarise(self._watched)
-        written = json.dumps({"device": self._device.type, "stages": self._stages}, indent=1)
+        seen = (stopwatch.nanoseconds, stopwatch.calls, peaks, operators, stopwatch.products)
+        self._watched.append(Watched(number, mode, *seen))
+        self._stages[stage] = summarise(self._watched, self._rate)
+        written = json.dumps(
+            {"device": self._device.type, "products_per_second": self._rate, "stages": self._stages}, indent=1
+        )
         self._path.write_text(written + "\n", encoding="utf-8")
 
     def _trace(self) -> Any:
@@ -105,8 +113,32 @@ class Profiler:
         return torch.profiler.profile(activities=activities, profile_memory=True)
 
 
-def summarise(watched: Sequence[Watched]) -> dict[str, Any]:
+def product_rate(recipe: Recipe, device: torch.device) -> float | None:
+    """Multiplications and additions a second of a product of 2,048 rows with a layer of the recipe's model, in its precision: the best of
+    some. None where the model's configuration does not tell its width."""
+    config = load_config(recipe).get_text_config()
+    width, dtype = (
+        getattr(config, "hidden_size", None),
+        torch.bfloat16 if recipe.precision == "mixed" else torch.float32,
+    )
+    if width is None:
+        return None
+    wide = getattr(config, "intermediate_size", None) or 4 * width
+    x, weight = (torch.ones(rows, width, dtype=dtype, device=device) for rows in (2048, wide))
+    best = math.inf
+    for _ in range(10):
+        begins = time.perf_counter()
+        x @ weight.t()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begins)
+    return float(2 * 2048 * width * wide / best)
+
+
+def summarise(watched: Sequence[Watched], rate: float | None = None) -> dict[str, Any]:
     """What `profile.json` holds of a stage. Seconds are means over the timed steps; where none was, over those that were seen.
+
+    product_seconds: how long a section's matrix products would take at `rate`, where they are counted.
 
     bare_step_seconds: of a step without evaluation and checkpoint, by mode, which shows what watching costs.
     """
@@ -118,6 +150,7 @@ def summarise(watched: Sequence[Watched]) -> dict[str, Any]:
     sections = []
     for name in (*names, OTHER):
         seconds = sum(one.nanoseconds.get(name, 0) for one in chosen) / 1e9 / len(chosen)
+        products = sum(one.products.get(name, 0.0) for one in chosen) / len(chosen)
         refined = any(finer.startswith(f"{name}/") for finer in names)
         sections.append(
             {
@@ -125,6 +158,7 @@ def summarise(watched: Sequence[Watched]) -> dict[str, Any]:
                 "seconds": seconds,
                 "share": seconds / whole,
                 "calls": sum(one.calls.get(name, 0) for one in chosen) / len(chosen),
+                "product_seconds": products / rate if rate and products else None,
                 "peak_bytes": traced.peaks.get(name) if traced else None,
             }
         )

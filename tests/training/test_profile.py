@@ -194,6 +194,17 @@ def test_on_a_gpu_only_timed_sections_wait_for_the_device(tmp_path, monkeypatch,
     assert counts == {1: 0, 2: 0, 3: waited, 4: waited, 5: waited}
 
 
+def test_products_are_counted_where_they_are_computed(train):
+    """Of each token that is trained: twice the weights of its products forward, twice that backward."""
+    folder = train("run", "preset=grpo", "evaluation.every=0", "sampling.max_new_tokens=4", profile=True)
+    seconds = {one["name"]: one["product_seconds"] for one in stages(folder)["train"]["sections"]}
+    assert seconds["train/backward"] == pytest.approx(2 * seconds["train/forward"])
+    assert seconds["sample/prefill"] > 0
+    assert seconds["sample/decode"] > 0
+    assert seconds["score"] is None
+    assert json.loads((folder / "profile.json").read_text())["products_per_second"] > 0
+
+
 def test_which_steps_are_watched():
     assert plan(11, 100) == {
         12: "untouched", 13: "timed", 14: "timed", 15: "timed", 16: "traced", 17: "untouched",
