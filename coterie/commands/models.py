@@ -9,6 +9,7 @@ from pathlib import Path
 from coterie.algorithms.advantages import has_signal
 from coterie.errors import UserError, nearest
 from coterie.evals.evaluate import Evaluation, evaluate, heldout_prompts
+from coterie.fast.precision import with_precision
 from coterie.fast.serve import load_policy, make_engine
 from coterie.models.codec import Codec
 from coterie.models.gguf import PACKAGED
@@ -48,6 +49,7 @@ def check_recipe(recipe: Recipe) -> None:
     for note in task.notes:
         console.warn(note.text)
     quiet_transformers()
+    recipe = with_precision(recipe, console.say)
     model = start_model(recipe, codec, choose_device(recipe.device))
     policy = tried_policy(model, console, recipe)
     policy = policy.recomputing() if recipe.optimiser.activation_checkpointing else policy

@@ -63,8 +63,9 @@ class Recipe(Settings):
     steps: PositiveInt = Field(100, description="updates of the policy")
     prompts_per_step: PositiveInt = Field(8, description="prompts in a batch")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
-    precision: Literal["float32", "mixed"] = Field(
-        "float32", description="mixed: products of bfloat16 numbers, while weights, their sums and updates stay float32"
+    precision: Literal["auto", "float32", "mixed"] = Field(
+        "auto",
+        description="mixed: products of bfloat16 numbers, while weights, their sums and updates stay float32; auto chooses it where it is faster",
     )
     cold_start: Annotated[of.ColdStart | None, Idle(("method", "sft"))] = None
     sampling: Annotated[of.Sampling, Idle(("method", "reward_model"))] = of.Sampling()

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from coterie.errors import RunFailedError, UserError
 from coterie.fast import serve
 from coterie.fast.kernels.build import why_missing
+from coterie.fast.precision import with_precision
 from coterie.fast.serve import make_engine
 from coterie.models.adapters import num_in_experts
 from coterie.models.heads import Scorer
@@ -34,7 +35,7 @@ from coterie.training.grpo import train_grpo
 from coterie.training.ppo import train_ppo
 from coterie.training.preferences import evaluate_pairs, train_dpo, train_reward_model
 from coterie.training.problem import Problem
-from coterie.training.profile import Profiler
+from coterie.training.profile import Profiler, product_rate
 from coterie.training.reference import make_reference
 from coterie.training.saved import save_model
 from coterie.training.session import Session
@@ -77,11 +78,13 @@ def train(
         loaded = loaded.model_copy(update={"made_with": {**(loaded.made_with or {}), "day": date.today().isoformat()}})
         _say_what_takes_long(loaded, console)
         problem = Problem.of(loaded)  # what is wrong with the recipe shows before there is a folder
+        loaded = with_precision(loaded, console.say)  # a run keeps what it was begun in, wherever it goes on
         home = RunFolder.create(loaded, name, out, console)
     run = Session(home, stop_after=stop_after)
     try:
         if profile:
-            run.profiler = Profiler(run.folder, choose_device(run.recipe.device))
+            device = choose_device(run.recipe.device)
+            run.profiler = Profiler(run.folder, device, product_rate(run.recipe, device))
         problem = Problem.of(run.recipe) if resume is not None else problem
         home.begin()
         with run.stoppable(), closing_all(problem.rewards), memory_explained(run):
@@ -143,7 +146,8 @@ def _train(run: Session, problem: Problem) -> None:
             evaluate_whole(run, problem, policy, 0, "before")
     _stand_at_start(run, "train", policy)
     policy = as_trained(policy, recipe, run.console)
-    start = make_reference(policy, recipe.reference if isinstance(recipe, GRPO) else Reference())
+    is_grpo = isinstance(recipe, GRPO)  # the others make a value model or a scorer of it, or read it alone
+    start = make_reference(policy, recipe.reference if isinstance(recipe, GRPO) else Reference(), only_read=is_grpo)
     trained = _train_method(run, problem, policy, start)
     if run.stopped:
         run.say_how_to_resume()
