@@ -31,7 +31,7 @@ def test_a_model_that_gains_is_computed_in_mixed_precision():
 @pytest.mark.parametrize(
     ("model", "why"),
     [
-        (f"{WIDE}{SMALLEST_WIDTH - 4}}}", "too small"),
+        (f"{WIDE}{SMALLEST_WIDTH - 8}}}", "too small"),
         (f"{{type: gpt2, n_layer: 1, n_head: 4, n_embd: {SMALLEST_WIDTH}}}", "gpt2 has no compiled loops"),
     ],
 )
