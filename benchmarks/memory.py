@@ -168,6 +168,17 @@ def held(shape: Shape, method: str) -> float:
     return shape.linear * a_weight + shape.embedding * 4 + shape.adapters * 16 + mixed * shape.head * 4
 
 
+def held_table() -> list[str]:
+    """What is held in float32 whatever the batch, in GB."""
+    methods = ["all weights, float32", "LoRA, float32", "LoRA, base int8, mixed", "LoRA, base int4, mixed"]
+    rows = []
+    for name, shape in SHAPES.items():
+        copies = [METHODS[method]["mixed"] * shape.head * 4 for method in methods]
+        sizes = [(held(shape, method) - copy) / 1e9 for method, copy in zip(methods, copies, strict=True)]
+        rows.append([name, *(f"{size:.1f}" for size in (*sizes, shape.head * 4 / 1e9))])
+    return table(["model", "all weights", "LoRA", "`int8`", "`int4`", "mixed, with LoRA: more for the head"], rows)
+
+
 def activations(shape: Shape, way: str) -> float:
     """Numbers a token: what all layers make, or what goes into each and what one of them makes."""
     again, _ = WAYS[way]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from faults import EXPERIMENTS
+from memory import held_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -61,6 +62,11 @@ def test_the_table_of_the_readme_is_the_one_measured():
         cells = [f"{row[f'{when}.{name}']:.3f}" for name in ("accuracy", "all_steps") for when in ("before", "after")]
         line = [str(row["seed"]), *cells, f"{row['after.greedy_accuracy']:.3f}", str(row["seconds"])]
         assert f"| {' | '.join(line)} |" in text
+
+
+def test_the_table_of_what_is_held_is_the_one_computed():
+    text = page("docs/memory.md")
+    assert [line for line in held_table() if line not in text] == []
 
 
 @pytest.mark.parametrize("name", ["objectives", "objectives_off_policy"])
