@@ -173,7 +173,8 @@ def _range(traces: Sequence[Any]) -> list[float] | None:
     largest = max((abs(value) for trace in traces for value in trace.y if value is not None), default=1.0)
     if any(trace.name == "learning rate" for trace in traces):
         return [0.0, 1.1 * largest] if largest else None
-    return [-0.001, 0.001] if largest < 1e-6 else None
+    with_intervals = any(trace.error_y.array is not None for trace in traces)
+    return [-0.001, 0.001] if largest < 1e-6 and not with_intervals else None
 
 
 def _curves(record: Reader, names: list[str]) -> list[Any]:
@@ -215,7 +216,7 @@ def _evaluations(record: Reader) -> list[Any]:
         }
         traces.append(
             go.Scatter(x=[row["step"] for row in points], y=value, error_y=spread, name=_label(name),
-                       mode="lines+markers", line={"color": colour}))  # fmt: skip
+                       mode="lines+markers", line={"color": colour}, showlegend=True))  # fmt: skip
     return traces
 
 
