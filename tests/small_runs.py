@@ -25,6 +25,7 @@ TINY = (  # the equations recipe, made so small that it runs in seconds: overrid
     "sampling.max_new_tokens=12",
     "evaluation={prompts: 8, samples: 1, every: 3}",
     "checkpoint={every: 2, keep_last: 3}",
+    "optimiser={learning_rate: 1.0e-4, warmup_steps: 10, schedule: linear}",  # not every method has a `final_share`
 )
 
 

@@ -100,13 +100,14 @@ def test_the_lines_of_pandas_read_a_run(train, tmp_path, monkeypatch, capsys):
     assert "reward/mean" in capsys.readouterr().out
 
 
-def test_the_recipe_for_a_pretrained_model_is_whole(tmp_path):
-    (block,) = re.findall(r"^```yaml\n(.*?)^```$", (DOCS / "own_model.md").read_text(encoding="utf-8"), re.M | re.S)
+@pytest.mark.parametrize(("page", "model"), [("own_model", "Qwen/Qwen3-0.6B"), ("first_real_model", "smollm2")])
+def test_the_recipe_for_a_pretrained_model_is_whole(tmp_path, page, model):
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", (DOCS / f"{page}.md").read_text(encoding="utf-8"), re.M | re.S)
     (tmp_path / "questions.jsonl").write_text('{"question": "2 + 2?", "answer": "4"}\n')
     (tmp_path / "recipe.yaml").write_text(block)
     recipe = load_recipe(str(tmp_path / "recipe.yaml"))
-    assert recipe.model == "Qwen/Qwen3-0.6B"
-    assert recipe.lora is not None
+    assert recipe.model == model
+    assert (recipe.lora is not None) == (page == "own_model")
 
 
 @pytest.mark.slow
