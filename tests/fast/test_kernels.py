@@ -16,7 +16,7 @@ from coterie.fast.serve import Policy
 from coterie.fast.stream import StreamLayout
 from coterie.models.attention import AttentionSettings
 from coterie.models.layout import DenseLayout
-from coterie.noise import key, mix
+from coterie.noise import key, mix, uniform
 from coterie.recipe.settings import Sampling
 from coterie.rollouts.engine import sample_tokens
 
@@ -163,6 +163,34 @@ def test_drawing_in_one_call_is_drawing_from_the_model_s_logits(make_model, arch
             with torch.no_grad():
                 logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
     assert not grid.live.any()
+
+
+@pytest.mark.parametrize("vocabulary", [511, 1500, 2048])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_token_of_a_large_vocabulary_is_where_the_noise_falls(make_model, vocabulary, dtype):
+    """Also where probabilities are 0: the token's place among the sums of exact probabilities, and its log-probability."""
+    policy = Policy.of(make_model("qwen3", vocab_size=vocabulary).to(dtype))
+    logits = 3 * torch.randn(300, vocabulary, dtype=dtype, generator=torch.Generator().manual_seed(5))
+    logits[:40, : vocabulary // 2] = -torch.inf
+    logits[40:80, vocabulary // 3 :] = -torch.inf
+    logits[80:90] = -torch.inf
+    logits[80:90, vocabulary - 3] = 7.0
+    keys, sampling = mix(torch.tensor(key("large")), torch.arange(300)), Sampling(max_new_tokens=1, temperature=0.7)
+    zeros, decoder = torch.zeros(300, dtype=torch.long), Decoder.of(policy, 16)
+    assert decoder is not None
+    empty = {i: (torch.zeros(300, 2, 8, 16, dtype=dtype), torch.zeros(300, 2, 16, 8, dtype=dtype)) for i in range(2)}
+    live = torch.ones(300, dtype=torch.bool)
+    grid = Grid(zeros, live, zeros, zeros, zeros, logits.clone(), 0, 1, {}, empty)
+    _, _, drawn = decoder.draw(grid, keys, sampling, zeros[:0], 1)
+    exact = (logits.double() / 0.7).log_softmax(1)
+    at = drawn.tokens[0, :, None]
+    above = exact.exp().cumsum(1).gather(1, at)[:, 0]
+    noise, below = uniform(mix(keys, zeros)), above - exact.exp().gather(1, at)[:, 0]
+    assert ((below - 1e-6 <= noise) & (noise <= above + 1e-6)).all()
+    assert len(drawn.tokens.unique()) > 100
+    torch.testing.assert_close(drawn.logprobs[0].double(), exact.gather(1, at)[:, 0], rtol=1e-5, atol=2e-6)
+    entropies = -(exact.exp() * exact.masked_fill(exact == -torch.inf, 0.0)).sum(1)
+    torch.testing.assert_close(drawn.entropies[0].double(), entropies, rtol=1e-5, atol=2e-6)
 
 
 def test_the_widest_heads_are_turned():

@@ -220,40 +220,64 @@ static inline double uniform(int64_t key, int64_t number) {
     return (double)(z >> 11) / (double)(1ull << 53);
 }
 
+/* The sum of exp(x) over x = logits - largest at the places from first to last; that of exp(x) * x is added to *weighted. */
+static inline real sum_exp(const real *logits, real largest, long first, long last, real *weighted) {
+    vec sums = {0}, products = {0};
+    long i = first;
+    for (; i + LANES <= last; i += LANES) {
+        vec x = load(logits + i) - largest, power = exp_vec(x);
+        sums += power;
+        products += choose((whole_vec)(power > all(0)), power * x, all(0));
+    }
+    real sum = sum_vec(sums);
+    *weighted += sum_vec(products);
+    for (; i < last; i++) {
+        real x = logits[i] - largest, power = exp_(x);
+        sum += power;
+        *weighted += power > 0 ? power * x : 0;
+    }
+    return sum;
+}
+
+/* The first place up to which exp(logits - largest) add up to more than a threshold; where rounding leaves none, the last possible. */
+static int64_t place_of(const real *logits, long size, real largest, double threshold) {
+    double below = 0;
+    real unused = 0;
+    long first = 0, span = 0, last = 0;
+    for (; first < size; first += SPAN) {
+        double sum = sum_exp(logits, largest, first, min_(first + SPAN, size), &unused);
+        if (sum > 0) span = first;
+        if (below + sum > threshold) break;
+        below += sum;
+    }
+    if (first >= size) below = -INFINITY;
+    for (long i = span; i < min_(span + SPAN, size); i++) {
+        real power = exp_(logits[i] - largest);
+        if (power > 0) last = i;
+        if ((below += power) > threshold) break;
+    }
+    return last;
+}
+
 /* Draw a token from logits [V], which are divided by the temperature, as `sample_tokens` does. at: where its step's results go. */
 static int64_t draw(const Decoding *d, real *logits, long row, long number, long at) {
-    long size = d->vocabulary, best = 0, last = 0;
-    real divisor = d->greedy ? 1 : d->temperature, largest, sum = 0, entropy = 0;
-    for (long i = 0; i < size; i++) logits[i] /= divisor;
+    long size = d->vocabulary, best = 0;
+    real divisor = d->greedy ? 1 : d->temperature, largest, weighted = 0;
+    double sum = 0;
+    if (divisor != 1)
+        for (long i = 0; i < size; i++) logits[i] /= divisor;
     largest = logits[0];
 #pragma omp simd reduction(max : largest)
     for (long i = 0; i < size; i++) largest = logits[i] > largest ? logits[i] : largest;
-#pragma omp simd reduction(+ : sum)
-    for (long i = 0; i < size; i++) sum += exp_(logits[i] - largest);
-    real normaliser = largest + LOG(sum);
-#pragma omp simd reduction(+ : entropy)
-    for (long i = 0; i < size; i++) {
-        real p = exp_(logits[i] - normaliser);
-        entropy -= p > 0 ? p * (logits[i] - normaliser) : 0;
-    }
-    if (d->greedy) {
+    for (long i = 0; i < size; i += SPAN) sum += sum_exp(logits, largest, i, min_(i + SPAN, size), &weighted);
+    if (d->greedy)
         while (best + 1 < size && !(logits[best] == largest)) best++;
-    } else {
-        double total = 0, threshold;
-        for (long i = 0; i < size; i++) total += exp_(logits[i] - normaliser);
-        threshold = uniform(d->keys[row], number) * total;
-        total = 0;
-        for (best = 0; best < size; best++) {
-            real p = exp_(logits[best] - normaliser);
-            if (p > 0) last = best;
-            total += p;
-            if (total > threshold) break;
-        }
-        best = best < size ? best : last;
-    }
+    else
+        best = place_of(logits, size, largest, uniform(d->keys[row], number) * sum);
+    real normaliser = LOG((real)sum);
     d->tokens[at] = best;
-    d->logprobs[at] = logits[best] - normaliser;
-    d->entropies[at] = entropy;
+    d->logprobs[at] = logits[best] - largest - normaliser;
+    d->entropies[at] = normaliser - weighted / (real)sum;
     d->was_live[at] = 1;
     d->ended[at] = 0;
     for (long i = 0; i < d->num_ends; i++) d->ended[at] |= best == d->ends[i];

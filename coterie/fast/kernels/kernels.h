@@ -21,6 +21,7 @@ enum { DONE, NO_MEMORY, NO_ROOM };
 #define LANES (BYTES / (long)sizeof(real))
 #define MASKED ((real)(-1e30))
 #define ROWS 4             /* queries that share one pass over the keys */
+#define SPAN 512           /* logits whose probabilities are summed together */
 #define MOST_WIDTH 512     /* of a head with rotary positions: arrays of this size hold it */
 #define WORTH_THREADS 8192 /* elements below which a second thread costs more than it saves */
 typedef real vec __attribute__((vector_size(BYTES)));
