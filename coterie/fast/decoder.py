@@ -20,8 +20,9 @@ from coterie.fast.grid import Grid
 from coterie.fast.half import Halves, half_gemms
 from coterie.fast.kernels.build import library, matrix_product
 from coterie.fast.kernels.calls import run
-from coterie.fast.kernels.structs import Decoding, LayerCache, LayerWeights
+from coterie.fast.kernels.structs import Decoding, LayerCache, LayerWeights, Linear
 from coterie.fast.tiles import plain_head
+from coterie.models.adapters import parts_of
 from coterie.models.attention import AttentionSettings
 from coterie.models.policy import Policy
 from coterie.recipe.settings import Sampling
@@ -42,22 +43,31 @@ class Decoder:
         longest: int,
         halves: Halves | None = None,
     ) -> None:
-        layer, self._dtype = model.layers[0], head.weight.dtype
-        read = halves.packed if halves is not None else Tensor.detach
+        self._dtype, kept = head.weight.dtype, list[Tensor]()
+
+        def read(weight: Tensor) -> Tensor:
+            kept.append(halves.packed(weight) if halves is not None else weight.detach().to(self._dtype))
+            return kept[-1]
+
         layers = (_layer(one, settings[i], read) for i, one in enumerate(model.layers))
         self._layers = (LayerWeights * len(settings))(*layers)
         self._matrices = [head.weight, *model.layers.parameters()]
+        parts = [parts_of(module) for layer in model.layers for module in _projections(layer)]
+        low = next((low for _, low in parts if low is not None), None)
         gemm, head_gemm = half_gemms() if halves is not None else [matrix_product(self._dtype)] * 2
         rotary = Rotary(*model.rotary_emb(head.weight[:1, None], torch.arange(longest)[None]))
         self._rotary = rotary.cos.to(self._dtype), rotary.sin.to(self._dtype)
+        self._kept = kept  # the loops have their addresses
         self._model = {
             "num_layers": len(settings),
             "width": head.weight.shape[1],
-            "heads": layer.self_attn.q_proj.weight.shape[0] // rotary.width,
+            "heads": model.layers[0].self_attn.q_proj.out_features // rotary.width,
             "head_width": rotary.width,
-            "mlp_width": layer.mlp.gate_proj.weight.shape[0],
+            "mlp_width": model.layers[0].mlp.gate_proj.out_features,
             "vocabulary": head.weight.shape[0],
             "positions": longest,
+            "rank": low.a.shape[0] if low is not None else 0,
+            "lora_scaling": low.scaling if low is not None else 0.0,
             "epsilon": model.norm.variance_epsilon,
             "embeddings": _at(model.embed_tokens.weight),
             "final_norm": _at(model.norm.weight),
@@ -71,17 +81,18 @@ class Decoder:
 
     @classmethod
     def of(cls, policy: Policy, longest: int) -> Decoder | None:
-        """None where the compiled loops do not serve: another architecture, device, precision, or LoRA's matrices."""
+        """None where the compiled loops do not serve: another architecture, device or precision."""
         head, body = plain_head(policy), policy.body
-        if not isinstance(body, FastBody) or policy.adapter is not None or policy.device.type != "cpu" or head is None:
+        if not isinstance(body, FastBody) or policy.device.type != "cpu" or head is None:
             return None
         model: Any = policy.model.base_model
-        plain = all(type(module) is nn.Linear for layer in model.layers for module in _projections(layer))
+        plain = all(parts_of(module)[0] is not None for layer in model.layers for module in _projections(layer))
         plain &= type(model.embed_tokens) is nn.Embedding and model.rotary_emb.rope_type in _FIXED_ROTARY
         plain &= all(settings.plain for settings in body.settings.values())
         if not plain or matrix_product(head.weight.dtype) is None:
             return None
-        return cls(model, head, body.settings, longest, getattr(body, "halves", None))
+        with policy.acting():
+            return cls(model, head, body.settings, longest, getattr(body, "halves", None))
 
     def draw(
         self, grid: Grid, keys: Tensor, sampling: Sampling, ends: Tensor, num_steps: int
@@ -150,15 +161,20 @@ def _layer(layer: Any, settings: Any, read: Callable[[Tensor], Tensor]) -> Layer
     attention = layer.self_attn
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-    projections = _projections(layer)
     return LayerWeights(
         *(_at(norm.weight) if norm is not None else None for norm in norms),
-        *(_at(read(module.weight)) for module in projections),
-        *(_at(module.bias) for module in projections),
+        *(_linear(module, read) for module in _projections(layer)),
         *(norm.variance_epsilon if norm is not None else 0.0 for norm in norms),
         settings.scaling,
         settings.window or 0,
     )
+
+
+def _linear(module: Any, read: Callable[[Tensor], Tensor]) -> Linear:
+    layer, low = parts_of(module)
+    assert layer is not None
+    matrices = [_at(read(matrix)) for matrix in (low.a, low.b)] if low is not None else []
+    return Linear(_at(read(layer.weight)), _at(layer.bias), *matrices)
 
 
 def _projections(layer: Any) -> Sequence[Any]:

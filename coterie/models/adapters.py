@@ -147,6 +147,30 @@ def dequantise(model: PreTrainedModel) -> None:
         _put(model, {module: module.plain() for module in packed})
 
 
+@dataclass(frozen=True)
+class LowRank:
+    """The matrices that act beside a linear layer: A [rank, in], B [out, rank], and what their product is scaled by."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+    def added_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """What the layer makes of x [T, in] by its own weight, y [T, out], and what the matrices make of it."""
+        return y + F.linear(F.linear(x, self.a) * self.scaling, self.b)
+
+
+def parts_of(module: Any) -> tuple[nn.Linear | None, LowRank | None]:
+    """A plain linear layer, and the matrices that act beside it, if any do; neither, where a module is something else."""
+    layer = module.base_layer if hasattr(module, "lora_A") else module
+    if type(layer) is not nn.Linear:
+        return None, None
+    if layer is module or module._disable_adapters:
+        return layer, None
+    (name,) = module._active_adapter
+    return layer, LowRank(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
+
+
 def num_in_experts(model: PreTrainedModel) -> int:
     """The number of weights in stacks of experts, which are no linear layers and get no matrices."""
     stacks = {

@@ -1,5 +1,8 @@
 """The native engine samples what a plain loop samples, whatever shares its batch."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from architectures import tiny_model
@@ -10,12 +13,14 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from coterie.fast import native
+from coterie.fast.decoder import Decoder
+from coterie.fast.kernels import calls
 from coterie.fast.native import NativeEngine
 from coterie.fast.serve import _ALLOWED_GAP, Policy, _decoding_gap, make_engine
 from coterie.models.codec import Codec
 from coterie.models.logprobs import token_logprobs
 from coterie.noise import key, mix, uniform
-from coterie.recipe.settings import Sampling
+from coterie.recipe.settings import ALL_LINEAR, Lora, Sampling
 from coterie.rollouts.collect import collect
 from coterie.rollouts.engine import Ends, Job
 from coterie.rollouts.pack import Row, make_stream
@@ -100,6 +105,32 @@ def test_one_prompt_alone_and_in_a_batch_get_the_same_tokens(make_model, archite
     for i, prompt in enumerate(prompts):
         alone = engine.generate([prompt], keys[i : i + 1], sampling, ENDS)[0]
         assert [c.tokens for c in alone] == [c.tokens for c in together[i]]
+
+
+@pytest.mark.parametrize("targets", [(ALL_LINEAR,), ("q_proj", "down_proj")])
+@pytest.mark.parametrize("architecture", ["qwen3", "qwen2"])
+def test_lora_s_matrices_give_what_their_product_gives_in_the_weights(make_model, architecture, targets):
+    """The set that acts and no other: the policy's, another one's, none; tokens and log-probabilities of a merged model."""
+    policy = Policy.of(make_model(architecture)).with_adapter(Lora(rank=3, targets=targets), seed=0)
+    other = replace(policy, adapter=policy.adapter.added("other"))
+    generator, prompts, keys = torch.Generator().manual_seed(4), some_prompts(2), some_keys(2, 3)
+    for one in (policy, other):
+        for _, parameter in one.named_parameters():
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    written = []
+    for one in (policy, other, replace(policy, adapter=policy.adapter.off())):
+        assert (Decoder.of(one, 99) is None) == (calls.library(torch.float32) is None)
+        merged = copy.deepcopy(one)
+        merged.adapter.merge()
+        groups = make_engine(one).generate(prompts, keys, SAMPLINGS["plain"], ENDS)
+        completions = [completion for group in groups for completion in group]
+        for number, completion in enumerate(completions):
+            row = prompts[number // 3], keys.flatten()[number]
+            tokens, logprobs = plain_completion(merged.model, *row, SAMPLINGS["plain"])
+            assert completion.tokens == tokens
+            torch.testing.assert_close(completion.logprobs, torch.tensor(logprobs), rtol=0, atol=2e-5)
+        written.append([completion.tokens for completion in completions])
+    assert written[0] != written[1] != written[2] != written[0]
 
 
 def test_rows_come_and_go_without_changing_any(make_model):

@@ -7,6 +7,7 @@ typedef struct {
     real *q, *k, *v;      /* [n, H, E], [n, K, E], [n, K, E] */
     real *attended;       /* [n, H, E] */
     real *gate, *up;      /* [n, F] */
+    real *low;            /* [n, rank] */
     real *logits;         /* [n, V] */
     real *rotated;        /* [E] */
     real *scores;         /* [ROWS, S + C], both padded */
@@ -31,6 +32,7 @@ static Buffers make_buffers(const Decoding *d, long n) {
                  {&b.attended, size_q},
                  {&b.gate, n * d->mlp_width},
                  {&b.up, n * d->mlp_width},
+                 {&b.low, n * d->rank},
                  {&b.logits, n * d->vocabulary},
                  {&b.rotated, d->head_width},
                  {&b.scores, ROWS * (prompt + padded(d->now + d->num_steps))},
@@ -48,15 +50,24 @@ static Buffers make_buffers(const Decoding *d, long n) {
     return b;
 }
 
-/* out [rows, n] = x [rows, m] @ weight [n, m].T + bias; added to what is there where `add`. */
-static void linear(Gemm *gemm, const real *x, long rows, long m, const real *weight, const real *bias, long n,
-                   real *out, int add) {
-    if (bias)
-        for (long i = 0; i < rows; i++)
-            for (long j = 0; j < n; j++) out[i * n + j] = (add ? out[i * n + j] : 0) + bias[j];
+/* out [rows, n] = x [rows, m] @ weight [n, m].T; added to what is there where `add`. */
+static void product(Gemm *gemm, const real *x, long rows, long m, const real *weight, long n, real *out, int add) {
     int num_rows = (int)rows, num_in = (int)m, num_out = (int)n;
-    real one = 1, kept = add || bias ? 1 : 0;
+    real one = 1, kept = add ? 1 : 0;
     gemm("T", "N", &num_out, &num_rows, &num_in, &one, weight, &num_in, x, &num_in, &kept, out, &num_out, 1, 1);
+}
+
+/* A layer with its bias and LoRA's matrices: x [rows, m] -> out [rows, n], added to what is there where `add`. */
+static void linear(const Decoding *d, const Buffers *b, Gemm *gemm, const real *x, long rows, long m, const Linear *layer,
+                   long n, real *out, int add) {
+    if (layer->bias)
+        for (long i = 0; i < rows; i++)
+            for (long j = 0; j < n; j++) out[i * n + j] = (add ? out[i * n + j] : 0) + layer->bias[j];
+    product(gemm, x, rows, m, layer->weight, n, out, add || layer->bias);
+    if (!layer->a) return;
+    product(gemm, x, rows, m, layer->a, d->rank, b->low, 0);
+    for (long i = 0; i < rows * d->rank; i++) b->low[i] *= d->lora_scaling;
+    product(gemm, b->low, rows, d->rank, layer->b, n, out, 1);
 }
 
 static void rms_norm(const real *x, const real *weight, double epsilon, real *out, long rows, long width) {
@@ -188,9 +199,9 @@ static void run_layer(const Decoding *d, const LayerWeights *layer, const LayerC
                       long live, long now) {
     long size_q = d->heads * d->head_width, size_k = d->kv_heads * d->head_width;
     rms_norm(b->x, layer->attention_norm, layer->attention_epsilon, b->inner, live, d->width);
-    linear(d->gemm, b->inner, live, d->width, layer->q, layer->q_bias, size_q, b->q, 0);
-    linear(d->gemm, b->inner, live, d->width, layer->k, layer->k_bias, size_k, b->k, 0);
-    linear(d->gemm, b->inner, live, d->width, layer->v, layer->v_bias, size_k, b->v, 0);
+    linear(d, b, d->gemm, b->inner, live, d->width, &layer->q, size_q, b->q, 0);
+    linear(d, b, d->gemm, b->inner, live, d->width, &layer->k, size_k, b->k, 0);
+    linear(d, b, d->gemm, b->inner, live, d->width, &layer->v, size_k, b->v, 0);
     for (long i = 0; i < live; i++) {
         long row = b->slots[i], position = d->prompts[row] + now - d->starts[row];
         rope_heads(d, b->q + i * size_q, d->heads, layer->q_norm, layer->q_epsilon, position, b->rotated);
@@ -201,13 +212,13 @@ static void run_layer(const Decoding *d, const LayerWeights *layer, const LayerC
         for (end = i + 1; end < live && d->longest_prompt && b->slots[end] / d->slots == b->slots[i] / d->slots;) end++;
         for (long h = 0; h < d->kv_heads; h++) attend_prompt(d, layer, cache, b, i, end - i, h, now);
     }
-    linear(d->gemm, b->attended, live, size_q, layer->o, layer->o_bias, d->width, b->x, 1);
+    linear(d, b, d->gemm, b->attended, live, size_q, &layer->o, d->width, b->x, 1);
     rms_norm(b->x, layer->mlp_norm, layer->mlp_epsilon, b->inner, live, d->width);
-    linear(d->gemm, b->inner, live, d->width, layer->gate, layer->gate_bias, d->mlp_width, b->gate, 0);
-    linear(d->gemm, b->inner, live, d->width, layer->up, layer->up_bias, d->mlp_width, b->up, 0);
+    linear(d, b, d->gemm, b->inner, live, d->width, &layer->gate, d->mlp_width, b->gate, 0);
+    linear(d, b, d->gemm, b->inner, live, d->width, &layer->up, d->mlp_width, b->up, 0);
 #pragma omp simd
     for (long i = 0; i < live * d->mlp_width; i++) b->gate[i] = b->gate[i] * sigmoid(b->gate[i]) * b->up[i];
-    linear(d->gemm, b->gate, live, d->mlp_width, layer->down, layer->down_bias, d->width, b->x, 1);
+    linear(d, b, d->gemm, b->gate, live, d->mlp_width, &layer->down, d->width, b->x, 1);
 }
 
 /* SplitMix64's finaliser folds a token's number into its row's key; 53 of the bits are a number in [0, 1). As in noise.py. */
@@ -303,6 +314,7 @@ static long next_tokens(const Decoding *d, const Buffers *b, long live, long ste
 /* The slots first .. last, which are one thread's, through all steps. */
 static int decode_rows(const Decoding *d, const LayerWeights *layers, const LayerCache *caches, long first, long last) {
     long live = 0, row_size = d->vocabulary * sizeof(real);
+    const Linear head = {d->head, d->head_bias};
     Buffers b = make_buffers(d, last - first);
     if (!b.slots) return NO_MEMORY;
     for (long row = first; row < last; row++)
@@ -313,7 +325,7 @@ static int decode_rows(const Decoding *d, const LayerWeights *layers, const Laye
         if (!(live = next_tokens(d, &b, live, step))) break;
         for (long l = 0; l < d->num_layers; l++) run_layer(d, layers + l, caches + l, &b, live, d->now + step);
         rms_norm(b.x, d->final_norm, d->epsilon, b.inner, live, d->width);
-        linear(d->head_gemm, b.inner, live, d->width, d->head, d->head_bias, d->vocabulary, b.logits, 0);
+        linear(d, &b, d->head_gemm, b.inner, live, d->width, &head, d->vocabulary, b.logits, 0);
     }
     for (long i = 0; i < live; i++)
         memcpy(d->logits + b.slots[i] * d->vocabulary, b.logits + i * d->vocabulary, row_size);

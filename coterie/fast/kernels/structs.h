@@ -21,9 +21,13 @@ typedef struct {
 } Attention;
 
 typedef struct {
+    const real *weight, *bias; /* [out, in]; [out] or none */
+    const real *a, *b;         /* LoRA's matrices beside it, [rank, in] and [out, rank], or none */
+} Linear;
+
+typedef struct {
     const real *attention_norm, *mlp_norm, *q_norm, *k_norm; /* weights; those of heads may be none */
-    const real *q, *k, *v, *o, *gate, *up, *down;            /* [out, in] */
-    const real *q_bias, *k_bias, *v_bias, *o_bias, *gate_bias, *up_bias, *down_bias;
+    Linear q, k, v, o, gate, up, down;
     double attention_epsilon, mlp_epsilon, q_epsilon, k_epsilon, scaling;
     long window;
 } LayerWeights;
@@ -34,9 +38,9 @@ typedef struct {
 } LayerCache;
 
 typedef struct {
-    long num_layers, rows, width, heads, kv_heads, head_width, mlp_width, vocabulary, positions;
+    long num_layers, rows, width, heads, kv_heads, head_width, mlp_width, vocabulary, positions, rank;
     long columns, now, slots, longest_prompt, num_steps, max_tokens, num_ends, draws, greedy;
-    double epsilon, temperature;
+    double epsilon, temperature, lora_scaling;
     const real *embeddings, *final_norm, *head, *head_bias; /* [V, D], [D], [V, D], [V] or none */
     const real *cosine, *sine;                              /* [positions, E] */
     const int64_t *firsts, *starts, *prompts, *keys;        /* [R] as the grid has them; what seeds a row's noise */

@@ -16,11 +16,11 @@ _long, _double = ctypes.c_long, ctypes.c_double
 
 
 def _fields_of(struct: str) -> list[tuple[str, Any]]:
-    """The names and types of a struct's fields, in the order of structs.h: a long, a double, or where something lies."""
+    """The names and types of a struct's fields, in the order of structs.h: a long, a double, a layer, or where something lies."""
     header = re.sub(r"/\*.*?\*/", "", Path(__file__).with_name("structs.h").read_text(), flags=re.DOTALL)
     body = re.search(rf"struct \{{([^}}]*)\}} {struct};", header)
     assert body is not None
-    by_value = {"long": _long, "double": _double}
+    by_value = {"long": _long, "double": _double} | ({"Linear": Linear} if struct == "LayerWeights" else {})
     fields = []
     for kind, names in re.findall(r"(\w+) (\*?\w+(?:, \*?\w+)*);", body[1]):
         fields += [(name.strip(" *"), by_value.get(kind, ctypes.c_void_p)) for name in names.split(",")]
@@ -29,6 +29,10 @@ def _fields_of(struct: str) -> list[tuple[str, Any]]:
 
 class Attention(ctypes.Structure):
     _fields_ = _fields_of("Attention")
+
+
+class Linear(ctypes.Structure):
+    _fields_ = _fields_of("Linear")
 
 
 class LayerWeights(ctypes.Structure):
