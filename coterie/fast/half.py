@@ -20,6 +20,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from coterie.fast.kernels.build import library
 from coterie.fast.kernels.calls import call
 
+_MANY, _ROOM = 1 << 18, 1 << 25  # numbers of a weight that is put where there is room, and those that there is made room for
+
 
 @cache
 def has_half_products() -> bool:
@@ -40,6 +42,7 @@ class Halves:
 
     def __init__(self) -> None:
         self._rounded, self._packed = WeakIdKeyDictionary(), WeakIdKeyDictionary()
+        self._room = torch.empty(0, dtype=torch.bfloat16)  # for what is packed next
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Halves:
         """Of other weights, which have none yet."""
@@ -51,7 +54,7 @@ class Halves:
 
     def packed(self, weight: Tensor) -> Tensor:
         """[out, in] as compiled products read it."""
-        return _up_to_date(self._packed, (weight,), _packed)
+        return _up_to_date(self._packed, (weight,), self._pack)
 
     def forget_packed(self, weights: Iterable[Tensor]) -> None:
         for weight in weights:
@@ -67,6 +70,26 @@ class Halves:
             if bias is not None:
                 part += self.rounded(bias)
         return out
+
+    def _pack(self, weights: Sequence[Tensor], into: Tensor | None) -> Tensor:
+        (weight,) = weights
+        if into is None:
+            compiled = library(torch.float32)
+            assert compiled is not None
+            compiled.half_size.restype = ctypes.c_long
+            into = self._room_for(compiled.half_size(*map(ctypes.c_long, weight.shape)))
+        call("half_pack", weight.contiguous(), into, *weight.shape)
+        return into
+
+    def _room_for(self, size: int) -> Tensor:
+        """Memory for so many numbers, in large pages if they are many: to find a small page takes longer than to read it."""
+        if size < _MANY:
+            return torch.empty(size, dtype=torch.bfloat16)
+        if size > len(self._room):
+            self._room = torch.empty(max(size, _ROOM), dtype=torch.bfloat16)
+            call("half_room", self._room, self._room.nbytes)
+        found, self._room = self._room[:size], self._room[size:]
+        return found
 
 
 def _up_to_date(
@@ -88,18 +111,6 @@ def _rounded(weights: Sequence[Tensor], into: Tensor | None) -> Tensor:
         into = weights[0].new_empty(sum(sizes), *weights[0].shape[1:], dtype=torch.bfloat16)
     for weight, part in zip(weights, into.split(sizes), strict=True):
         part.copy_(weight)
-    return into
-
-
-def _packed(weights: Sequence[Tensor], into: Tensor | None) -> Tensor:
-    (weight,) = weights
-    out, of = weight.shape
-    if into is None:
-        compiled = library(torch.float32)
-        assert compiled is not None
-        compiled.half_size.restype = ctypes.c_long
-        into = torch.empty(compiled.half_size(ctypes.c_long(out), ctypes.c_long(of)), dtype=torch.bfloat16)
-    call("half_pack", weight.contiguous(), into, out, of)
     return into
 
 

@@ -11,6 +11,7 @@ enum { NONE, VECTORS, TILES };
 int half_kind(void) { return NONE; }
 #else
 #include <immintrin.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -19,8 +20,24 @@ int half_kind(void) { return NONE; }
 
 static inline long up_to(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+/* Ask for large pages in memory that nothing was written to yet. */
+int half_room(half *room, long bytes) {
+    const long page = 1 << 21, skipped = up_to((long)room, page) - (long)room;
+    if (bytes > skipped + page) madvise((char *)room + skipped, (bytes - skipped) / page * page, MADV_HUGEPAGE);
+    return DONE;
+}
+
 /* How many numbers a packed weight has. */
 long half_size(long out, long in) { return up_to(out, 2 * BLOCK) * up_to(in, DEPTH); }
+
+/* 16 rows of 32 numbers -> a tile. */
+static void pack_tile(const float *weight, long in, half *tile) {
+    const __m512i places = _mm512_set_epi32(240, 224, 208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 16, 0);
+    for (long o = 0; o < BLOCK; o++, weight += in) {
+        __m512bh pairs = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(weight + BLOCK), _mm512_loadu_ps(weight));
+        _mm512_i32scatter_epi32(tile + 2 * o, places, (__m512i)pairs, 4);
+    }
+}
 
 /* weight [out, in] -> packed [out / 16, in / 2, 16, 2], zeros where there is nothing. */
 int half_pack(const float *weight, half *packed, long out, long in) {
@@ -29,12 +46,15 @@ int half_pack(const float *weight, half *packed, long out, long in) {
     for (long block = 0; block < up_to(out, 2 * BLOCK) / BLOCK; block++)
         for (long first = 0; first < deep; first += DEPTH) {
             half *tile = packed + block * BLOCK * deep + first * BLOCK;
-            long inputs = min_(DEPTH, in - first);
-            for (long o = 0; o < BLOCK; o++) {
-                long row = block * BLOCK + o;
-                for (long i = 0; i < DEPTH; i++)
-                    tile[i / 2 * DEPTH + o * 2 + i % 2] = row < out && i < inputs ? narrow(weight[row * in + first + i]) : 0;
+            long inputs = min_(DEPTH, in - first), rows = min_(BLOCK, out - block * BLOCK);
+            const float *from = weight + block * BLOCK * in + first;
+            if (inputs == DEPTH && rows == BLOCK) {
+                pack_tile(from, in, tile);
+                continue;
             }
+            for (long o = 0; o < BLOCK; o++)
+                for (long i = 0; i < DEPTH; i++)
+                    tile[i / 2 * DEPTH + o * 2 + i % 2] = o < rows && i < inputs ? narrow(from[o * in + i]) : 0;
         }
     return DONE;
 }
