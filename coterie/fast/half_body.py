@@ -17,6 +17,7 @@ from coterie.fast.compiled import rms_norm
 from coterie.fast.half import Halves, add_half
 from coterie.fast.kernels.calls import Groups, call, rooms
 from coterie.fast.stream import StreamLayout
+from coterie.models.adapters import parts_of
 from coterie.models.attention import AttentionSettings, Layout
 
 
@@ -64,19 +65,29 @@ class HalfBody(FastBody):
         return self._add(stream, gates, mlp.down_proj, gated=True)
 
     def _read(self, stream: Tensor, norm: Any, *modules: Any) -> Tensor:
-        """The stream, normalised, through layers that read the same: [T, D] -> their outputs side by side, bfloat16. Anything but a
-        plain layer, an adapter say, is called, in autocast."""
-        if all(type(module) is nn.Linear for module in modules):
-            weights = [parameter for module in modules for parameter in (module.weight, module.bias)]
-            return _Read.apply(stream, norm.weight, norm.variance_epsilon, self.halves, *weights)
+        """The stream, normalised, through layers that read the same: [T, D] -> their outputs side by side, bfloat16. LoRA's matrices
+        are in autocast, beside their layer; so is anything but a plain layer."""
+        layers, beside = zip(*map(parts_of, modules), strict=True)
+        if None in layers:
+            inner = rms_norm(stream, norm.weight, norm.variance_epsilon, half=True)
+            return torch.cat([module(inner) for module in modules], 1)
+        weights = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
+        read: Tensor = _Read.apply(stream, norm.weight, norm.variance_epsilon, self.halves, *weights)
+        if not any(beside):
+            return read
         inner = rms_norm(stream, norm.weight, norm.variance_epsilon, half=True)
-        return torch.cat([module(inner) for module in modules], 1)
+        outs = read.split([layer.out_features for layer in layers], 1)
+        return torch.cat([low.added_to(out, inner) if low else out for low, out in zip(beside, outs, strict=True)], 1)
 
     def _add(self, stream: Tensor, x: Tensor, module: Any, *, gated: bool = False) -> Tensor:
         """The stream [T, D], plus what a layer makes of x [T, in], or, gated, of x [T, 2 in]."""
-        if type(module) is nn.Linear:
-            return _Add.apply(stream, x, module.weight, module.bias, self.halves, gated)
-        return stream + module(_Gate.apply(x) if gated else x)
+        layer, low = parts_of(module)
+        if layer is not None and low is None:
+            return _Add.apply(stream, x, layer.weight, layer.bias, self.halves, gated)
+        x = _Gate.apply(x) if gated else x
+        if layer is None or low is None:
+            return stream + module(x)
+        return low.added_to(_Add.apply(stream, x, layer.weight, layer.bias, self.halves, False), x)
 
     def _attend(self, index: int, heads: Tensor, rotary: Rotary, layout: Layout) -> Tensor:
         """Queries, keys and values [T, (H + 2 K) E] -> [T, H E]. Any layout but a whole stream's is of a sampler, without gradients."""
