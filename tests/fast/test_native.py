@@ -122,7 +122,7 @@ def test_lora_s_matrices_give_what_their_product_gives_in_the_weights(make_model
         assert (Decoder.of(one, 99) is None) == (calls.library(torch.float32) is None)
         merged = copy.deepcopy(one)
         merged.adapter.merge()
-        groups = make_engine(one).generate(prompts, keys, SAMPLINGS["plain"], ENDS)
+        groups = NativeEngine(one).generate(prompts, keys, SAMPLINGS["plain"], ENDS)
         completions = [completion for group in groups for completion in group]
         for number, completion in enumerate(completions):
             row = prompts[number // 3], keys.flatten()[number]
