@@ -20,10 +20,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from coterie.fast.kernels.build import library
 from coterie.fast.kernels.calls import call
 
-_MANY, _ROOM = (
-    1 << 18,
-    1 << 25,
-)  # numbers of a weight that is put where there is room, and those that there is made room for
+_MANY = 1 << 18  # numbers of a weight that is put where there is room
+_ROOM = 1 << 25  # numbers that there is made room for at once
 
 
 @cache
